@@ -1,0 +1,3 @@
+//! The `ttt` program.
+
+fn main() {}

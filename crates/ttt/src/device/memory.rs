@@ -1,0 +1,173 @@
+//! Pooled, aligned memory.
+
+use std::alloc::Layout;
+use std::collections::BTreeMap;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+use crate::tensor::Element;
+use crate::{Error, Result};
+
+/// Alignment of every buffer in bytes: four cache lines, what vector loads and later GPU copies like.
+pub const ALIGNMENT: usize = 256;
+
+/// Keeps memory that was returned to it and hands it out again for requests of the same size class.
+///
+/// Size classes are an eighth of a power of two apart, so at most an eighth of a buffer is unused.
+#[derive(Default)]
+pub struct Pool {
+    state: Mutex<PoolState>,
+}
+
+#[derive(Default)]
+struct PoolState {
+    free: BTreeMap<usize, Vec<NonNull<u8>>>,
+    in_use: usize,
+    peak: usize,
+    system_allocations: usize,
+}
+
+// SAFETY: the pointers in the free lists own their memory and nobody else holds them.
+unsafe impl Send for PoolState {}
+
+/// What a [`Pool`] holds, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Held by live tensors now.
+    pub in_use: usize,
+    /// The most that was held at once since the pool was made or [`Pool::reset_peak`] was called.
+    pub peak: usize,
+    /// How often the system was asked for memory.
+    pub system_allocations: usize,
+}
+
+/// Bytes of the size class that `bytes` falls into.
+pub fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(ALIGNMENT);
+    let step = (bytes.next_power_of_two() / 16).max(ALIGNMENT);
+    bytes.div_ceil(step) * step
+}
+
+impl Pool {
+    /// Memory of at least `bytes` bytes, initialised but with arbitrary contents.
+    pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
+        let capacity = size_class(bytes);
+        let mut state = self.state.lock().expect("memory pool");
+        let reused = state.free.get_mut(&capacity).and_then(Vec::pop);
+        let ptr = match reused {
+            Some(ptr) => ptr,
+            None => {
+                let layout = Layout::from_size_align(capacity, ALIGNMENT)
+                    .map_err(|_| Error::OutOfMemory { wanted: bytes, in_use: state.in_use })?;
+                // SAFETY: the layout's size is at least ALIGNMENT, so not zero. Zeroing makes every later read of stale contents defined.
+                let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
+                state.system_allocations += 1;
+                NonNull::new(ptr).ok_or(Error::OutOfMemory { wanted: bytes, in_use: state.in_use })?
+            }
+        };
+        state.in_use += capacity;
+        state.peak = state.peak.max(state.in_use);
+        Ok(Buffer { ptr, capacity, pool: self.clone() })
+    }
+
+    /// What is held now and what was held at most.
+    pub fn usage(&self) -> Usage {
+        let state = self.state.lock().expect("memory pool");
+        Usage { in_use: state.in_use, peak: state.peak, system_allocations: state.system_allocations }
+    }
+
+    /// Starts a new measurement of the peak.
+    pub fn reset_peak(&self) {
+        let mut state = self.state.lock().expect("memory pool");
+        state.peak = state.in_use;
+    }
+
+    /// Gives unused memory back to the system.
+    pub fn trim(&self) {
+        let mut state = self.state.lock().expect("memory pool");
+        for (capacity, buffers) in std::mem::take(&mut state.free) {
+            for ptr in buffers {
+                free(ptr, capacity);
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.trim();
+    }
+}
+
+fn free(ptr: NonNull<u8>, capacity: usize) {
+    // SAFETY: `ptr` came from `alloc_zeroed` with this layout (`Pool::take`) and is owned by the caller.
+    unsafe { std::alloc::dealloc(ptr.as_ptr(), Layout::from_size_align_unchecked(capacity, ALIGNMENT)) }
+}
+
+/// A piece of pooled memory; dropping it returns it to its pool.
+pub(crate) struct Buffer {
+    ptr: NonNull<u8>,
+    capacity: usize,
+    pool: Arc<Pool>,
+}
+
+// SAFETY: a buffer owns its memory; shared access is read-only (`Tensor` hands out `&mut` only while it has the only handle).
+unsafe impl Send for Buffer {}
+// SAFETY: as above.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// The first `len` elements.
+    ///
+    /// # Panics
+    /// When the buffer is too small for them.
+    pub(crate) fn slice<E: Element>(&self, len: usize) -> &[E] {
+        assert!(len * size_of::<E>() <= self.capacity, "{len} elements in a buffer of {} bytes", self.capacity);
+        // SAFETY: the memory is initialised (zeroed when it came from the system), large enough, aligned to ALIGNMENT, and any
+        // bit pattern is an `E` (`Pod`).
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), len) }
+    }
+
+    /// The first `len` elements, to write.
+    ///
+    /// # Panics
+    /// When the buffer is too small for them.
+    pub(crate) fn slice_mut<E: Element>(&mut self, len: usize) -> &mut [E] {
+        assert!(len * size_of::<E>() <= self.capacity, "{len} elements in a buffer of {} bytes", self.capacity);
+        // SAFETY: as in `slice`, and the buffer is mutably borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), len) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let mut state = self.pool.state.lock().expect("memory pool");
+        state.in_use -= self.capacity;
+        state.free.entry(self.capacity).or_default().push(self.ptr);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn returned_memory_is_used_again() {
+        let pool = Arc::new(Pool::default());
+        let first = pool.take(1000).unwrap();
+        let address = first.ptr;
+        drop(first);
+        let second = pool.take(1020).unwrap();
+        assert_eq!(second.ptr, address);
+        assert_eq!(pool.usage(), Usage { in_use: 1024, peak: 1024, system_allocations: 1 });
+    }
+
+    #[test]
+    fn size_classes_waste_at_most_an_eighth() {
+        for bytes in [1, 255, 256, 257, 4097, 1_000_000, 123_456_789] {
+            let class = size_class(bytes);
+            assert!(class >= bytes && class % ALIGNMENT == 0);
+            assert!(class - bytes <= bytes / 8 + ALIGNMENT, "{bytes} -> {class}");
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Language models whose hidden state is itself a model that learns while it reads: Test-Time Training layers (Sun et al.,
+//! "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", arXiv 2407.04620).
+
+pub mod batch;
+pub mod config;
+pub mod device;
+mod error;
+pub mod ops;
+pub mod params;
+pub mod tensor;
+
+pub use error::{AtPath, Error, Result};

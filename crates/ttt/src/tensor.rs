@@ -1,0 +1,294 @@
+//! Tensors: typed, shaped, reference-counted pieces of a device's memory.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::device::Device;
+use crate::device::memory::Buffer;
+use crate::device::view::{Mat, MatMut, View, ViewMut};
+
+/// Type of a tensor's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit floating point: what everything runs in on a CPU.
+    F32,
+    /// 64-bit floating point: a check mode that runs every operation's reference.
+    F64,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F64 => 8,
+        }
+    }
+}
+
+/// A floating-point type that references and tensors are generic over: `f32` or `f64`.
+pub trait Element:
+    bytemuck::Pod
+    + Send
+    + Sync
+    + PartialOrd
+    + std::fmt::Debug
+    + std::iter::Sum
+    + std::ops::Neg<Output = Self>
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::AddAssign
+    + std::ops::SubAssign
+    + std::ops::MulAssign
+{
+    /// The run-time name of the type.
+    const DTYPE: DType;
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// The nearest value of this type.
+    fn from_f64(x: f64) -> Self;
+    /// The value as f64.
+    fn to_f64(self) -> f64;
+    /// Square root.
+    fn sqrt(self) -> Self;
+    /// e to the power of the value.
+    fn exp(self) -> Self;
+    /// Natural logarithm.
+    fn ln(self) -> Self;
+    /// Hyperbolic tangent.
+    fn tanh(self) -> Self;
+    /// Absolute value.
+    fn abs(self) -> Self;
+    /// The larger of two values.
+    fn max(self, other: Self) -> Self;
+}
+
+macro_rules! element {
+    ($t:ty, $dtype:expr) => {
+        impl Element for $t {
+            const DTYPE: DType = $dtype;
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
+            fn from_f64(x: f64) -> Self {
+                x as $t
+            }
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
+            fn sqrt(self) -> Self {
+                self.sqrt()
+            }
+            fn exp(self) -> Self {
+                self.exp()
+            }
+            fn ln(self) -> Self {
+                self.ln()
+            }
+            fn tanh(self) -> Self {
+                self.tanh()
+            }
+            fn abs(self) -> Self {
+                self.abs()
+            }
+            fn max(self, other: Self) -> Self {
+                self.max(other)
+            }
+        }
+    };
+}
+element!(f32, DType::F32);
+element!(f64, DType::F64);
+
+/// Runs an expression with a type parameter bound to the Rust type of a [`DType`].
+macro_rules! with_dtype {
+    ($dtype:expr, $e:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::DType::F32 => {
+                type $e = f32;
+                $body
+            }
+            $crate::tensor::DType::F64 => {
+                type $e = f64;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_dtype;
+
+/// A row-major, contiguous tensor. Cloning it clones a handle to the same memory; writing needs the only handle.
+#[derive(Clone)]
+pub struct Tensor {
+    buffer: Arc<Buffer>,
+    device: Device,
+    shape: Vec<usize>,
+    dtype: DType,
+}
+
+impl Tensor {
+    /// A tensor whose contents are arbitrary (NaN in debug builds, so that an element nobody wrote is noticed).
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn empty(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let elements: usize = shape.iter().product();
+        let buffer = device.memory().take(elements * dtype.size())?;
+        let mut tensor = Tensor { buffer: Arc::new(buffer), device: device.clone(), shape: shape.to_vec(), dtype };
+        if cfg!(debug_assertions) {
+            with_dtype!(dtype, E => tensor.as_mut_slice::<E>().fill(E::from_f64(f64::NAN)));
+        }
+        Ok(tensor)
+    }
+
+    /// A tensor of zeros.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn zeros(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let mut tensor = Tensor::empty(device, shape, dtype)?;
+        tensor.fill_zero();
+        Ok(tensor)
+    }
+
+    /// A tensor with the elements of a slice.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When the slice's length is not the product of `shape`.
+    pub fn from_slice<E: Element>(device: &Device, shape: &[usize], data: &[E]) -> Result<Tensor> {
+        let mut tensor = Tensor::empty(device, shape, E::DTYPE)?;
+        assert_eq!(tensor.len(), data.len(), "{} elements for a tensor of shape {shape:?}", data.len());
+        tensor.as_mut_slice::<E>().copy_from_slice(data);
+        Ok(tensor)
+    }
+
+    /// Its own copy of another tensor's elements.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn copy(&self) -> Result<Tensor> {
+        with_dtype!(self.dtype, E => Tensor::from_slice::<E>(&self.device, &self.shape, self.as_slice::<E>()))
+    }
+
+    /// The elements in another type.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn cast(&self, dtype: DType) -> Result<Tensor> {
+        let mut out = Tensor::empty(&self.device, &self.shape, dtype)?;
+        with_dtype!(self.dtype, A => with_dtype!(dtype, B => {
+            for (y, x) in out.as_mut_slice::<B>().iter_mut().zip(self.as_slice::<A>()) {
+                *y = B::from_f64(x.to_f64());
+            }
+        }));
+        Ok(out)
+    }
+
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of the elements.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// Sizes of the axes.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where the tensor lives.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The elements.
+    ///
+    /// # Panics
+    /// When they are not `E`.
+    pub fn as_slice<E: Element>(&self) -> &[E] {
+        assert_eq!(self.dtype, E::DTYPE, "the tensor holds {:?}, not {:?}", self.dtype, E::DTYPE);
+        self.buffer.slice(self.len())
+    }
+
+    /// The elements, to write.
+    ///
+    /// # Panics
+    /// When they are not `E`, or when another handle to the tensor exists.
+    pub fn as_mut_slice<E: Element>(&mut self) -> &mut [E] {
+        assert_eq!(self.dtype, E::DTYPE, "the tensor holds {:?}, not {:?}", self.dtype, E::DTYPE);
+        let len = self.len();
+        match Arc::get_mut(&mut self.buffer) {
+            Some(buffer) => buffer.slice_mut(len),
+            None => panic!("writing to a tensor of shape {:?} that is shared", self.shape),
+        }
+    }
+
+    /// The elements as f64, whatever their type.
+    pub fn to_f64_vec(&self) -> Vec<f64> {
+        with_dtype!(self.dtype, E => self.as_slice::<E>().iter().map(|x| x.to_f64()).collect())
+    }
+
+    /// Sets every element to zero.
+    ///
+    /// # Panics
+    /// When another handle to the tensor exists.
+    pub fn fill_zero(&mut self) {
+        with_dtype!(self.dtype, E => self.as_mut_slice::<E>().fill(E::ZERO));
+    }
+
+    /// As a matrix: all axes but the last are rows.
+    pub fn view(&self) -> View<'_> {
+        let [rows, cols] = self.matrix_shape();
+        with_dtype!(self.dtype, E => View::new(Mat::<E>::new(self.as_slice(), rows, cols), &self.device))
+    }
+
+    /// As a matrix, to write: all axes but the last are rows.
+    ///
+    /// # Panics
+    /// When another handle to the tensor exists.
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        let [rows, cols] = self.matrix_shape();
+        let len = rows * cols;
+        let Some(buffer) = Arc::get_mut(&mut self.buffer) else {
+            panic!("writing to a tensor of shape {:?} that is shared", self.shape);
+        };
+        with_dtype!(self.dtype, E => ViewMut::new(MatMut::<E>::new(buffer.slice_mut(len), rows, cols), &self.device))
+    }
+
+    fn matrix_shape(&self) -> [usize; 2] {
+        let cols = self.shape.last().copied().unwrap_or(1);
+        [self.shape.iter().rev().skip(1).product(), cols]
+    }
+
+    /// The same elements in another shape.
+    ///
+    /// # Panics
+    /// When the number of elements differs.
+    pub fn reshape(mut self, shape: &[usize]) -> Tensor {
+        let elements: usize = shape.iter().product();
+        assert_eq!(self.len(), elements, "a tensor of shape {:?} has no shape {shape:?}", self.shape);
+        self.shape = shape.to_vec();
+        self
+    }
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({:?} {:?} on {:?})", self.dtype, self.shape, self.device)
+    }
+}
