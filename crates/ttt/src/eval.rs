@@ -1,0 +1,93 @@
+//! Evaluation: how well a model predicts texts that it reads for the first time.
+//!
+//! Every prediction is made before its token is learned from: position t's logits depend on tokens 0..=t of its text and are
+//! compared with token t + 1.
+
+use crate::batch::Batch;
+use crate::layer::Keep;
+use crate::lm::Lm;
+use crate::state::States;
+use crate::{Error, Result};
+
+/// Tokens read at once: long enough for full speed, short enough that memory does not grow with the text.
+const CHUNK: usize = 2048;
+
+/// Sums over everything that was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Evaluation {
+    /// Sum of the negative log likelihoods of all predicted tokens, in nats.
+    pub nll: f64,
+    /// Number of predicted tokens.
+    pub tokens: u64,
+    /// Bytes of the text that the predicted tokens stand for.
+    pub bytes: f64,
+}
+
+impl Evaluation {
+    /// Mean negative log likelihood of a token, in nats.
+    pub fn loss(&self) -> f64 {
+        self.nll / self.tokens as f64
+    }
+
+    /// e to the power of the loss.
+    pub fn perplexity(&self) -> f64 {
+        self.loss().exp()
+    }
+
+    /// Bits that the model needs for a byte of the text.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nll / std::f64::consts::LN_2 / self.bytes
+    }
+
+    /// Adds another evaluation's sums.
+    pub fn add(&mut self, other: &Evaluation) {
+        self.nll += other.nll;
+        self.tokens += other.tokens;
+        self.bytes += other.bytes;
+    }
+}
+
+/// Reads one text from the beginning, in constant memory, and predicts every token but the first. With `context`, the state
+/// starts afresh every so many predictions. `bytes_per_token` converts tokens to bytes of text.
+///
+/// # Errors
+/// Fewer than two tokens, a token outside the vocabulary, or memory.
+pub fn evaluate_text(model: &Lm, tokens: &[u32], context: Option<usize>, bytes_per_token: f64) -> Result<Evaluation> {
+    if tokens.len() < 2 {
+        return Err(Error::Data(format!("a text of {} tokens has nothing to predict: it needs at least 2", tokens.len())));
+    }
+    let mut states = States::new(model, 1)?;
+    let mut sums = Evaluation::default();
+    let predictions = tokens.len() - 1;
+    let window = context.unwrap_or(predictions).max(1);
+    for start in (0..predictions).step_by(window) {
+        if start > 0 {
+            states.reset(model, 0);
+        }
+        let end = (start + window).min(predictions);
+        for at in (start..end).step_by(CHUNK) {
+            let to = (at + CHUNK).min(end);
+            let (hidden, _) = model.forward(&Batch::one(&tokens[at..to]), Some(&mut states), Keep::Nothing, 1.0)?;
+            sums.nll += model.nll(hidden.view(), &tokens[at + 1..to + 1])?.iter().sum::<f64>();
+        }
+    }
+    sums.tokens = predictions as u64;
+    sums.bytes = predictions as f64 * bytes_per_token;
+    Ok(sums)
+}
+
+/// Evaluates a batch of sequences that start from the initial weights; only targets with a mask of 1 count.
+///
+/// # Errors
+/// A token outside the vocabulary, or memory.
+///
+/// # Panics
+/// When inputs, targets and mask differ in number.
+pub fn evaluate_batch(model: &Lm, batch: &Batch, targets: &[u32], mask: &[f64], bytes_per_token: f64) -> Result<Evaluation> {
+    assert!(batch.tokens.len() == targets.len() && targets.len() == mask.len(), "inputs, targets and mask differ in number");
+    let (hidden, _) = model.forward(batch, None, Keep::Nothing, 1.0)?;
+    let nll = model.nll(hidden.view(), targets)?;
+    let tokens = mask.iter().filter(|m| **m > 0.0).count();
+    let nll = nll.iter().zip(mask).map(|(n, m)| n * m).sum();
+    Ok(Evaluation { nll, tokens: tokens as u64, bytes: tokens as f64 * bytes_per_token })
+}

@@ -1,0 +1,195 @@
+//! Generation: a sampler that is a pure function of logits and random bits, and a loop that speaks token ids.
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{Rng, SeedableRng};
+
+use crate::batch::Batch;
+use crate::layer::Keep;
+use crate::lm::Lm;
+use crate::state::States;
+use crate::{Error, Result};
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Only the k likeliest tokens are eligible; 0 means all.
+    pub top_k: usize,
+    /// Only the smallest set of likeliest tokens whose probabilities reach this sum is eligible; 1 means all.
+    pub top_p: f64,
+    /// Seed of the random numbers.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 }
+    }
+}
+
+impl Sampling {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// The field that is wrong and what it may be.
+    pub fn validate(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return Err(Error::Invalid(format!("the temperature is {}; it must be a number from 0 up", self.temperature)));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(Error::Invalid(format!("top-p is {}; it must be above 0 and at most 1", self.top_p)));
+        }
+        Ok(())
+    }
+}
+
+/// A chosen token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probability under the model, before temperature and cuts.
+    pub logprob: f64,
+}
+
+/// Chooses a token from logits, given a number in `[0, 1)`. Ties go to the smaller id.
+///
+/// # Panics
+/// When there are no logits.
+pub fn choose(logits: &[f32], sampling: &Sampling, unit: f64) -> Choice {
+    assert!(!logits.is_empty(), "no logits to choose from");
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let log_sum = logits.iter().map(|x| (*x as f64 - top).exp()).sum::<f64>().ln() + top;
+    let choice = |token: usize| Choice { token: token as u32, logprob: logits[token] as f64 - log_sum };
+    let likeliest = || (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b])).expect("logits");
+    if sampling.temperature == 0.0 {
+        return choice(likeliest());
+    }
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    let descending = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    if sampling.top_k > 0 && sampling.top_k < order.len() {
+        order.select_nth_unstable_by(sampling.top_k - 1, descending);
+        order.truncate(sampling.top_k);
+    }
+    if sampling.top_k > 0 || sampling.top_p < 1.0 {
+        order.sort_unstable_by(descending);
+    }
+    let mut weights: Vec<f64> = order.iter().map(|i| ((logits[*i] as f64 - top) / sampling.temperature).exp()).collect();
+    let mut total: f64 = weights.iter().sum();
+    if sampling.top_p < 1.0 {
+        let mut sum = 0.0;
+        let kept = weights.iter().position(|w| {
+            sum += w;
+            sum >= sampling.top_p * total
+        });
+        weights.truncate(kept.map_or(weights.len(), |i| i + 1));
+        total = weights.iter().sum();
+    }
+    let mut left = unit * total;
+    for (i, w) in weights.iter().enumerate() {
+        left -= w;
+        if left < 0.0 {
+            return choice(order[i]);
+        }
+    }
+    choice(order[weights.len() - 1])
+}
+
+/// Continues one slot of some states token by token.
+pub struct Generator<'m> {
+    model: &'m Lm,
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+    logits: Vec<f32>,
+}
+
+/// Tokens read at once while a prompt is learned: long enough for full speed, short enough to bound memory.
+const PREFILL_CHUNK: usize = 2048;
+
+impl<'m> Generator<'m> {
+    /// A generator that has read nothing yet.
+    ///
+    /// # Errors
+    /// Sampling settings out of range.
+    pub fn new(model: &'m Lm, sampling: Sampling) -> Result<Generator<'m>> {
+        sampling.validate()?;
+        Ok(Generator { model, sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed), logits: Vec::new() })
+    }
+
+    /// Reads tokens into slot `slot`; afterwards [`Generator::next`] can choose what follows.
+    ///
+    /// # Errors
+    /// No tokens, a token outside the vocabulary, or memory.
+    pub fn read(&mut self, states: &mut States, slot: usize, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::Invalid("there is no token to continue from: give a prompt of at least one token".into()));
+        }
+        let chunks = tokens.chunks(PREFILL_CHUNK).count();
+        for (i, chunk) in tokens.chunks(PREFILL_CHUNK).enumerate() {
+            let mut batch = Batch::default();
+            batch.push(chunk, slot);
+            let (hidden, _) = self.model.forward(&batch, Some(states), Keep::Nothing, 1.0)?;
+            if i + 1 == chunks {
+                self.logits.clear();
+                let logits = self.model.logits(&hidden, &[chunk.len() - 1])?;
+                self.logits.extend(logits.to_f64_vec().iter().map(|x| *x as f32));
+            }
+        }
+        Ok(())
+    }
+
+    /// Logits of the token that follows what was read.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Chooses the next token from what was read; it is not read yet.
+    ///
+    /// # Panics
+    /// When nothing was read.
+    pub fn choose(&mut self) -> Choice {
+        let unit = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        choose(&self.logits, &self.sampling, unit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 5] = [0.0, 2.0, 1.0, 2.0, -1.0];
+
+    fn frequencies(sampling: Sampling) -> [f64; 5] {
+        let mut counts = [0.0; 5];
+        for i in 0..10_000 {
+            counts[choose(&LOGITS, &sampling, (i as f64 + 0.5) / 10_000.0).token as usize] += 1e-4;
+        }
+        counts
+    }
+
+    #[test]
+    fn temperature_zero_takes_the_first_of_the_likeliest() {
+        let greedy = choose(&LOGITS, &Sampling { temperature: 0.0, ..Sampling::default() }, 0.9);
+        assert_eq!(greedy.token, 1);
+        let z: f64 = LOGITS.iter().map(|x| (*x as f64).exp()).sum();
+        assert!((greedy.logprob - (2.0 - z.ln())).abs() < 1e-12);
+    }
+
+    #[test]
+    fn frequencies_are_the_softmax() {
+        let z: f64 = LOGITS.iter().map(|x| (*x as f64 / 0.7).exp()).sum();
+        let got = frequencies(Sampling { temperature: 0.7, ..Sampling::default() });
+        for (f, x) in got.iter().zip(LOGITS) {
+            assert!((f - (x as f64 / 0.7).exp() / z).abs() < 2e-4, "{got:?}");
+        }
+    }
+
+    #[test]
+    fn cuts_keep_the_likeliest() {
+        let top_k = frequencies(Sampling { top_k: 3, ..Sampling::default() });
+        assert_eq!([top_k[0], top_k[4]], [0.0, 0.0]);
+        let top_p = frequencies(Sampling { top_p: 0.5, ..Sampling::default() });
+        assert!((top_p[1] - 0.5).abs() < 1e-3 && (top_p[3] - 0.5).abs() < 1e-3, "{top_p:?}");
+    }
+}

@@ -1,0 +1,53 @@
+//! `x + SwiGLU(RMSNorm(x))`: the feed-forward sub-block.
+
+use crate::Result;
+use crate::config::Config;
+use crate::layer::Pass;
+use crate::ops::{add, linear, rms_norm, swiglu};
+use crate::params::{BlockIds, ParamId, Params};
+use crate::tensor::Tensor;
+
+/// The sub-block's parameters.
+#[derive(Clone, Debug)]
+pub(super) struct FeedForward {
+    norm: ParamId,
+    gate: ParamId,
+    up: ParamId,
+    down: ParamId,
+    eps: f64,
+}
+
+impl FeedForward {
+    pub(super) fn new(config: &Config, ids: &BlockIds) -> FeedForward {
+        FeedForward { norm: ids.ffn_norm, gate: ids.gate_proj, up: ids.up_proj, down: ids.down_proj, eps: config.rms_norm_eps }
+    }
+
+    /// `x [n, D]` to `[n, D]`, and the pre-activations `[gate | up] [n, 2 I]`.
+    pub(super) fn forward(&self, pass: &Pass<'_>, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
+        let gate_up = linear::forward(normed.view(), pass.weights.fused(self.gate, self.up))?;
+        drop(normed);
+        let hidden = swiglu::forward(gate_up.view())?;
+        let mut y = linear::forward(hidden.view(), pass.weights.view(self.down))?;
+        add::add_to(y.view_mut(), x.view());
+        Ok((y, gate_up))
+    }
+
+    /// Gradient of `x` from the gradient of the output.
+    pub(super) fn backward(&self, pass: &Pass<'_>, x: &Tensor, gate_up: Tensor, dy: Tensor, grads: &mut Params) -> Result<Tensor> {
+        let hidden = swiglu::forward(gate_up.view())?;
+        linear::backward_weight(dy.view(), hidden.view(), grads.view_mut(self.down));
+        drop(hidden);
+        let dhidden = linear::backward_input(dy.view(), pass.weights.view(self.down))?;
+        let dgate_up = swiglu::backward(dhidden.view(), gate_up.view())?;
+        drop((dhidden, gate_up));
+        let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
+        linear::backward_weight(dgate_up.view(), normed.view(), grads.fused_mut(self.gate, self.up));
+        drop(normed);
+        let dnormed = linear::backward_input(dgate_up.view(), pass.weights.fused(self.gate, self.up))?;
+        drop(dgate_up);
+        let mut dx = rms_norm::backward(dnormed.view(), x.view(), pass.weights.view(self.norm), self.eps, grads.view_mut(self.norm))?;
+        add::add_to(dx.view_mut(), dy.view());
+        Ok(dx)
+    }
+}

@@ -1,0 +1,379 @@
+//! The TTT layer (paper section 2): projections, convolutions, RoPE, the inner loop, post-norm, gate and output projection.
+
+use crate::Result;
+use crate::config::{Config, Inner};
+use crate::device::view::View;
+use crate::layer::Pass;
+use crate::ops::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads};
+use crate::ops::rope::Direction;
+use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
+use crate::params::{ParamId, Params, TttIds};
+use crate::tensor::{Tensor, with_dtype};
+
+/// LayerNorm's epsilon is fixed in all official code.
+const LAYER_NORM_EPS: f64 = 1e-6;
+
+/// A TTT layer's parameters and sizes.
+#[derive(Clone, Debug)]
+pub struct TttLayer {
+    ids: TttIds,
+    inner: Inner,
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+    mini_batch: usize,
+    base_lr: f64,
+}
+
+/// What a TTT layer's backward pass needs.
+#[derive(Debug)]
+pub struct TttSaved {
+    /// The projections `[q|k|v|g]`; with shared q and k the first block is the input of both convolutions.
+    projected: Tensor,
+    /// q and k after their convolutions and RoPE, when they are shared; otherwise they are rotated in `projected`.
+    qk: Option<[Tensor; 2]>,
+    /// Inner learning rates `[n, h]`.
+    lr: Tensor,
+    /// Token scales `[1, K]`.
+    tok: Tensor,
+    /// Output of the inner loop `[n, D]`.
+    z: Tensor,
+    /// Kept fast weights.
+    inner: inner::Saved,
+}
+
+/// Squared errors of the inner loop, one value a full mini-batch, each a mean over sequences, heads and channels (the statistics
+/// of the official JAX code).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct InnerStatistics {
+    /// Spread of the target `v - k` (k before RoPE) of the first token of each mini-batch around its mean over the sequence.
+    pub target_variance: Vec<f64>,
+    /// Error of the last token under the initial weights.
+    pub initial: Vec<f64>,
+    /// Error of the last token under the weights at the start of its mini-batch.
+    pub before: Vec<f64>,
+    /// Error of the last token under the weights after its mini-batch.
+    pub after: Vec<f64>,
+}
+
+impl TttSaved {
+    /// Bytes held for the backward pass.
+    pub fn bytes(&self) -> usize {
+        let qk = self.qk.iter().flatten().map(Tensor::bytes).sum::<usize>();
+        self.projected.bytes() + qk + self.lr.bytes() + self.tok.bytes() + self.z.bytes() + self.inner.bytes()
+    }
+
+    /// Bytes of kept fast weights among [`TttSaved::bytes`].
+    pub fn fast_weight_bytes(&self) -> usize {
+        self.inner.bytes()
+    }
+}
+
+impl TttLayer {
+    /// The layer of a model whose parameters are `ids`.
+    pub fn new(config: &Config, ids: &TttIds) -> TttLayer {
+        TttLayer {
+            ids: ids.clone(),
+            inner: config.ttt_layer_type,
+            hidden: config.hidden_size,
+            heads: config.num_attention_heads,
+            head_dim: config.head_dim(),
+            mini_batch: config.mini_batch_size,
+            base_lr: config.ttt_base_lr,
+        }
+    }
+
+    /// Column block `i` of the projections.
+    fn block<'a>(&self, projected: &'a Tensor, i: usize) -> View<'a> {
+        projected.view().col_range(i * self.hidden..(i + 1) * self.hidden)
+    }
+
+    /// Column block of v: the last but the gate.
+    fn v_block(&self) -> usize {
+        if self.ids.k_proj.is_some() { 2 } else { 1 }
+    }
+
+    fn last_projection(&self) -> ParamId {
+        self.ids.g_proj.unwrap_or(self.ids.v_proj)
+    }
+
+    /// Scale of the inner learning rate's sigmoid.
+    fn lr_scale(&self, pass: &Pass<'_>) -> f64 {
+        self.base_lr * pass.inner_lr / self.head_dim as f64
+    }
+
+    /// Slot `slot` starts from the learned initial weights.
+    pub fn start(&self, weights: &Params, fast: &mut FastWeights, slot: usize) {
+        let initial: Vec<View<'_>> = self.ids.initial.iter().map(|id| weights.view(*id)).collect();
+        fast.start(slot, &initial);
+    }
+
+    /// The state of `slots` sequences of this layer, not yet started.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn fast_weights(&self, weights: &Params, slots: usize) -> Result<FastWeights> {
+        let data = weights.data();
+        FastWeights::zeros(data.device(), data.dtype(), self.inner, slots, self.heads, self.head_dim, self.mini_batch)
+    }
+
+    /// `x [n, D]` (normed) to `[n, D]`. Without a state every segment starts from the learned initial weights.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn forward(
+        &self,
+        pass: &Pass<'_>,
+        x: View<'_>,
+        fast: Option<&mut FastWeights>,
+        window: Option<&mut Tensor>,
+    ) -> Result<(Tensor, Option<TttSaved>)> {
+        let (w, ids) = (pass.weights, &self.ids);
+        let mut projected = linear::forward(x, w.fused(ids.q_proj, self.last_projection()))?;
+        let qk = match ids.convs {
+            Some(convs) => {
+                let shared = self.block(&projected, 0);
+                let mut made = Vec::with_capacity(2);
+                for (weight, bias) in convs {
+                    let mut y = conv::forward(shared, w.view(weight), w.view(bias), pass.segments, window.as_deref())?;
+                    rope::rotate(y.view_mut(), pass.rope, pass.segments, self.heads, Direction::Forward);
+                    made.push(y);
+                }
+                if let Some(window) = window {
+                    conv::advance(shared, pass.segments, window);
+                }
+                let [q, k]: [Tensor; 2] = made.try_into().expect("two convolutions");
+                Some([q, k])
+            }
+            None => {
+                for i in 0..2 {
+                    let block = projected.view_mut().col_range(i * self.hidden..(i + 1) * self.hidden);
+                    rope::rotate(block, pass.rope, pass.segments, self.heads, Direction::Forward);
+                }
+                None
+            }
+        };
+        let lr_bias = w.view(ids.lr_bias).reshape(1, self.heads);
+        let lr = inner_lr::forward(x, w.view(ids.lr_weight), lr_bias, self.lr_scale(pass))?;
+        let tok = token_scale::forward(w.view(ids.token_idx))?;
+
+        let group = match pass.keep {
+            super::Keep::Saved { group } => Some(group),
+            _ => None,
+        };
+        let (z, kept) = {
+            let inputs = self.inputs(pass, &projected, &qk, &lr, &tok);
+            match fast {
+                Some(fast) => self.inner_forward(&inputs, fast, group)?,
+                None => {
+                    let mut fast = self.fast_weights(w, pass.segments.len())?;
+                    for slot in 0..pass.segments.len() {
+                        self.start(w, &mut fast, slot);
+                    }
+                    self.inner_forward(&inputs, &mut fast, group)?
+                }
+            }
+        };
+        let y = self.output(pass, &projected, &z)?;
+        let out = linear::forward(y.view(), w.view(ids.o_proj))?;
+        Ok((out, kept.map(|inner| TttSaved { projected, qk, lr, tok, z, inner })))
+    }
+
+    /// Gradient of `x` from the gradient of the output, for a pass without a state.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn backward(&self, pass: &Pass<'_>, x: View<'_>, saved: TttSaved, dout: View<'_>, grads: &mut Params) -> Result<Tensor> {
+        let (w, ids, d) = (pass.weights, &self.ids, self.hidden);
+        let TttSaved { projected, qk, lr, tok, z, inner } = saved;
+        let (device, dtype, n) = (z.device(), z.dtype(), x.rows());
+        let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
+
+        // Output projection, gate, post-norm.
+        let y = self.output(pass, &projected, &z)?;
+        linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
+        drop(y);
+        let dy = linear::backward_input(dout, w.view(ids.o_proj))?;
+        let (post_w, post_b) = ids.post_norm;
+        let dnormed = match ids.g_proj {
+            Some(_) => {
+                let g = self.v_block() + 1;
+                let normed = layer_norm::forward(z.view(), w.view(post_w), w.view(post_b), LAYER_NORM_EPS)?;
+                let dgate = dprojected.view_mut().col_range(g * d..(g + 1) * d);
+                gelu_gate::backward(dy.view(), self.block(&projected, g), normed.view(), dgate)?
+            }
+            None => dy,
+        };
+        let [dpost_w, dpost_b] = grads.views_mut([post_w, post_b]);
+        let dz = layer_norm::backward(dnormed.view(), z.view(), w.view(post_w), LAYER_NORM_EPS, dpost_w, dpost_b)?;
+        drop((dnormed, z));
+
+        // The inner loop.
+        let state_len = FastWeights::state_len(self.inner, self.head_dim);
+        let mut dstate = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], dtype)?;
+        let mut dlr = Tensor::empty(device, lr.shape(), dtype)?;
+        let mut dtok = Tensor::zeros(device, tok.shape(), dtype)?;
+        let mut dqk = match &qk {
+            Some(_) => Some([Tensor::empty(device, &[n, d], dtype)?, Tensor::empty(device, &[n, d], dtype)?]),
+            None => None,
+        };
+        {
+            let inputs = self.inputs(pass, &projected, &qk, &lr, &tok);
+            let v = self.v_block();
+            let (before_v, rest) = dprojected.view_mut().split_cols(v * d);
+            let (dv, _) = rest.split_cols(d);
+            let (dq, dk) = match &mut dqk {
+                Some([dq, dk]) => (dq.view_mut(), dk.view_mut()),
+                None => before_v.split_cols(d),
+            };
+            let [dgamma, dbeta] = grads.views_mut([ids.ttt_norm.0, ids.ttt_norm.1]);
+            let activations = InputGrads { dq, dk, dv, dlr: dlr.view_mut() };
+            let parameters = ParamGrads { dtok: dtok.view_mut(), dgamma, dbeta };
+            match self.inner {
+                Inner::Linear => ttt_linear::backward(&inputs, &inner, dz.view(), &mut dstate, activations, parameters)?,
+                Inner::Mlp => ttt_mlp::backward(&inputs, &inner, dz.view(), &mut dstate, activations, parameters)?,
+            }
+        }
+        drop((inner, dz, qk));
+        self.add_initial_gradient(&dstate, grads);
+        drop(dstate);
+        token_scale::backward(dtok.view(), w.view(ids.token_idx), grads.view_mut(ids.token_idx));
+
+        // RoPE and convolutions.
+        match (ids.convs, dqk) {
+            (Some(convs), Some(dqk)) => {
+                let mut dshared: Option<Tensor> = None;
+                for ((weight, bias), mut dy) in convs.into_iter().zip(dqk) {
+                    rope::rotate(dy.view_mut(), pass.rope, pass.segments, self.heads, Direction::Backward);
+                    let [dweight, dbias] = grads.views_mut([weight, bias]);
+                    let shared = self.block(&projected, 0);
+                    let dx = conv::backward(dy.view(), shared, w.view(weight), pass.segments, None, dweight, dbias, None)?;
+                    match &mut dshared {
+                        Some(sum) => add::add_to(sum.view_mut(), dx.view()),
+                        None => dshared = Some(dx),
+                    }
+                }
+                let dshared = dshared.expect("two convolutions");
+                add::copy_to(dprojected.view_mut().col_range(0..d), dshared.view());
+            }
+            _ => {
+                for i in 0..2 {
+                    let block = dprojected.view_mut().col_range(i * d..(i + 1) * d);
+                    rope::rotate(block, pass.rope, pass.segments, self.heads, Direction::Backward);
+                }
+            }
+        }
+
+        // The projections and the learning-rate gate read the same input.
+        let (first, last) = (ids.q_proj, self.last_projection());
+        linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        let mut dx = linear::backward_input(dprojected.view(), w.fused(first, last))?;
+        let [dlr_weight, dlr_bias] = grads.views_mut([ids.lr_weight, ids.lr_bias]);
+        let dlr_bias = dlr_bias.reshape(1, self.heads);
+        let dx_lr = inner_lr::backward(dlr.view(), lr.view(), x, w.view(ids.lr_weight), self.lr_scale(pass), dlr_weight, dlr_bias)?;
+        add::add_to(dx.view_mut(), dx_lr.view());
+        Ok(dx)
+    }
+
+    /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`.
+    pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
+        let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
+        let rows = match self.inner {
+            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, end),
+            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, end),
+        };
+        let column = |i: usize| rows.iter().map(|r| r[i]).collect();
+        let target_variance = self.target_variance(pass, inputs.k, inputs.v, rows.len())?;
+        Ok(InnerStatistics { target_variance, initial: column(0), before: column(1), after: column(2) })
+    }
+
+    fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
+        let mut plain = Tensor::empty(k.device(), &[k.rows(), k.cols()], k.dtype())?;
+        add::copy_to(plain.view_mut(), k);
+        rope::rotate(plain.view_mut(), pass.rope, pass.segments, self.heads, Direction::Backward);
+        let (mut sums, mut counts) = (vec![0.0; mini_batches], vec![0usize; mini_batches]);
+        with_dtype!(k.dtype(), E => {
+            use crate::tensor::Element;
+            let (k, v) = (plain.view().as_mat::<E>(), v.as_mat::<E>());
+            for s in pass.segments {
+                for c in 0..self.hidden {
+                    let target = |t: usize| v.row(s.first_row + t)[c].to_f64() - k.row(s.first_row + t)[c].to_f64();
+                    let mean = (0..s.len).map(target).sum::<f64>() / s.len as f64;
+                    for m in 0..s.len / self.mini_batch {
+                        sums[m] += (target(m * self.mini_batch) - mean).powi(2);
+                        counts[m] += 1;
+                    }
+                }
+            }
+        });
+        Ok(sums.iter().zip(counts).map(|(s, n)| s / n as f64).collect())
+    }
+
+    fn inputs<'a>(
+        &self,
+        pass: &Pass<'a>,
+        projected: &'a Tensor,
+        qk: &'a Option<[Tensor; 2]>,
+        lr: &'a Tensor,
+        tok: &'a Tensor,
+    ) -> Inputs<'a> {
+        let (q, k) = match qk {
+            Some([q, k]) => (q.view(), k.view()),
+            None => (self.block(projected, 0), self.block(projected, 1)),
+        };
+        Inputs {
+            q,
+            k,
+            v: self.block(projected, self.v_block()),
+            lr: lr.view(),
+            tok: tok.view(),
+            gamma: pass.weights.view(self.ids.ttt_norm.0),
+            beta: pass.weights.view(self.ids.ttt_norm.1),
+            segments: pass.segments,
+        }
+    }
+
+    fn inner_forward(
+        &self,
+        inputs: &Inputs<'_>,
+        fast: &mut FastWeights,
+        keep: Option<usize>,
+    ) -> Result<(Tensor, Option<inner::Saved>)> {
+        match self.inner {
+            Inner::Linear => ttt_linear::forward(inputs, fast, keep),
+            Inner::Mlp => ttt_mlp::forward(inputs, fast, keep),
+        }
+    }
+
+    /// Post-norm and gate: input of the output projection.
+    fn output(&self, pass: &Pass<'_>, projected: &Tensor, z: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = self.ids.post_norm;
+        let normed = layer_norm::forward(z.view(), pass.weights.view(weight), pass.weights.view(bias), LAYER_NORM_EPS)?;
+        match self.ids.g_proj {
+            Some(_) => gelu_gate::forward(self.block(projected, self.v_block() + 1), normed.view()),
+            None => Ok(normed),
+        }
+    }
+
+    /// Every sequence started from the same weights: their gradient is the sum over sequences, in order.
+    fn add_initial_gradient(&self, dstate: &Tensor, grads: &mut Params) {
+        let [sequences, heads, len] = *dstate.shape() else { panic!("state gradients of shape {:?}", dstate.shape()) };
+        with_dtype!(dstate.dtype(), E => {
+            let dstate = dstate.as_slice::<E>();
+            let mut at = 0;
+            for id in &self.ids.initial {
+                let per_head = grads.table().entry(*id).elements() / heads;
+                let sum = grads.values_mut::<E>(*id);
+                for s in 0..sequences {
+                    for h in 0..heads {
+                        let part = &dstate[(s * heads + h) * len + at..][..per_head];
+                        for (a, b) in sum[h * per_head..][..per_head].iter_mut().zip(part) {
+                            *a += *b;
+                        }
+                    }
+                }
+                at += per_head;
+            }
+        });
+    }
+}

@@ -1,0 +1,288 @@
+//! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
+
+use std::sync::Arc;
+
+use crate::batch::{Batch, Segment};
+use crate::config::Config;
+use crate::device::Device;
+use crate::device::view::View;
+use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
+use crate::ops::{cross_entropy, embedding, linear, rms_norm, rope};
+use crate::params::{ModelIds, ParamTable, Params};
+use crate::state::States;
+use crate::tensor::{DType, Tensor, with_dtype};
+use crate::{Error, Result};
+
+/// A TTT language model.
+///
+/// Training, prefill, decoding and evaluation all go through [`Lm::forward`], which returns the final hidden rows, and then
+/// through [`Lm::logits`], [`Lm::nll`] or [`Lm::loss`], which compute only what is asked for.
+#[derive(Debug)]
+pub struct Lm {
+    config: Config,
+    device: Device,
+    ids: ModelIds,
+    blocks: Vec<Block>,
+    rope: rope::Table,
+    params: Params,
+}
+
+/// What [`Lm::backward`] needs.
+#[derive(Debug)]
+pub struct Saved {
+    segments: Vec<Segment>,
+    blocks: Vec<BlockSaved>,
+    /// Input of the final norm.
+    last: Tensor,
+    keep: Keep,
+    inner_lr: f64,
+}
+
+impl Saved {
+    /// Bytes held for the backward pass.
+    pub fn bytes(&self) -> usize {
+        self.blocks.iter().map(BlockSaved::bytes).sum::<usize>() + self.last.bytes()
+    }
+
+    /// Bytes of kept fast weights among [`Saved::bytes`].
+    pub fn fast_weight_bytes(&self) -> usize {
+        self.blocks.iter().map(BlockSaved::fast_weight_bytes).sum()
+    }
+}
+
+impl Lm {
+    /// A model with initial weights that depend on the seed alone.
+    ///
+    /// # Errors
+    /// An impossible configuration, or memory.
+    pub fn new(config: &Config, device: &Device, dtype: DType, seed: u64) -> Result<Lm> {
+        config.validate()?;
+        let table = Arc::new(ParamTable::new(config).0);
+        let params = device.install(|| Params::init(&table, device, dtype, seed))?;
+        Lm::from_params(config, params)
+    }
+
+    /// A model with given weights.
+    ///
+    /// # Errors
+    /// An impossible configuration, or memory.
+    ///
+    /// # Panics
+    /// When the weights are laid out for another configuration.
+    pub fn from_params(config: &Config, params: Params) -> Result<Lm> {
+        config.validate()?;
+        let (table, ids) = ParamTable::new(config);
+        assert_eq!(table.len(), params.table().len(), "weights of another configuration");
+        let device = params.data().device().clone();
+        let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
+        let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
+        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
+    }
+
+    /// Hyperparameters.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the model lives.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Type of its numbers.
+    pub fn dtype(&self) -> DType {
+        self.params.data().dtype()
+    }
+
+    /// Its blocks.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// Its weights.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// Its weights, to change.
+    pub fn params_mut(&mut self) -> &mut Params {
+        &mut self.params
+    }
+
+    /// The states of `slots` sequences, each at its beginning.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn states(&self, slots: usize) -> Result<States> {
+        States::new(self, slots)
+    }
+
+    /// Reads a batch: the final hidden rows `[tokens, D]`, normed, and what [`Lm::backward`] needs when `keep` asks for it.
+    ///
+    /// With `states` every sequence continues its slot; without, each starts from the learned initial weights and its state is
+    /// dropped. `inner_lr` is the factor of the inner learning rate: 1 but during the warm-up of training.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or memory.
+    ///
+    /// # Panics
+    /// When the batch names a slot that the states do not have, or one twice; when a pass with states is to be kept.
+    pub fn forward(&self, batch: &Batch, states: Option<&mut States>, keep: Keep, inner_lr: f64) -> Result<(Tensor, Option<Saved>)> {
+        self.check_tokens(&batch.tokens)?;
+        assert!(states.is_none() || keep == Keep::Nothing, "a pass that continues states keeps nothing");
+        self.device.install(|| self.forward_here(batch, states, keep, inner_lr))
+    }
+
+    fn forward_here(
+        &self,
+        batch: &Batch,
+        mut states: Option<&mut States>,
+        keep: Keep,
+        inner_lr: f64,
+    ) -> Result<(Tensor, Option<Saved>)> {
+        let segments = match &states {
+            Some(states) => states.segments(batch),
+            None => fresh_segments(batch),
+        };
+        let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
+        let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+        let mut saved = Vec::new();
+        for (i, block) in self.blocks.iter().enumerate() {
+            let state = states.as_mut().map(|s| &mut s.layers[i]);
+            let (y, kept) = block.forward(&pass, x, state)?;
+            saved.extend(kept);
+            x = y;
+        }
+        if let Some(states) = states {
+            states.advance(batch);
+        }
+        let hidden = rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)?;
+        let saved = (keep != Keep::Nothing).then(|| Saved { segments, blocks: saved, last: x, keep, inner_lr });
+        Ok((hidden, saved))
+    }
+
+    /// Logits `[rows.len(), V]` of some rows of the hidden states.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When a row does not exist.
+    pub fn logits(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        let all: bool = rows.len() == hidden.view().rows() && rows.iter().enumerate().all(|(i, r)| i == *r);
+        self.device.install(|| {
+            let head = self.params.view(self.ids.head);
+            if all {
+                return linear::forward(hidden.view(), head);
+            }
+            let mut some = Tensor::empty(&self.device, &[rows.len(), self.config.hidden_size], self.dtype())?;
+            with_dtype!(self.dtype(), E => {
+                let from = hidden.view().as_mat::<E>();
+                let mut to = some.view_mut();
+                let mut to = to.as_mat::<E>();
+                for (i, row) in rows.iter().enumerate() {
+                    to.row_mut(i).copy_from_slice(from.row(*row));
+                }
+            });
+            linear::forward(some.view(), head)
+        })
+    }
+
+    /// Negative log likelihood of a target at every hidden row, in nats.
+    ///
+    /// # Errors
+    /// A target outside the vocabulary, or memory.
+    pub fn nll(&self, hidden: View<'_>, targets: &[u32]) -> Result<Vec<f64>> {
+        self.check_tokens(targets)?;
+        self.device.install(|| cross_entropy::forward(hidden, self.params.view(self.ids.head), targets))
+    }
+
+    /// Negative log likelihoods, and the gradient of `sum_t weights[t] * nll[t]` with respect to the hidden rows; the output
+    /// matrix's gradient is added to `grads`. Rows of weight 0 are skipped and their likelihood is reported as 0.
+    ///
+    /// # Errors
+    /// A target outside the vocabulary, or memory.
+    pub fn loss(&self, hidden: &Tensor, targets: &[u32], weights: &[f64], grads: &mut Params) -> Result<(Vec<f64>, Tensor)> {
+        self.check_tokens(targets)?;
+        let head = self.params.view(self.ids.head);
+        self.device.install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
+    }
+
+    /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn backward(&self, batch: &Batch, saved: Saved, dhidden: Tensor, grads: &mut Params) -> Result<()> {
+        self.device.install(|| {
+            let Saved { segments, blocks, last, keep, inner_lr } = saved;
+            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
+            let (eps, norm) = (self.config.rms_norm_eps, self.params.view(self.ids.norm));
+            let mut dx = rms_norm::backward(dhidden.view(), last.view(), norm, eps, grads.view_mut(self.ids.norm))?;
+            drop((last, dhidden));
+            for (block, saved) in self.blocks.iter().zip(blocks).rev() {
+                dx = block.backward(&pass, saved, dx, grads)?;
+            }
+            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            Ok(())
+        })
+    }
+
+    /// Inner-loop statistics of every layer over a batch of sequences that start from the initial weights.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or memory.
+    pub fn inner_statistics(&self, batch: &Batch) -> Result<Vec<InnerStatistics>> {
+        self.check_tokens(&batch.tokens)?;
+        self.device.install(|| {
+            let mut states = States::new(self, batch.slots())?;
+            let segments = states.segments(batch);
+            let keep = Keep::Saved { group: 1 };
+            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
+            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let mut all = Vec::with_capacity(self.blocks.len());
+            for (block, state) in self.blocks.iter().zip(&mut states.layers) {
+                let state: &mut LayerState = state;
+                let (y, saved) = block.forward(&pass, x, Some(&mut *state))?;
+                all.push(block.statistics(&pass, &saved.expect("a pass that keeps activations returns them"), state)?);
+                x = y;
+            }
+            Ok(all)
+        })
+    }
+
+    /// The first output of a block, or final hidden rows, that hold a number that is not finite: its name and the element.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or memory.
+    pub fn first_non_finite(&self, batch: &Batch, inner_lr: f64) -> Result<Option<(String, usize)>> {
+        self.check_tokens(&batch.tokens)?;
+        self.device.install(|| {
+            let segments = fresh_segments(batch);
+            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep: Keep::Nothing };
+            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            for (i, block) in self.blocks.iter().enumerate() {
+                x = block.forward(&pass, x, None)?.0;
+                if let Some(element) = x.to_f64_vec().iter().position(|x| !x.is_finite()) {
+                    return Ok(Some((format!("output of model.layers.{i}"), element)));
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
+            Some(t) => Err(Error::Invalid(format!(
+                "token id {t} is outside the model's vocabulary of {} ids: the text was made with another tokenizer",
+                self.config.vocab_size
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Segments of a batch whose sequences all start afresh, sequence i in slot i.
+fn fresh_segments(batch: &Batch) -> Vec<Segment> {
+    let fresh = |(slot, s): (usize, &crate::batch::Seq)| Segment { first_row: s.first_row, len: s.len, slot, phase: 0 };
+    batch.seqs.iter().enumerate().map(fresh).collect()
+}

@@ -1,0 +1,163 @@
+//! Checkpoints: a model folder with the optimizer and the position of the run beside the weights.
+//!
+//! A run folder holds `checkpoints/step-00000100/` and so on, `latest` with the name of the newest, and the plain model folders
+//! `best/` and `final/`.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::Tokenizer;
+use crate::hub::safetensors::{self, Dtype, File};
+use crate::hub::{self, ModelFolder, SaveOptions, weights, write_atomic, write_folder};
+use crate::lm::Lm;
+use crate::train::step::Optimizer;
+use crate::{AtPath, Error, Result};
+
+/// Version of `trainer_state.json`.
+const VERSION: u32 = 1;
+
+/// Where a run is: everything that `--resume` needs beside weights and moments. The order of the data is a pure function of seed
+/// and step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Version of this file.
+    pub version: u32,
+    /// Updates made.
+    pub step: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Lowest validation loss so far.
+    pub best_loss: Option<f64>,
+    /// Seconds trained, earlier parts included.
+    pub elapsed_seconds: f64,
+    /// Identity of the tokenised data.
+    pub data: String,
+}
+
+impl TrainerState {
+    /// The beginning of a run on some data.
+    pub fn new(data: String) -> TrainerState {
+        TrainerState { version: VERSION, step: 0, tokens: 0, best_loss: None, elapsed_seconds: 0.0, data }
+    }
+}
+
+/// The checkpoints of a run folder.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    run: PathBuf,
+    /// Newest ones to keep.
+    keep: usize,
+    /// Steps between those that are kept for ever; 0 for none.
+    milestone_every: u64,
+}
+
+impl Checkpoints {
+    /// Those of the run folder `run`.
+    pub fn new(run: &Path, keep: usize, milestone_every: u64) -> Checkpoints {
+        Checkpoints { run: run.to_owned(), keep, milestone_every }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.run.join("checkpoints")
+    }
+
+    /// The newest checkpoint's folder, if there is one.
+    ///
+    /// # Errors
+    /// A `latest` that names no checkpoint.
+    pub fn latest(&self) -> Result<Option<PathBuf>> {
+        let pointer = self.run.join("latest");
+        if !pointer.exists() {
+            return Ok(None);
+        }
+        let name = std::fs::read_to_string(&pointer).at(&pointer)?;
+        let folder = self.folder().join(name.trim());
+        match step_of(name.trim()) {
+            Some(_) if folder.is_dir() => Ok(Some(folder)),
+            _ => Err(Error::format(pointer, format!("it names `{}`, which is no checkpoint of this run", name.trim()))),
+        }
+    }
+
+    /// Writes a checkpoint, points `latest` to it, and removes the ones that are no longer wanted.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; earlier checkpoints are then as they were.
+    pub fn save(&self, model: &Lm, optimizer: &Optimizer, tokenizer: &Tokenizer, state: &TrainerState) -> Result<PathBuf> {
+        let folder = self.folder();
+        std::fs::create_dir_all(&folder).at(&folder)?;
+        let name = format!("step-{:08}", state.step);
+        let path = folder.join(&name);
+        write_folder(&path, |tmp| {
+            write_model(tmp, model, tokenizer)?;
+            let mut moments = weights::sources(&optimizer.m, "m.", Dtype::F32);
+            moments.extend(weights::sources(&optimizer.v, "v.", Dtype::F32));
+            safetensors::write(tmp.join("optimizer.safetensors"), &[], moments)?;
+            let json = serde_json::to_string_pretty(state).expect("a trainer state is plain data");
+            write_atomic(tmp.join("trainer_state.json"), |w| w.write_all(json.as_bytes()))
+        })?;
+        write_atomic(self.run.join("latest"), |w| writeln!(w, "{name}"))?;
+        self.prune()?;
+        Ok(path)
+    }
+
+    /// Removes all but the newest `keep` and the milestones.
+    fn prune(&self) -> Result<()> {
+        let folder = self.folder();
+        let mut steps: Vec<(u64, PathBuf)> = Vec::new();
+        for entry in std::fs::read_dir(&folder).at(&folder)? {
+            let path = entry.at(&folder)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            steps.extend(step_of(&name).map(|step| (step, path)));
+        }
+        steps.sort();
+        let milestone = |step: u64| self.milestone_every > 0 && step % self.milestone_every == 0;
+        for (step, path) in steps.iter().rev().skip(self.keep) {
+            if !milestone(*step) {
+                std::fs::remove_dir_all(path).at(path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Step of a checkpoint's name.
+fn step_of(name: &str) -> Option<u64> {
+    name.strip_prefix("step-").filter(|digits| digits.len() == 8)?.parse().ok()
+}
+
+/// Writes a model folder with its tokenizer, whole or not at all.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn save_model(path: &Path, model: &Lm, tokenizer: &Tokenizer) -> Result<()> {
+    write_folder(path, |tmp| write_model(tmp, model, tokenizer))
+}
+
+fn write_model(folder: &Path, model: &Lm, tokenizer: &Tokenizer) -> Result<()> {
+    hub::save(folder, model.config(), model.params(), SaveOptions::default())?;
+    tokenizer.save(folder)
+}
+
+/// Reads a checkpoint: weights and moments into `model` and `optimizer`, and returns where the run was.
+///
+/// # Errors
+/// Files that cannot be read, or that belong to another model.
+pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<TrainerState> {
+    let path = folder.join("trainer_state.json");
+    let text = std::fs::read_to_string(&path).at(&path)?;
+    let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
+    if state.version != VERSION {
+        return Err(Error::format(path, format!("it has version {}; this program reads version {VERSION}", state.version)));
+    }
+    let saved = ModelFolder::open(folder)?;
+    if saved.config() != model.config() {
+        return Err(Error::format(folder.join("config.json"), "the checkpoint's model differs from the run's settings"));
+    }
+    *model.params_mut() = saved.load_params(model.params().table(), model.device(), model.dtype())?;
+    let moments = File::open(folder.join("optimizer.safetensors"))?;
+    weights::read_into(&mut optimizer.m, &moments, "m.")?;
+    weights::read_into(&mut optimizer.v, &moments, "v.")?;
+    optimizer.step = state.step;
+    Ok(state)
+}

@@ -1,0 +1,403 @@
+//! The training loop.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use crate::batch::Batch;
+use crate::config::Config;
+use crate::data::{Progress, Sampler, Split as DataSplit, Store, Tokenizer, Tokens};
+use crate::device::Device;
+use crate::eval::{Evaluation, evaluate_batch};
+use crate::generate::{Generator, Sampling};
+use crate::hub::{ModelFolder, write_atomic};
+use crate::layer::Keep;
+use crate::lm::Lm;
+use crate::ops::adamw;
+use crate::plan;
+use crate::state::States;
+use crate::tensor::DType;
+use crate::train::checkpoint::{self, Checkpoints, TrainerState};
+use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
+use crate::train::settings::Recompute;
+use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
+use crate::train::tensorboard::EventFile;
+use crate::train::{Settings, corpus, metrics, peak, plot};
+use crate::{AtPath, Error, Result};
+
+/// What happens during a run, for whoever shows it.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// Where the text comes from.
+    Corpus(&'a str),
+    /// The text is being turned into tokens.
+    Tokenizing(Progress),
+    /// The loop begins.
+    Start {
+        /// The model.
+        config: &'a Config,
+        /// Number of its parameters.
+        parameters: usize,
+        /// Training tokens of the corpus.
+        train_tokens: u64,
+        /// Validation tokens of the corpus.
+        validation_tokens: u64,
+        /// Updates made before, by the part of the run that is resumed.
+        from_step: u64,
+        /// Updates of the whole run.
+        steps: u64,
+    },
+    /// A step was made and is not in `metrics.jsonl`.
+    Step(&'a Record),
+    /// A record was written.
+    Logged(&'a Record),
+    /// The model's continuation of the sample prompt.
+    Sample(&'a str),
+    /// A checkpoint was written.
+    Saved(&'a Path),
+}
+
+/// Shows a run, and may stop it.
+pub trait Observer: Sync {
+    /// Something happened.
+    fn event(&self, event: Event<'_>);
+
+    /// Whether the run should save a checkpoint and stop.
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+/// What to train, where.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Settings of the run.
+    pub settings: Settings,
+    /// The run folder.
+    pub folder: PathBuf,
+    /// Whether to go on from the folder's newest checkpoint.
+    pub resume: bool,
+    /// Where to train.
+    pub device: Device,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The last validation.
+    pub validation: Record,
+    /// Folder of the final model.
+    pub model: PathBuf,
+    /// Time trained.
+    pub seconds: f64,
+}
+
+/// Trains to the end, or until the observer interrupts.
+///
+/// # Errors
+/// Settings, data or files that cannot be used; [`Error::NotFinite`]; [`Error::Interrupted`] after a checkpoint was written.
+pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
+    job.settings.validate()?;
+    prepare_folder(job)?;
+    let mut run = Run::new(job, observer)?;
+    run.train(observer)
+}
+
+/// Makes the run folder and writes the settings; an existing run is never overwritten.
+fn prepare_folder(job: &Job) -> Result<()> {
+    let settings = job.folder.join("settings.toml");
+    if job.resume {
+        return match settings.exists() {
+            true => Ok(()),
+            false => Err(Error::Config(format!("{} is no run folder: it holds no settings.toml", job.folder.display()))),
+        };
+    }
+    let in_use = std::fs::read_dir(&job.folder).is_ok_and(|mut entries| entries.next().is_some());
+    if in_use {
+        return Err(Error::Config(format!(
+            "the run folder {0} exists and is not empty; continue it with `--resume {0}`, or name another one",
+            job.folder.display()
+        )));
+    }
+    std::fs::create_dir_all(&job.folder).at(&job.folder)
+}
+
+/// Everything that lives as long as the run.
+struct Run<'j> {
+    job: &'j Job,
+    config: Config,
+    model: Lm,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    store: Store,
+    /// Validation text of its own, when the settings name one.
+    validation: Option<Store>,
+    sampler: Sampler,
+    checkpoints: Checkpoints,
+    state: TrainerState,
+    metrics: Metrics,
+    events: Option<EventFile>,
+    /// Floating-point operations a second that the device reaches in a matrix product.
+    peak_flops: f64,
+    started: Instant,
+    /// Time and tokens of the last record, for the speed.
+    last: (f64, u64),
+}
+
+impl<'j> Run<'j> {
+    fn new(job: &'j Job, observer: &dyn Observer) -> Result<Run<'j>> {
+        let settings = &job.settings;
+        let config = settings.model_config()?;
+        let tokenizer = corpus::tokenizer(settings, &config)?;
+        let (store, validation) = corpus::open(settings, &job.folder, &tokenizer, observer)?;
+        let sampler = Sampler::new(store.split(DataSplit::Train).len(), settings.train.sequence_length, settings.train.seed)?;
+
+        let mut model = match &settings.model.folder {
+            Some(folder) => {
+                let from = ModelFolder::open(folder)?;
+                let table = std::sync::Arc::new(crate::params::ParamTable::new(&config).0);
+                Lm::from_params(&config, from.load_params(&table, &job.device, DType::F32)?)?
+            }
+            None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
+        };
+        let mut optimizer = Optimizer::new(&model)?;
+        let checkpoints = Checkpoints::new(&job.folder, settings.checkpoint.keep, settings.checkpoint.milestone_every);
+        let fingerprint = store.fingerprint().to_owned();
+        let newest = if job.resume { checkpoints.latest()? } else { None };
+        let state = match newest {
+            Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
+            None => TrainerState::new(fingerprint.clone()),
+        };
+        if state.data != fingerprint {
+            return Err(Error::Data(format!(
+                "the training data is not what {} was trained on: files, tokenizer or split have changed, so the run cannot go on exactly",
+                job.folder.display()
+            )));
+        }
+        // Only now is it known that the run can be made.
+        let text = settings.to_toml();
+        write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
+        let path = job.folder.join("metrics.jsonl");
+        let metrics = if state.step > 0 { Metrics::resume(path, state.step)? } else { Metrics::create(path)? };
+        let resumed = (state.step > 0).then_some(state.step);
+        let events = settings.log.tensorboard.then(|| EventFile::create(&job.folder, resumed)).transpose()?;
+        let peak_flops = peak::matmul_flops(&job.device)?;
+        let last = (state.elapsed_seconds, state.tokens);
+        Ok(Run {
+            job,
+            config,
+            model,
+            optimizer,
+            tokenizer,
+            store,
+            validation,
+            sampler,
+            checkpoints,
+            state,
+            metrics,
+            events,
+            peak_flops,
+            started: Instant::now(),
+            last,
+        })
+    }
+
+    /// The loop. It runs once more than there are steps, so that the end is evaluated, sampled and saved by the same lines.
+    fn train(&mut self, observer: &dyn Observer) -> Result<Outcome> {
+        let settings = self.job.settings.clone();
+        let steps = settings.steps();
+        let from_step = self.state.step;
+        let earlier = self.state.elapsed_seconds;
+        observer.event(Event::Start {
+            config: &self.config,
+            parameters: self.model.params().table().parameters(),
+            train_tokens: self.store.split(DataSplit::Train).len() as u64,
+            validation_tokens: self.validation_tokens().len() as u64,
+            from_step,
+            steps,
+        });
+        let due = |step: u64, every: u64| step == steps || (every > 0 && step > 0 && step % every == 0);
+        let mut validation = None;
+        loop {
+            let step = self.state.step;
+            self.state.elapsed_seconds = earlier + self.started.elapsed().as_secs_f64();
+
+            // Evaluate.
+            if due(step, settings.eval.every) || step == 0 {
+                let record = self.evaluate()?;
+                self.log(&record, observer)?;
+                let better = self.state.best_loss.is_none_or(|best| record.loss < best);
+                if better && step > 0 {
+                    self.state.best_loss = Some(record.loss);
+                    if settings.checkpoint.best {
+                        checkpoint::save_model(&self.job.folder.join("best"), &self.model, &self.tokenizer)?;
+                    }
+                }
+                validation = Some(record);
+            }
+            // Sample.
+            if settings.sample.every > 0 && due(step, settings.sample.every) {
+                observer.event(Event::Sample(&self.sample()?));
+            }
+            // Save.
+            let interrupted = observer.interrupted();
+            let milestone = settings.checkpoint.milestone_every;
+            let wanted = due(step, settings.checkpoint.every) || (milestone > 0 && due(step, milestone));
+            if step > from_step && (wanted || interrupted) {
+                let path = self.checkpoints.save(&self.model, &self.optimizer, &self.tokenizer, &self.state)?;
+                observer.event(Event::Saved(&path));
+            }
+            // Stop.
+            if interrupted {
+                self.plot()?;
+                return Err(Error::Interrupted);
+            }
+            if step >= steps {
+                break;
+            }
+            // Step.
+            let lr = settings.learning_rate().at(step);
+            let report = self.step(lr)?;
+            // Log.
+            self.state.step += 1;
+            self.state.tokens += settings.train.batch_tokens;
+            let record = self.train_record(&report, lr, earlier);
+            if due(self.state.step, settings.log.every) || self.state.step == 1 {
+                self.last = (record.elapsed_seconds.unwrap_or(0.0), self.state.tokens);
+                self.log(&record, observer)?;
+            } else {
+                observer.event(Event::Step(&record));
+            }
+        }
+        let model = self.job.folder.join("final");
+        checkpoint::save_model(&model, &self.model, &self.tokenizer)?;
+        self.plot()?;
+        let validation = validation.expect("the last pass of the loop evaluates");
+        Ok(Outcome { validation, model, seconds: self.state.elapsed_seconds })
+    }
+
+    fn step(&mut self, lr: f64) -> Result<StepReport> {
+        let settings = &self.job.settings;
+        let group = settings.train.checkpoint_group;
+        let keep = match settings.train.recompute {
+            Recompute::None => Keep::Saved { group },
+            Recompute::Block => Keep::Input { group },
+        };
+        let o = &settings.optimizer;
+        let step = StepSettings {
+            lr,
+            inner_lr: settings.inner_learning_rate(&self.config).multiplier(self.state.step),
+            clip: if o.clip > 0.0 { o.clip } else { f64::INFINITY },
+            adamw: adamw::Settings { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
+            keep,
+        };
+        let tokens = self.store.split(DataSplit::Train);
+        let windows = self.sampler.windows(self.state.step, settings.sequences_per_step());
+        let micro_batches: Vec<MicroBatch> =
+            windows.chunks(settings.micro_batch()).map(|windows| self.micro_batch(tokens, windows)).collect();
+        self.optimizer.step(&mut self.model, &micro_batches, &step)
+    }
+
+    fn micro_batch(&self, tokens: &Tokens, windows: &[usize]) -> MicroBatch {
+        let examples = self.sampler.examples(tokens, windows, self.tokenizer.bos());
+        let sequences: Vec<&[u32]> = examples.inputs.chunks(self.job.settings.train.sequence_length).collect();
+        let mask = examples.mask.iter().map(|m| f64::from(u8::from(*m))).collect();
+        MicroBatch { batch: Batch::packed(&sequences), targets: examples.targets, mask }
+    }
+
+    fn validation_tokens(&self) -> &Tokens {
+        match &self.validation {
+            Some(store) => store.split(DataSplit::Train),
+            None => self.store.split(DataSplit::Validation),
+        }
+    }
+
+    /// Reads evenly spaced windows of the validation text, each from the initial weights.
+    fn evaluate(&self) -> Result<Record> {
+        let settings = &self.job.settings;
+        let tokens = self.validation_tokens();
+        let windows = Sampler::new(tokens.len(), settings.train.sequence_length, 0)?;
+        let wanted = (settings.eval.tokens as usize / settings.train.sequence_length).clamp(1, windows.len());
+        let chosen: Vec<usize> = (0..wanted).map(|i| i * windows.len() / wanted).collect();
+        let bytes_per_token = tokens.bytes_per_token();
+        let mut sums = Evaluation::default();
+        let mut inner = None;
+        for windows in chosen.chunks(settings.micro_batch()) {
+            let m = self.micro_batch(tokens, windows);
+            sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes_per_token)?);
+            if inner.is_none() {
+                inner = Some(self.inner_losses(&m.batch)?);
+            }
+        }
+        Ok(Record {
+            bits_per_byte: Some(sums.bits_per_byte()),
+            elapsed_seconds: Some(self.state.elapsed_seconds),
+            memory_bytes: Some(self.job.device.memory().usage().peak as u64),
+            inner,
+            ..Record::new(Split::Validation, self.state.step, self.state.tokens, sums.loss())
+        })
+    }
+
+    /// The inner loop's errors of every layer, means over a batch's mini-batches.
+    fn inner_losses(&self, batch: &Batch) -> Result<Vec<InnerLoss>> {
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        let layers = self.model.inner_statistics(batch)?;
+        let loss = |s: &crate::layer::InnerStatistics| InnerLoss {
+            mse_init: mean(&s.initial),
+            mse_step_0: mean(&s.before),
+            mse_step_1: mean(&s.after),
+        };
+        Ok(layers.iter().map(loss).collect())
+    }
+
+    fn train_record(&self, report: &StepReport, lr: f64, earlier: f64) -> Record {
+        let elapsed = earlier + self.started.elapsed().as_secs_f64();
+        let speed = (self.state.tokens - self.last.1) as f64 / (elapsed - self.last.0).max(1e-9);
+        let bytes = report.counted * self.store.split(DataSplit::Train).bytes_per_token();
+        Record {
+            bits_per_byte: Some(report.nll / std::f64::consts::LN_2 / bytes),
+            lr: Some(lr),
+            grad_norm: Some(report.grad_norm),
+            tokens_per_second: Some(speed),
+            mfu: Some(plan::flops(&self.config).training * speed / self.peak_flops),
+            elapsed_seconds: Some(elapsed),
+            memory_bytes: Some(self.job.device.memory().usage().peak as u64),
+            ..Record::new(Split::Train, self.state.step, self.state.tokens, report.loss)
+        }
+    }
+
+    fn log(&mut self, record: &Record, observer: &dyn Observer) -> Result<()> {
+        self.metrics.write(record)?;
+        if let Some(events) = &mut self.events {
+            events.write_record(record)?;
+        }
+        observer.event(Event::Logged(record));
+        Ok(())
+    }
+
+    fn sample(&self) -> Result<String> {
+        let sample = &self.job.settings.sample;
+        let mut prompt: Vec<u32> = self.tokenizer.bos().into_iter().collect();
+        prompt.extend(self.tokenizer.encode(&sample.prompt)?);
+        let sampling = Sampling { temperature: 0.8, top_p: 0.95, seed: self.state.step, ..Sampling::default() };
+        let mut generator = Generator::new(&self.model, sampling)?;
+        let mut states = States::new(&self.model, 1)?;
+        generator.read(&mut states, 0, &prompt)?;
+        let mut text = self.tokenizer.stream();
+        let mut shown = sample.prompt.clone();
+        for _ in 0..sample.tokens {
+            let choice = generator.choose();
+            if Some(choice.token) == self.tokenizer.eos() {
+                break;
+            }
+            shown += &text.push(choice.token);
+            generator.read(&mut states, 0, &[choice.token])?;
+        }
+        Ok(shown + &text.finish())
+    }
+
+    fn plot(&self) -> Result<()> {
+        let records = metrics::read(self.job.folder.join("metrics.jsonl"))?;
+        let title = format!("{} parameters, {:?}", self.model.params().table().parameters(), self.config.ttt_layer_type);
+        plot::write_loss_svg(self.job.folder.join("loss.svg"), &records, &title)
+    }
+}
