@@ -9,3 +9,43 @@
 //! - gradients are `d<name>`; *parameter* gradients are added to, *activation* gradients are overwritten;
 //! - a wrong shape panics with both shapes; what a user can cause (memory) is an [`crate::Error`];
 //! - work is split over the threads of the current pool by shape alone, so results do not depend on timing.
+
+pub mod adamw;
+pub mod add;
+pub mod conv;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod gelu_gate;
+pub mod grad_norm;
+pub mod inner_lr;
+pub mod layer_norm;
+pub mod linear;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+pub mod token_scale;
+
+use crate::device::{Device, Kernels};
+use crate::tensor::DType;
+
+/// Whether the fast f32 version of an operation runs, not the reference.
+pub(crate) fn fast(device: &Device, dtype: DType) -> bool {
+    dtype == DType::F32 && device.kernels() == Kernels::Fast
+}
+
+/// Panics with both shapes when they differ.
+#[track_caller]
+pub(crate) fn expect_shape(name: &str, is: [usize; 2], should: [usize; 2]) {
+    assert!(is == should, "`{name}` is {is:?} and should be {should:?}");
+}
+
+/// Panics when the segments do not cover `rows` rows one behind the other.
+#[track_caller]
+pub(crate) fn expect_segments(segments: &[crate::batch::Segment], rows: usize) {
+    let mut row = 0;
+    for segment in segments {
+        assert!(segment.first_row == row, "a segment starts at row {} and should start at row {row}", segment.first_row);
+        row += segment.len;
+    }
+    assert!(row == rows, "the segments have {row} rows and should have {rows}");
+}

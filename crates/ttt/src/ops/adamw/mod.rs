@@ -1,0 +1,67 @@
+//! AdamW (decoupled weight decay), as the paper's recipe has it: bias-corrected moments, eps outside the square root, decay
+//! times the current learning rate, no parameter excluded.
+
+mod reference;
+
+use crate::ops::expect_shape;
+use crate::tensor::{Tensor, with_dtype};
+
+/// What does not change from step to step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the square root of the second moment.
+    pub eps: f64,
+    /// Decay of the parameters, times the learning rate.
+    pub weight_decay: f64,
+}
+
+/// The numbers of one step.
+#[derive(Clone, Copy)]
+struct Factors {
+    beta1: f64,
+    beta2: f64,
+    /// 1 over the bias correction of each moment.
+    unbias1: f64,
+    unbias2: f64,
+    eps: f64,
+    weight_decay: f64,
+    lr: f64,
+    grad_scale: f64,
+}
+
+impl Factors {
+    fn new(step: u64, lr: f64, grad_scale: f64, settings: &Settings) -> Factors {
+        let Settings { beta1, beta2, eps, weight_decay } = *settings;
+        let unbias = |beta: f64| 1.0 / (1.0 - beta.powf((step + 1) as f64));
+        Factors { beta1, beta2, unbias1: unbias(beta1), unbias2: unbias(beta2), eps, weight_decay, lr, grad_scale }
+    }
+}
+
+/// One update after `step` previous ones, with g = `grad_scale` · grads and t = `step` + 1:
+/// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`,
+/// `params −= lr ((m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + eps) + weight_decay · params)`.
+///
+/// # Panics
+/// When the four tensors differ in their number of elements.
+pub fn step(
+    params: &mut Tensor,
+    grads: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    step: u64,
+    lr: f64,
+    grad_scale: f64,
+    settings: &Settings,
+) {
+    for (name, tensor) in [("grads", grads), ("m", &*m), ("v", &*v)] {
+        expect_shape(name, [tensor.len(), 1], [params.len(), 1]);
+    }
+    let factors = Factors::new(step, lr, grad_scale, settings);
+    with_dtype!(params.dtype(), E => {
+        reference::step::<E>(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors)
+    });
+}

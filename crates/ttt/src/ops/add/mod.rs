@@ -1,0 +1,16 @@
+//! Addition in place: residual streams and gradients that meet.
+
+mod reference;
+
+use crate::device::view::{View, ViewMut};
+use crate::ops::expect_shape;
+use crate::tensor::with_dtype;
+
+/// `y += x`.
+///
+/// # Panics
+/// When the shapes differ.
+pub fn add_to(y: ViewMut, x: View) {
+    expect_shape("x", x.shape(), y.shape());
+    with_dtype!(x.dtype(), E => reference::add_to::<E>(y.into_mat(), x.as_mat()));
+}

@@ -1,0 +1,13 @@
+//! The definition, in plain loops.
+
+use crate::device::view::{Mat, MatMut};
+use crate::tensor::Element;
+
+/// `y += x`.
+pub(crate) fn add_to<E: Element>(mut y: MatMut<E>, x: Mat<E>) {
+    for i in 0..x.rows() {
+        for (y, &x) in y.row_mut(i).iter_mut().zip(x.row(i)) {
+            *y += x;
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Output head and loss in one: `nll = log Σ_v e^(hidden·w_v) − hidden·w_target`, without ever holding the logits of all rows.
+//!
+//! Letters: n rows, d hidden size, v vocabulary.
+
+mod reference;
+
+use crate::Result;
+use crate::device::view::{View, ViewMut};
+use crate::ops::expect_shape;
+use crate::tensor::{Tensor, with_dtype};
+
+/// Negative log likelihood (nats) of each row's target; hidden `[n, d]`, w `[v, d]`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` is not `d` wide, there are not n targets, or one is not below v.
+pub fn forward(hidden: View, w: View, targets: &[u32]) -> Result<Vec<f64>> {
+    expect_inputs(hidden, w, targets);
+    expect_targets(targets, w);
+    with_dtype!(hidden.dtype(), E => Ok(reference::forward::<E>(hidden.as_mat(), w.as_mat(), targets)))
+}
+
+/// The same and its gradient, where the loss is `Σ_i weights[i] nll[i]`: returns nll and `dhidden [n, d]`, adds to `dw [v, d]`.
+///
+/// Rows of weight 0 are skipped: their target is not looked at, their nll is 0, their row of `dhidden` is zero.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` is not `d` wide, `dw` has not its shape, there are not n targets and weights, or a target (of a row that is not
+/// skipped) is not below v.
+pub fn forward_backward(hidden: View, w: View, targets: &[u32], weights: &[f64], dw: ViewMut) -> Result<(Vec<f64>, Tensor)> {
+    expect_inputs(hidden, w, targets);
+    expect_shape("dw", dw.shape(), w.shape());
+    assert!(weights.len() == targets.len(), "{} weights for {} targets", weights.len(), targets.len());
+    expect_targets(targets.iter().zip(weights).filter(|(_, weight)| **weight != 0.0).map(|(target, _)| target), w);
+    let mut dhidden = Tensor::empty(hidden.device(), &hidden.shape(), hidden.dtype())?;
+    let nll = with_dtype!(hidden.dtype(), E => {
+        let dhidden = dhidden.view_mut().into_mat();
+        reference::forward_backward::<E>(hidden.as_mat(), w.as_mat(), targets, weights, dw.into_mat(), dhidden)
+    });
+    Ok((nll, dhidden))
+}
+
+fn expect_inputs(hidden: View, w: View, targets: &[u32]) {
+    expect_shape("w", w.shape(), [w.rows(), hidden.cols()]);
+    assert!(targets.len() == hidden.rows(), "{} targets for {} rows", targets.len(), hidden.rows());
+}
+
+fn expect_targets<'a>(targets: impl IntoIterator<Item = &'a u32>, w: View) {
+    for &target in targets {
+        assert!((target as usize) < w.rows(), "target {target} in a vocabulary of {}", w.rows());
+    }
+}

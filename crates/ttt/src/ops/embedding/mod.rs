@@ -1,0 +1,38 @@
+//! Token embeddings: rows of a table.
+
+mod reference;
+
+use crate::Result;
+use crate::device::view::{View, ViewMut};
+use crate::ops::expect_shape;
+use crate::tensor::{Tensor, with_dtype};
+
+/// Row `ids[i]` of `table [v, d]` for each i: `[ids.len(), d]`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When an id is not below `v`; callers check what users give them.
+pub fn forward(ids: &[u32], table: View) -> Result<Tensor> {
+    expect_ids(ids, table.rows());
+    let mut y = Tensor::empty(table.device(), &[ids.len(), table.cols()], table.dtype())?;
+    with_dtype!(table.dtype(), E => reference::forward::<E>(ids, table.as_mat(), y.view_mut().into_mat()));
+    Ok(y)
+}
+
+/// `dtable[ids[i]] += dy[i]`, in the order of i.
+///
+/// # Panics
+/// When `dy` is not `[ids.len(), d]`, or an id is not below `v`.
+pub fn backward(ids: &[u32], dy: View, dtable: ViewMut) {
+    expect_ids(ids, dtable.rows());
+    expect_shape("dy", dy.shape(), [ids.len(), dtable.cols()]);
+    with_dtype!(dy.dtype(), E => reference::backward::<E>(ids, dy.as_mat(), dtable.into_mat()));
+}
+
+fn expect_ids(ids: &[u32], rows: usize) {
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
+        panic!("id {id} in a table of {rows} rows");
+    }
+}

@@ -1,0 +1,44 @@
+//! The gate of the inner learning rate: `lr = scale · sigmoid(x wᵀ + bias)`, one for each token and head (paper 2.7; `scale` is
+//! the base rate times its warm-up factor, over the head size).
+
+mod reference;
+
+use crate::Result;
+use crate::device::view::{View, ViewMut};
+use crate::ops::expect_shape;
+use crate::ops::linear;
+use crate::tensor::{Tensor, with_dtype};
+
+/// `lr [n, h]` of `x [n, d]`, w `[h, d]`, bias `[1, h]`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` is not `d` wide, or `bias` is not `[1, h]`.
+pub fn forward(x: View, w: View, bias: View, scale: f64) -> Result<Tensor> {
+    expect_shape("bias", bias.shape(), [1, w.rows()]);
+    let mut lr = linear::forward(x, w)?;
+    with_dtype!(x.dtype(), E => reference::gate::<E>(lr.view_mut().into_mat(), bias.as_mat(), scale));
+    Ok(lr)
+}
+
+/// Returns `dx [n, d]`, adds to `dw [h, d]` and `dbias [1, h]`: with da = dlr ⊙ lr ⊙ (1 − lr/scale) (0 when `scale` is),
+/// `dx = da w`, `dw += daᵀ x`, `dbias += Σ_rows da`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `dlr` or `lr` is not `[n, h]`, `dw` has not the shape of `w`, or `dbias` is not `[1, h]`.
+pub fn backward(dlr: View, lr: View, x: View, w: View, scale: f64, dw: ViewMut, dbias: ViewMut) -> Result<Tensor> {
+    expect_shape("dlr", dlr.shape(), [x.rows(), w.rows()]);
+    expect_shape("lr", lr.shape(), [x.rows(), w.rows()]);
+    expect_shape("dbias", dbias.shape(), [1, w.rows()]);
+    let mut da = Tensor::empty(x.device(), &lr.shape(), x.dtype())?;
+    with_dtype!(x.dtype(), E => {
+        reference::gate_backward::<E>(dlr.as_mat(), lr.as_mat(), scale, dbias.into_mat(), da.view_mut().into_mat())
+    });
+    linear::backward_weight(da.view(), x, dw);
+    linear::backward_input(da.view(), w)
+}

@@ -1,0 +1,44 @@
+//! LayerNorm over a row of D: `y = (x − mean(x)) / √(var(x) + eps) ⊙ w + b`, biased variance.
+
+mod reference;
+
+use crate::Result;
+use crate::device::view::{View, ViewMut};
+use crate::ops::expect_shape;
+use crate::tensor::{Tensor, with_dtype};
+
+/// `y [n, d]` of `x [n, d]`, w and b `[1, d]`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` or `b` is not `[1, d]`.
+pub fn forward(x: View, w: View, b: View, eps: f64) -> Result<Tensor> {
+    expect_shape("w", w.shape(), [1, x.cols()]);
+    expect_shape("b", b.shape(), [1, x.cols()]);
+    let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
+    with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), b.as_mat(), eps, y.view_mut().into_mat()));
+    Ok(y)
+}
+
+/// Returns `dx [n, d]`, adds to `dw` and `db [1, d]`: with r = 1/√(var + eps), x̂ = (x − mean) r and p = dy⊙w,
+/// `dx = r (p − mean(p) − x̂ mean(p⊙x̂))`, `dw += Σ_rows dy⊙x̂`, `db += Σ_rows dy`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `dy` has not the shape of `x`, or `w`, `dw` or `db` is not `[1, d]`.
+pub fn backward(dy: View, x: View, w: View, eps: f64, dw: ViewMut, db: ViewMut) -> Result<Tensor> {
+    expect_shape("dy", dy.shape(), x.shape());
+    expect_shape("w", w.shape(), [1, x.cols()]);
+    expect_shape("dw", dw.shape(), [1, x.cols()]);
+    expect_shape("db", db.shape(), [1, x.cols()]);
+    let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
+    with_dtype!(x.dtype(), E => {
+        let dx = dx.view_mut().into_mat();
+        reference::backward::<E>(dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw.into_mat(), db.into_mat(), dx)
+    });
+    Ok(dx)
+}

@@ -1,0 +1,48 @@
+//! Matrix products with a weight matrix: `y = x wᵀ`.
+//!
+//! Letters: n rows (tokens), i inputs, o outputs. Weights are `[o, i]`, as in the model files.
+
+pub(crate) mod reference;
+
+use crate::Result;
+use crate::device::view::{View, ViewMut};
+use crate::ops::expect_shape;
+use crate::tensor::{Tensor, with_dtype};
+
+/// `y [n, o] = x [n, i] wᵀ`, w `[o, i]`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` has not as many columns as `x`.
+pub fn forward(x: View, w: View) -> Result<Tensor> {
+    expect_shape("w", w.shape(), [w.rows(), x.cols()]);
+    let mut y = Tensor::empty(x.device(), &[x.rows(), w.rows()], x.dtype())?;
+    with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), y.view_mut().into_mat()));
+    Ok(y)
+}
+
+/// `dx [n, i] = dy [n, o] w`, w `[o, i]`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` has not as many rows as `dy` has columns.
+pub fn backward_input(dy: View, w: View) -> Result<Tensor> {
+    expect_shape("w", w.shape(), [dy.cols(), w.cols()]);
+    let mut dx = Tensor::empty(dy.device(), &[dy.rows(), w.cols()], dy.dtype())?;
+    with_dtype!(dy.dtype(), E => reference::backward_input::<E>(dy.as_mat(), w.as_mat(), dx.view_mut().into_mat()));
+    Ok(dx)
+}
+
+/// `dw [o, i] += dyᵀ x`, dy `[n, o]`, x `[n, i]`.
+///
+/// # Panics
+/// When the numbers of rows differ, or `dw` is not `[o, i]`.
+pub fn backward_weight(dy: View, x: View, dw: ViewMut) {
+    expect_shape("x", x.shape(), [dy.rows(), x.cols()]);
+    expect_shape("dw", dw.shape(), [dy.cols(), x.cols()]);
+    with_dtype!(dy.dtype(), E => reference::backward_weight::<E>(dy.as_mat(), x.as_mat(), dw.into_mat()));
+}

@@ -1,0 +1,196 @@
+//! What the tests of operations share.
+
+use ttt::device::view::View;
+use ttt::device::{Device, Kernels};
+use ttt::tensor::{DType, Tensor};
+
+type Forward = Box<dyn Fn(&[View]) -> Vec<Tensor> + Sync>;
+type Backward = Box<dyn Fn(&[View], &[Tensor]) -> Vec<Tensor> + Sync>;
+
+/// One operation at one size: its inputs, its outputs, and the gradient of each input from the gradients of the outputs.
+pub struct Case {
+    name: &'static str,
+    inputs: Vec<(&'static str, Vec<usize>)>,
+    forward: Forward,
+    backward: Backward,
+}
+
+/// A device that runs references.
+pub fn reference() -> Device {
+    Device::cpu_with(1, Kernels::Reference).unwrap()
+}
+
+/// A device that runs fast kernels.
+pub fn fast(threads: usize) -> Device {
+    Device::cpu_with(threads, Kernels::Fast).unwrap()
+}
+
+/// f32 values between -1 and 1, another series for each seed.
+pub fn filled(device: &Device, shape: &[usize], seed: usize) -> Tensor {
+    let data: Vec<f32> = (0..shape.iter().product()).map(|i| value(i, seed) as f32).collect();
+    Tensor::from_slice(device, shape, &data).unwrap()
+}
+
+fn value(i: usize, seed: usize) -> f64 {
+    (12.9898 * (i + 1) as f64 + 78.233 * seed as f64).sin()
+}
+
+/// A copy of what a view shows.
+pub fn tensor_of(view: View) -> Tensor {
+    fn copy<E: ttt::tensor::Element>(view: View) -> Tensor {
+        let mat = view.as_mat::<E>();
+        let data: Vec<E> = (0..mat.rows()).flat_map(|i| mat.row(i).to_vec()).collect();
+        Tensor::from_slice(view.device(), &view.shape(), &data).unwrap()
+    }
+    match view.dtype() {
+        DType::F32 => copy::<f32>(view),
+        DType::F64 => copy::<f64>(view),
+    }
+}
+
+/// What `add` adds to a gradient of the shape of `like` that is not zero before.
+pub fn added(like: View, add: impl FnOnce(&mut Tensor)) -> Tensor {
+    let shape = like.shape();
+    let before = Tensor::from_slice(like.device(), &shape, &vec![0.5; shape[0] * shape[1]]).unwrap();
+    let mut d = before.cast(like.dtype()).unwrap();
+    add(&mut d);
+    let data: Vec<f64> = d.to_f64_vec().iter().map(|x| x - 0.5).collect();
+    Tensor::from_slice(like.device(), &shape, &data).unwrap().cast(like.dtype()).unwrap()
+}
+
+/// Panics when an element is further from the wanted one than `ratio` of the largest.
+pub fn expect_close(name: &str, is: &[f64], want: &[f64], ratio: f64) {
+    assert_eq!(is.len(), want.len(), "{name}: number of elements");
+    let scale = want.iter().fold(0f64, |a, x| a.max(x.abs())).max(1e-30);
+    for (i, (is, want)) in is.iter().zip(want).enumerate() {
+        let error = (is - want).abs() / scale;
+        assert!(error <= ratio, "{name}[{i}]: {is} and not {want}: {error:e} of the largest, {ratio:e} allowed");
+    }
+}
+
+impl Case {
+    pub fn new(name: &'static str, inputs: &[(&'static str, &[usize])]) -> Case {
+        let inputs = inputs.iter().map(|(name, shape)| (*name, shape.to_vec())).collect();
+        Case { name, inputs, forward: Box::new(|_| Vec::new()), backward: Box::new(|_, _| Vec::new()) }
+    }
+
+    pub fn forward(mut self, f: impl Fn(&[View]) -> Vec<Tensor> + Sync + 'static) -> Case {
+        self.forward = Box::new(f);
+        self
+    }
+
+    pub fn backward(mut self, f: impl Fn(&[View], &[Tensor]) -> Vec<Tensor> + Sync + 'static) -> Case {
+        self.backward = Box::new(f);
+        self
+    }
+
+    fn inputs(&self) -> Vec<Vec<f64>> {
+        let fill = |(seed, (_, shape)): (usize, &(_, Vec<usize>))| {
+            (0..shape.iter().product()).map(|i| (1.5 * value(i, seed)) as f32 as f64).collect()
+        };
+        self.inputs.iter().enumerate().map(fill).collect()
+    }
+
+    /// Runs `work` with the inputs as views; strided: as column blocks of wider matrices that are NaN elsewhere.
+    fn with<T: Send>(
+        &self,
+        device: &Device,
+        dtype: DType,
+        inputs: &[Vec<f64>],
+        strided: bool,
+        work: impl Fn(&[View]) -> T + Sync,
+    ) -> T {
+        let (before, after) = if strided { (3, 2) } else { (0, 0) };
+        let tensor = |((_, shape), data): (&(_, Vec<usize>), &Vec<f64>)| {
+            let width = before + shape[1] + after;
+            let mut wide = vec![f64::NAN; shape[0] * width];
+            for i in 0..shape[0] {
+                wide[i * width + before..][..shape[1]].copy_from_slice(&data[i * shape[1]..][..shape[1]]);
+            }
+            Tensor::from_slice(device, &[shape[0], width], &wide).unwrap().cast(dtype).unwrap()
+        };
+        let tensors: Vec<Tensor> = self.inputs.iter().zip(inputs).map(tensor).collect();
+        let block = |(tensor, (_, shape)): (&Tensor, &(&str, Vec<usize>))| -> std::ops::Range<usize> {
+            let _ = tensor;
+            before..before + shape[1]
+        };
+        let ranges: Vec<_> = tensors.iter().zip(&self.inputs).map(block).collect();
+        device.install(|| {
+            let views: Vec<View> = tensors.iter().zip(&ranges).map(|(t, r)| t.view().col_range(r.clone())).collect();
+            work(&views)
+        })
+    }
+
+    /// Outputs, and the gradients of the inputs of Σ outputs · fixed weights.
+    fn run(&self, device: &Device, dtype: DType, inputs: &[Vec<f64>], strided: bool) -> (Vec<Tensor>, Vec<Tensor>) {
+        self.with(device, dtype, inputs, strided, |views| {
+            let outputs = (self.forward)(views);
+            let dy: Vec<Tensor> = outputs.iter().enumerate().map(|(i, y)| weights(y, i)).collect();
+            let gradients = (self.backward)(views, &dy);
+            assert_eq!(gradients.len(), self.inputs.len(), "{}: a gradient for each input", self.name);
+            (outputs, gradients)
+        })
+    }
+
+    fn loss(&self, device: &Device, inputs: &[Vec<f64>]) -> f64 {
+        let outputs = self.with(device, DType::F64, inputs, false, |views| (self.forward)(views));
+        let dot =
+            |(i, y): (usize, &Tensor)| -> f64 { y.to_f64_vec().iter().zip(weights(y, i).to_f64_vec()).map(|(y, w)| y * w).sum() };
+        outputs.iter().enumerate().map(dot).sum()
+    }
+
+    /// Every entry of every gradient against central differences, in f64.
+    pub fn check_finite_differences(&self, strided: bool) {
+        let device = reference();
+        let mut inputs = self.inputs();
+        let (_, gradients) = self.run(&device, DType::F64, &inputs, strided);
+        for (n, (name, _)) in self.inputs.iter().enumerate() {
+            let step = 1e-5;
+            let mut want = Vec::new();
+            for i in 0..inputs[n].len() {
+                let at = inputs[n][i];
+                let mut loss = |x| {
+                    inputs[n][i] = x;
+                    self.loss(&device, &inputs)
+                };
+                want.push((loss(at + step) - loss(at - step)) / (2.0 * step));
+                inputs[n][i] = at;
+            }
+            expect_close(&format!("{}: d{name} (strided: {strided})", self.name), &gradients[n].to_f64_vec(), &want, 1e-6);
+        }
+    }
+
+    /// Fast f32 against the reference in f64, in outputs and gradients.
+    pub fn check_fast(&self, strided: bool) {
+        let inputs = self.inputs();
+        let is = self.run(&fast(2), DType::F32, &inputs, strided);
+        let want = self.run(&reference(), DType::F64, &inputs, false);
+        let close = |name: String, is: &Tensor, want: &Tensor| {
+            assert_eq!(is.shape(), want.shape(), "{name}");
+            let name = format!("{} {:?}: {name} (strided: {strided})", self.name, self.inputs);
+            expect_close(&name, &is.to_f64_vec(), &want.to_f64_vec(), 3e-6);
+        };
+        for (i, (is, want)) in is.0.iter().zip(&want.0).enumerate() {
+            close(format!("output {i}"), is, want);
+        }
+        for ((is, want), (name, _)) in is.1.iter().zip(&want.1).zip(&self.inputs) {
+            close(format!("d{name}"), is, want);
+        }
+    }
+
+    /// The same bits on one thread and on two.
+    pub fn check_threads(&self) {
+        let inputs = self.inputs();
+        let one = self.run(&fast(1), DType::F32, &inputs, false);
+        let two = self.run(&fast(2), DType::F32, &inputs, false);
+        for (a, b) in one.0.iter().chain(&one.1).zip(two.0.iter().chain(&two.1)) {
+            let bits = |t: &Tensor| t.as_slice::<f32>().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(a) == bits(b), "{} {:?}: another result on two threads", self.name, self.inputs);
+        }
+    }
+}
+
+fn weights(y: &Tensor, output: usize) -> Tensor {
+    let data: Vec<f64> = (0..y.len()).map(|i| value(i, 91 + output) as f32 as f64).collect();
+    Tensor::from_slice(y.device(), y.shape(), &data).unwrap().cast(y.dtype()).unwrap()
+}

@@ -1,0 +1,414 @@
+//! Every operation: gradients against finite differences in f64; the fast f32 version against the f64 reference in outputs and
+//! every gradient, at odd sizes; the same bits on one thread and on two.
+
+mod common;
+
+use common::{Case, added, filled, tensor_of};
+use ttt::batch::Segment;
+use ttt::device::view::View;
+use ttt::ops::rope::{Direction, Table};
+use ttt::ops::*;
+use ttt::tensor::Tensor;
+
+/// Packed segments of the given lengths with phases and slots that differ.
+fn segments(lengths: &[usize]) -> Vec<Segment> {
+    let mut first_row = 0;
+    let segment = |(i, &len): (usize, &usize)| {
+        first_row += len;
+        Segment { first_row: first_row - len, len, slot: lengths.len() - 1 - i, phase: (7 * i + 3) % 16 }
+    };
+    lengths.iter().enumerate().map(segment).collect()
+}
+
+const LENGTHS: [usize; 7] = [0, 1, 2, 15, 17, 0, 3];
+
+fn linear_case(n: usize, i: usize, o: usize) -> Case {
+    Case::new("linear", &[("x", &[n, i]), ("w", &[o, i])]).forward(|v| vec![linear::forward(v[0], v[1]).unwrap()]).backward(
+        |v, dy| {
+            let dx = linear::backward_input(dy[0].view(), v[1]).unwrap();
+            vec![dx, added(v[1], |dw| linear::backward_weight(dy[0].view(), v[0], dw.view_mut()))]
+        },
+    )
+}
+
+fn embedding_case(n: usize, v: usize, d: usize) -> Case {
+    let ids: Vec<u32> = (0..n).map(|i| (i * i % v) as u32).collect();
+    let again = ids.clone();
+    Case::new("embedding", &[("table", &[v, d])])
+        .forward(move |v| vec![embedding::forward(&ids, v[0]).unwrap()])
+        .backward(move |v, dy| vec![added(v[0], |d| embedding::backward(&again, dy[0].view(), d.view_mut()))])
+}
+
+fn rms_norm_case(n: usize, d: usize) -> Case {
+    Case::new("rms_norm", &[("x", &[n, d]), ("w", &[1, d])])
+        .forward(|v| vec![rms_norm::forward(v[0], v[1], 1e-6).unwrap()])
+        .backward(|v, dy| {
+            let mut dx = None;
+            let dw = added(v[1], |dw| dx = Some(rms_norm::backward(dy[0].view(), v[0], v[1], 1e-6, dw.view_mut()).unwrap()));
+            vec![dx.unwrap(), dw]
+        })
+}
+
+fn layer_norm_case(n: usize, d: usize) -> Case {
+    Case::new("layer_norm", &[("x", &[n, d]), ("w", &[1, d]), ("b", &[1, d])])
+        .forward(|v| vec![layer_norm::forward(v[0], v[1], v[2], 1e-6).unwrap()])
+        .backward(|v, dy| {
+            let (mut dx, mut dw) = (None, None);
+            let db = added(v[2], |db| {
+                dw = Some(added(v[1], |dw| {
+                    let (dw, db) = (dw.view_mut(), db.view_mut());
+                    dx = Some(layer_norm::backward(dy[0].view(), v[0], v[1], 1e-6, dw, db).unwrap());
+                }));
+            });
+            vec![dx.unwrap(), dw.unwrap(), db]
+        })
+}
+
+/// Outputs: y and the windows afterwards.
+fn conv_case(channels: usize, taps: usize) -> Case {
+    let n = LENGTHS.iter().sum();
+    let slots = LENGTHS.len();
+    let shape = [slots, taps - 1, channels];
+    let window = &[slots * (taps - 1), channels];
+    Case::new("conv", &[("x", &[n, channels]), ("w", &[channels, taps]), ("bias", &[1, channels]), ("window", window)])
+        .forward(move |v| {
+            let mut window = tensor_of(v[3]).reshape(&shape);
+            let y = conv::forward(v[0], v[1], v[2], &segments(&LENGTHS), Some(&window)).unwrap();
+            conv::advance(v[0], &segments(&LENGTHS), &mut window);
+            vec![y, window]
+        })
+        .backward(move |v, dy| {
+            let segments = segments(&LENGTHS);
+            let window = tensor_of(v[3]).reshape(&shape);
+            // Not zero: the slots must be overwritten.
+            let mut dwindow = window.copy().unwrap();
+            let (mut dx, mut dw) = (None, None);
+            let dbias = added(v[2], |dbias| {
+                dw = Some(added(v[1], |dw| {
+                    let (dw, dbias) = (dw.view_mut(), dbias.view_mut());
+                    let dy = dy[0].view();
+                    let (window, dwindow) = (Some(&window), Some(&mut dwindow));
+                    dx = Some(conv::backward(dy, v[0], v[1], &segments, window, dw, dbias, dwindow).unwrap());
+                }));
+            });
+            let mut dx = dx.unwrap();
+            conv::backward_advance(&dy[1], &segments, dx.view_mut(), &mut dwindow);
+            vec![dx, dw.unwrap(), dbias, dwindow]
+        })
+}
+
+fn conv_case_without_window(channels: usize, taps: usize) -> Case {
+    let n = LENGTHS.iter().sum();
+    Case::new("conv without window", &[("x", &[n, channels]), ("w", &[channels, taps]), ("bias", &[1, channels])])
+        .forward(move |v| vec![conv::forward(v[0], v[1], v[2], &segments(&LENGTHS), None).unwrap()])
+        .backward(move |v, dy| {
+            let (mut dx, mut dw) = (None, None);
+            let dbias = added(v[2], |dbias| {
+                dw = Some(added(v[1], |dw| {
+                    let (dw, dbias) = (dw.view_mut(), dbias.view_mut());
+                    dx = Some(conv::backward(dy[0].view(), v[0], v[1], &segments(&LENGTHS), None, dw, dbias, None).unwrap());
+                }));
+            });
+            vec![dx.unwrap(), dw.unwrap(), dbias]
+        })
+}
+
+fn rope_case(heads: usize, head_dim: usize) -> Case {
+    let rotate = move |x: &mut Tensor, direction| {
+        let table = Table::new(x.device(), x.dtype(), 16, head_dim, 10_000.0).unwrap();
+        rope::rotate(x.view_mut(), &table, &segments(&LENGTHS), heads, direction);
+    };
+    Case::new("rope", &[("x", &[LENGTHS.iter().sum(), heads * head_dim])])
+        .forward(move |v| {
+            let mut y = tensor_of(v[0]);
+            rotate(&mut y, Direction::Forward);
+            vec![y]
+        })
+        .backward(move |_, dy| {
+            let mut dx = dy[0].copy().unwrap();
+            rotate(&mut dx, Direction::Backward);
+            vec![dx]
+        })
+}
+
+fn gelu_gate_case(n: usize, d: usize) -> Case {
+    Case::new("gelu_gate", &[("gate", &[n, d]), ("x", &[n, d])])
+        .forward(|v| vec![gelu_gate::forward(v[0], v[1]).unwrap()])
+        .backward(|v, dy| {
+            let mut dgate = tensor_of(v[0]);
+            let dx = gelu_gate::backward(dy[0].view(), v[0], v[1], dgate.view_mut()).unwrap();
+            vec![dgate, dx]
+        })
+}
+
+fn swiglu_case(n: usize, width: usize) -> Case {
+    Case::new("swiglu", &[("gate_up", &[n, 2 * width])])
+        .forward(|v| vec![swiglu::forward(v[0]).unwrap()])
+        .backward(|v, dy| vec![swiglu::backward(dy[0].view(), v[0]).unwrap()])
+}
+
+fn inner_lr_case(n: usize, d: usize, h: usize, scale: f64) -> Case {
+    Case::new("inner_lr", &[("x", &[n, d]), ("w", &[h, d]), ("bias", &[1, h])])
+        .forward(move |v| vec![inner_lr::forward(v[0], v[1], v[2], scale).unwrap()])
+        .backward(move |v, dy| {
+            let lr = inner_lr::forward(v[0], v[1], v[2], scale).unwrap();
+            let (mut dx, mut dw) = (None, None);
+            let dbias = added(v[2], |dbias| {
+                dw = Some(added(v[1], |dw| {
+                    let (dw, dbias) = (dw.view_mut(), dbias.view_mut());
+                    dx = Some(inner_lr::backward(dy[0].view(), lr.view(), v[0], v[1], scale, dw, dbias).unwrap());
+                }));
+            });
+            vec![dx.unwrap(), dw.unwrap(), dbias]
+        })
+}
+
+fn token_scale_case(k: usize) -> Case {
+    Case::new("token_scale", &[("idx", &[1, k])])
+        .forward(|v| vec![token_scale::forward(v[0]).unwrap()])
+        .backward(|v, dy| vec![added(v[0], |d| token_scale::backward(dy[0].view(), v[0], d.view_mut()))])
+}
+
+fn add_case(n: usize, d: usize) -> Case {
+    Case::new("add", &[("y", &[n, d]), ("x", &[n, d])])
+        .forward(|v| {
+            let mut y = tensor_of(v[0]);
+            add::add_to(y.view_mut(), v[1]);
+            vec![y]
+        })
+        .backward(|_, dy| vec![dy[0].clone(), dy[0].clone()])
+}
+
+fn cross_entropy_case(n: usize, d: usize, v: usize) -> Case {
+    let targets: Vec<u32> = (0..n).map(|i| ((5 * i + 1) % v) as u32).collect();
+    let again = targets.clone();
+    let to_tensor =
+        |like: View, nll: Vec<f64>| Tensor::from_slice(like.device(), &[nll.len(), 1], &nll).unwrap().cast(like.dtype()).unwrap();
+    Case::new("cross_entropy", &[("hidden", &[n, d]), ("w", &[v, d])])
+        .forward(move |v| vec![to_tensor(v[0], cross_entropy::forward(v[0], v[1], &targets).unwrap())])
+        .backward(move |v, dy| {
+            let mut out = None;
+            let weights = dy[0].to_f64_vec();
+            let dw = added(v[1], |dw| {
+                out = Some(cross_entropy::forward_backward(v[0], v[1], &again, &weights, dw.view_mut()).unwrap());
+            });
+            vec![out.unwrap().1, dw]
+        })
+}
+
+fn small_cases() -> Vec<Case> {
+    vec![
+        linear_case(3, 5, 4),
+        embedding_case(6, 4, 3),
+        rms_norm_case(3, 7),
+        layer_norm_case(3, 7),
+        conv_case(3, 4),
+        conv_case(2, 1),
+        conv_case(2, 2),
+        conv_case_without_window(3, 4),
+        rope_case(2, 6),
+        gelu_gate_case(3, 5),
+        swiglu_case(3, 5),
+        inner_lr_case(4, 5, 3, 0.25),
+        inner_lr_case(2, 3, 2, 0.0),
+        token_scale_case(9),
+        add_case(2, 3),
+        cross_entropy_case(4, 3, 6),
+    ]
+}
+
+/// Sizes that no vector width or block size divides, and some that cross every threshold between code paths.
+fn odd_cases() -> Vec<Case> {
+    let decoding = [1, 2, 3, 5, 8, 9].map(|n| linear_case(n, 259, 83));
+    let mut cases = vec![
+        linear_case(1, 771, 1030),
+        linear_case(7, 1027, 517),
+        linear_case(33, 67, 29),
+        linear_case(190, 203, 331),
+        linear_case(17, 1, 1),
+        embedding_case(300, 37, 131),
+        rms_norm_case(61, 771),
+        rms_norm_case(1, 3),
+        layer_norm_case(61, 771),
+        layer_norm_case(1, 3),
+        conv_case(771, 4),
+        conv_case(37, 3),
+        conv_case(5, 1),
+        conv_case_without_window(771, 4),
+        rope_case(3, 64),
+        rope_case(5, 10),
+        gelu_gate_case(61, 771),
+        swiglu_case(61, 771),
+        inner_lr_case(61, 771, 11, 0.015),
+        inner_lr_case(5, 7, 3, 0.0),
+        token_scale_case(16),
+        add_case(61, 771),
+        cross_entropy_case(61, 67, 1003),
+        cross_entropy_case(1, 5, 3),
+    ];
+    cases.extend(decoding);
+    cases
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    for case in small_cases() {
+        case.check_finite_differences(false);
+        case.check_finite_differences(true);
+    }
+}
+
+#[test]
+fn fast_versions_are_the_reference() {
+    for case in odd_cases() {
+        case.check_fast(false);
+        case.check_fast(true);
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    for case in odd_cases() {
+        case.check_threads();
+    }
+}
+
+#[test]
+fn a_convolution_in_chunks_is_the_convolution() {
+    let device = common::fast(2);
+    let (n, channels, taps) = (40, 19, 4);
+    let x = filled(&device, &[n, channels], 1);
+    let (w, bias) = (filled(&device, &[channels, taps], 2), filled(&device, &[1, channels], 3));
+    let whole = [Segment { first_row: 0, len: n, slot: 0, phase: 0 }];
+    let mut window = filled(&device, &[2, taps - 1, channels], 4);
+    let start = window.copy().unwrap();
+    let expected = conv::forward(x.view(), w.view(), bias.view(), &whole, Some(&start)).unwrap();
+    let mut at = 0;
+    for len in [1, 0, 2, 1, 15, 3, 17, 1] {
+        let chunk = [Segment { first_row: 0, len, slot: 0, phase: at % 16 }];
+        let rows = x.view().row_range(at..at + len);
+        let y = conv::forward(rows, w.view(), bias.view(), &chunk, Some(&window)).unwrap();
+        conv::advance(rows, &chunk, &mut window);
+        assert_eq!(y.as_slice::<f32>(), &expected.as_slice::<f32>()[at * channels..(at + len) * channels], "rows from {at}");
+        at += len;
+    }
+    assert_eq!(at, n);
+    let last = &x.as_slice::<f32>()[(n - 3) * channels..];
+    assert_eq!(&window.as_slice::<f32>()[..3 * channels], last);
+    assert_eq!(&window.as_slice::<f32>()[3 * channels..], &start.as_slice::<f32>()[3 * channels..], "the other slot");
+}
+
+#[test]
+fn cross_entropy_skips_rows_of_weight_zero() {
+    let device = common::fast(2);
+    let (n, d, v) = (150, 40, 37_000);
+    let (hidden, w) = (filled(&device, &[n, d], 1), filled(&device, &[v, d], 2));
+    let mut targets: Vec<u32> = (0..n).map(|i| (i * 7919 % v) as u32).collect();
+    let mut weights: Vec<f64> = (0..n).map(|i| 0.5 + 0.01 * i as f64).collect();
+    for i in (0..n).step_by(3) {
+        (targets[i], weights[i]) = (u32::MAX, 0.0);
+    }
+    let mut dw = Tensor::zeros(&device, &[v, d], ttt::tensor::DType::F32).unwrap();
+    let run = || cross_entropy::forward_backward(hidden.view(), w.view(), &targets, &weights, dw.view_mut()).unwrap();
+    let (nll, dhidden) = device.install(run);
+
+    // The naive way, with all logits, in f64.
+    let (h, m) = (hidden.to_f64_vec(), w.to_f64_vec());
+    let (mut want_dhidden, mut want_dw) = (vec![0.0; n * d], vec![0.0; v * d]);
+    for i in 0..n {
+        if weights[i] == 0.0 {
+            assert_eq!(nll[i], 0.0);
+            continue;
+        }
+        let logits: Vec<f64> = (0..v).map(|j| (0..d).map(|c| h[i * d + c] * m[j * d + c]).sum()).collect();
+        let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+        let want = sum.ln() - logits[targets[i] as usize];
+        assert!((nll[i] - want).abs() < 1e-5 * want.abs().max(1.0), "row {i}: {} and not {want}", nll[i]);
+        for j in 0..v {
+            let hit = if j == targets[i] as usize { 1.0 } else { 0.0 };
+            let dlogit = weights[i] * (logits[j].exp() / sum - hit);
+            for c in 0..d {
+                want_dhidden[i * d + c] += dlogit * m[j * d + c];
+                want_dw[j * d + c] += dlogit * h[i * d + c];
+            }
+        }
+    }
+    common::expect_close("dhidden", &dhidden.to_f64_vec(), &want_dhidden, 1e-5);
+    common::expect_close("dw", &dw.to_f64_vec(), &want_dw, 1e-5);
+    assert_eq!(nll, {
+        let all = cross_entropy::forward(hidden.view(), w.view(), &targets.iter().map(|&t| t.min(1)).collect::<Vec<_>>()).unwrap();
+        (0..n).map(|i| if weights[i] == 0.0 || targets[i] > 1 { nll[i] } else { all[i] }).collect::<Vec<_>>()
+    });
+}
+
+#[test]
+fn adamw_by_hand() {
+    let settings = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    for device in [common::reference(), common::fast(2)] {
+        for n in [1, 5, 40_001] {
+            let one = |x: f32| Tensor::from_slice(&device, &[n], &vec![x; n]).unwrap();
+            let (mut p, g, mut m, mut v) = (one(2.0), one(-8.0), one(0.0), one(0.0));
+            // The first step moves by lr · sign(g), whatever the size of g, and by the decay.
+            adamw::step(&mut p, &g, &mut m, &mut v, 0, 0.01, 0.5, &settings);
+            for (name, tensor, want) in [("m", &m, 0.1 * -4.0), ("v", &v, 0.05 * 16.0), ("p", &p, 2.0 + 0.01 - 0.01 * 0.1 * 2.0)] {
+                common::expect_close(name, &tensor.to_f64_vec(), &vec![want; n], 1e-6);
+            }
+            // The second, with another gradient.
+            let g = one(1.0);
+            adamw::step(&mut p, &g, &mut m, &mut v, 1, 0.02, 1.0, &settings);
+            let (m1, v1, p1) = (0.9 * -0.4 + 0.1, 0.95 * 0.8 + 0.05, 2.008);
+            let move_by = (m1 / (1.0 - 0.81)) / (f64::sqrt(v1 / (1.0 - 0.9025)) + 1e-8) + 0.1 * p1;
+            for (name, tensor, want) in [("m", &m, m1), ("v", &v, v1), ("p", &p, p1 - 0.02 * move_by)] {
+                common::expect_close(name, &tensor.to_f64_vec(), &vec![want; n], 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gradient_norm_is_the_same_on_any_number_of_threads() {
+    let sums: Vec<f64> = [1, 2, 3]
+        .map(|threads| {
+            let device = common::fast(threads);
+            let x = filled(&device, &[100_003], 5);
+            device.install(|| grad_norm::sum_of_squares(&x))
+        })
+        .to_vec();
+    assert!(sums[0] == sums[1] && sums[0] == sums[2], "{sums:?}");
+    let x = filled(&common::reference(), &[100_003], 5);
+    let exact = x.to_f64_vec().iter().map(|x| x * x).sum::<f64>();
+    assert!((sums[0] - exact).abs() < 1e-12 * exact, "{} and not {exact}", sums[0]);
+}
+
+#[test]
+fn the_first_bad_element_is_found() {
+    for device in [common::reference(), common::fast(2)] {
+        let mut x = filled(&device, &[300, 211], 6);
+        assert_eq!(grad_norm::first_non_finite(x.view()), None);
+        for (bad, value) in [(60_001, f32::NAN), (60_000, f32::INFINITY), (50_123, f32::NEG_INFINITY)] {
+            x.as_mut_slice::<f32>()[bad] = value;
+            assert_eq!(device.install(|| grad_norm::first_non_finite(x.view())), Some(bad));
+        }
+        // Only what the view shows counts: element 50123 is in column 116, 60000 in column 76.
+        assert_eq!(grad_norm::first_non_finite(x.view().col_range(0..77)), Some(60_000 / 211 * 77 + 76));
+        assert_eq!(grad_norm::first_non_finite(x.view().col_range(0..20)), None);
+    }
+}
+
+#[test]
+#[should_panic(expected = "`w` is [4, 6] and should be [4, 5]")]
+fn a_wrong_shape_panics_with_both_shapes() {
+    let device = common::reference();
+    let (x, w) = (filled(&device, &[3, 5], 1), filled(&device, &[4, 6], 2));
+    linear::forward(x.view(), w.view()).unwrap();
+}
+
+#[test]
+#[should_panic(expected = "a segment starts at row 3 and should start at row 2")]
+fn a_hole_between_segments_panics() {
+    let device = common::reference();
+    let mut x = filled(&device, &[5, 4], 1);
+    let table = Table::new(&device, x.dtype(), 16, 4, 10_000.0).unwrap();
+    let holes = [Segment { first_row: 0, len: 2, slot: 0, phase: 0 }, Segment { first_row: 3, len: 2, slot: 1, phase: 0 }];
+    rope::rotate(x.view_mut(), &table, &holes, 1, Direction::Forward);
+}
