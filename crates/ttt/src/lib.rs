@@ -5,8 +5,14 @@ pub mod batch;
 pub mod config;
 pub mod device;
 mod error;
+pub mod eval;
+pub mod generate;
+pub mod layer;
+pub mod lm;
 pub mod ops;
 pub mod params;
+pub mod state;
 pub mod tensor;
+pub mod train;
 
 pub use error::{AtPath, Error, Result};

@@ -186,7 +186,7 @@ impl TttLayer {
     pub fn backward(&self, pass: &Pass<'_>, x: View<'_>, saved: TttSaved, dout: View<'_>, grads: &mut Params) -> Result<Tensor> {
         let (w, ids, d) = (pass.weights, &self.ids, self.hidden);
         let TttSaved { projected, qk, lr, tok, z, inner } = saved;
-        let (device, dtype, n) = (z.device(), z.dtype(), x.rows());
+        let (device, dtype, n) = (&z.device().clone(), z.dtype(), x.rows());
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
         // Output projection, gate, post-norm.

@@ -17,6 +17,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod gelu_gate;
 pub mod grad_norm;
+pub mod inner;
 pub mod inner_lr;
 pub mod layer_norm;
 pub mod linear;
@@ -24,6 +25,8 @@ pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 pub mod token_scale;
+pub mod ttt_linear;
+pub mod ttt_mlp;
 
 use crate::device::{Device, Kernels};
 use crate::tensor::DType;

@@ -1,4 +1,4 @@
-//! Addition in place: residual streams and gradients that meet.
+//! Addition and copying in place: residual streams, and gradients that meet or go to a block of columns.
 
 mod reference;
 
@@ -13,4 +13,13 @@ use crate::tensor::with_dtype;
 pub fn add_to(y: ViewMut, x: View) {
     expect_shape("x", x.shape(), y.shape());
     with_dtype!(x.dtype(), E => reference::add_to::<E>(y.into_mat(), x.as_mat()));
+}
+
+/// `y = x`: into a block of columns, say.
+///
+/// # Panics
+/// When the shapes differ.
+pub fn copy_to(y: ViewMut, x: View) {
+    expect_shape("x", x.shape(), y.shape());
+    with_dtype!(x.dtype(), E => reference::copy_to::<E>(y.into_mat(), x.as_mat()));
 }

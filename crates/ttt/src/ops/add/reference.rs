@@ -11,3 +11,10 @@ pub(crate) fn add_to<E: Element>(mut y: MatMut<E>, x: Mat<E>) {
         }
     }
 }
+
+/// `y = x`.
+pub(crate) fn copy_to<E: Element>(mut y: MatMut<E>, x: Mat<E>) {
+    for i in 0..x.rows() {
+        y.row_mut(i).copy_from_slice(x.row(i));
+    }
+}
