@@ -8,5 +8,6 @@ mod error;
 pub mod ops;
 pub mod params;
 pub mod tensor;
+pub mod train;
 
 pub use error::{AtPath, Error, Result};
