@@ -44,9 +44,12 @@ fn every_config_is_valid() {
 #[test]
 fn the_paper_s_recipe() {
     let configs = configs();
-    for (size, steps, warmup, peak) in
-        [("125m", 4_800, 480, 3e-3), ("350m", 13_500, 1_350, 1.5e-3), ("760m", 29_000, 2_900, 1.25e-3), ("1.3b", 50_000, 5_000, 1e-3)]
-    {
+    for (size, steps, warmup, peak) in [
+        ("125m", 4_800, 480, 3e-3),
+        ("350m", 13_500, 1_350, 1.5e-3),
+        ("760m", 29_000, 2_900, 1.25e-3),
+        ("1.3b", 50_000, 5_000, 1e-3),
+    ] {
         for inner in [Inner::Linear, Inner::Mlp] {
             let name = format!("{size}-ttt-{}", if inner == Inner::Linear { "linear" } else { "mlp" });
             let (_, settings) = configs.iter().find(|config| config.0 == name).unwrap_or_else(|| panic!("no {name}"));
@@ -170,7 +173,10 @@ fn overrides_take_toml_and_bare_strings() {
 #[test]
 fn impossible_runs_are_refused_in_words() {
     for (assignments, part) in [
-        (&["train.sequence_length=8", "train.batch_tokens=64"][..], "sequence_length 8 is not a multiple of the mini-batch size 16; 16 is"),
+        (
+            &["train.sequence_length=8", "train.batch_tokens=64"][..],
+            "sequence_length 8 is not a multiple of the mini-batch size 16; 16 is",
+        ),
         (&["train.sequence_length=100"], "sequence_length 100 is not a multiple of the mini-batch size 16; 112 is"),
         (&["train.sequence_length=0"], "train.sequence_length is 0; it must be at least 1"),
         (&["train.batch_tokens=1000"], "batch_tokens 1000 is not a multiple of train.sequence_length 256; 1024 is"),
@@ -225,7 +231,8 @@ fn every_preset_trains_with_either_backbone_and_inner_model() {
     for preset in PRESETS {
         for inner in ["linear", "mlp"] {
             for backbone in ["transformer", "mamba"] {
-                let assignments = [format!("model.preset={preset}"), format!("model.inner={inner}"), format!("model.backbone={backbone}")];
+                let assignments =
+                    [format!("model.preset={preset}"), format!("model.inner={inner}"), format!("model.backbone={backbone}")];
                 let settings = overridden(&assignments.each_ref().map(String::as_str)).unwrap();
                 settings.validate().unwrap();
                 assert_eq!(settings.model_config().unwrap().use_gate, backbone == "mamba");

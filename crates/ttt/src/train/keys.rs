@@ -114,7 +114,8 @@ mod tests {
 
     #[test]
     fn the_nearest_key() {
-        let known = ["optimizer.learning_rate", "optimizer.end_learning_rate", "train.seed", "eval.every", "log.every"].map(String::from);
+        let known =
+            ["optimizer.learning_rate", "optimizer.end_learning_rate", "train.seed", "eval.every", "log.every"].map(String::from);
         for (unknown, meant) in [
             ("optimizer.lerning_rate", Some("optimizer.learning_rate")),
             ("optimiser.learning_rate", Some("optimizer.learning_rate")),

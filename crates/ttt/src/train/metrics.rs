@@ -232,7 +232,8 @@ mod tests {
         metrics.write(&full).unwrap();
         metrics.write(&Record::new(Split::Validation, 1, 64, f64::NAN)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        let first = r#"{"split":"train","step":1,"tokens":64,"loss":4.9,"bits_per_byte":2.5,"lr":0.001,"grad_norm":null,"#.to_owned()
+        let first = r#"{"split":"train","step":1,"tokens":64,"loss":4.9,"bits_per_byte":2.5,"lr":0.001,"grad_norm":null,"#
+            .to_owned()
             + r#""tokens_per_second":1000.0,"mfu":0.4,"elapsed_seconds":2.0,"memory_bytes":1099511627776,"#
             + r#""inner":[{"mse_init":1.0,"mse_step_0":0.5,"mse_step_1":null}]}"#;
         let second = r#"{"split":"validation","step":1,"tokens":64,"loss":null}"#;

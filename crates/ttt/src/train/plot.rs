@@ -93,12 +93,15 @@ fn draw(
         .draw()?;
     // A point above the picture's top is drawn on its edge.
     let inside = |points: &[(f64, f64)]| points.iter().map(|&(x, y)| (x, y.min(high))).collect::<Vec<_>>();
-    let thin = TRAIN.mix(0.3).stroke_width(1);
+    let thin = TRAIN.mix(0.45).stroke_width(1);
     let (thick, line) = (TRAIN.stroke_width(2), VALIDATION.stroke_width(2));
     let mut legend = Vec::new();
     if !train.is_empty() {
         chart.draw_series(LineSeries::new(inside(train), thin))?;
         chart.draw_series(LineSeries::new(inside(smooth), thick))?;
+        if let [only] = inside(train)[..] {
+            chart.draw_series([Circle::new(only, 3, TRAIN.filled())])?;
+        }
         legend.extend([("training", thin), ("training, averaged", thick)]);
     }
     if !validation.is_empty() {
@@ -125,7 +128,7 @@ fn loss_range(train: &[(f64, f64)], all: &[(f64, f64)]) -> (f64, f64) {
     // The start is near ln(vocabulary), and what rises above it has little to say; validation is always shown whole.
     let validation = all[train.len()..].iter().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
     let high = train.first().map_or(validation, |first| first.1.max(validation));
-    let air = 0.04 * (high - low).max(0.01 * high.abs()).max(1e-6);
+    let air = 0.04 * (high - low).max(1.0);
     (low - air, high + air)
 }
 
@@ -138,9 +141,10 @@ fn moving_average(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         Some(*sum)
     }));
     let mean = |i: usize| {
-        // As far on one side as on the other, or the ends of a steep curve would bend.
-        let reach = reach.min(i).min(points.len() - 1 - i);
-        (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1) as f64
+        // At the steep start as far on one side as on the other, or the curve would bend; at the flat end all that there is.
+        let before = reach.min(i);
+        let after = before.min(points.len() - 1 - i);
+        (sums[i + after + 1] - sums[i - before]) / (before + after + 1) as f64
     };
     points.iter().enumerate().map(|(i, point)| (point.0, mean(i))).collect()
 }
@@ -188,7 +192,7 @@ mod tests {
     use super::*;
 
     /// A loss that falls from ln 258 towards 1.2 with noise, `train` training and `validation` validation lines over `tokens`.
-    pub fn falling(train: u64, validation: u64, tokens: u64) -> Vec<Record> {
+    fn falling(train: u64, validation: u64, tokens: u64) -> Vec<Record> {
         let loss = |at: f64| 1.2 + 4.35 * (-6.0 * at).exp() / (1.0 + 3.0 * at);
         let mut records = Vec::new();
         for i in 0..train {
@@ -215,7 +219,11 @@ mod tests {
         let tag = tag.iter().filter(|tag| tag.contains(&color) && tag.contains(&format!("stroke-width=\"{width}\"")));
         // The legend draws the same style with two points.
         let points = tag.map(|tag| between(tag, "points=\"", "\"")[0]).max_by_key(|points| points.len()).unwrap();
-        points.split_whitespace().map(|p| p.split_once(',').unwrap()).map(|(x, y)| (x.parse().unwrap(), y.parse().unwrap())).collect()
+        points
+            .split_whitespace()
+            .map(|p| p.split_once(',').unwrap())
+            .map(|(x, y)| (x.parse().unwrap(), y.parse().unwrap()))
+            .collect()
     }
 
     #[test]
@@ -223,7 +231,9 @@ mod tests {
         let svg = loss_svg(&falling(300, 11, 3_000_000), "tiny & <small>").unwrap();
         assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"));
         let texts: Vec<_> = between(&svg, "<text ", "</text>").iter().map(|t| t.rsplit('>').next().unwrap().trim()).collect();
-        for part in ["tiny &amp; &lt;small&gt;", "tokens trained on", "loss (nats a token)", "training", "training, averaged", "validation"] {
+        for part in
+            ["tiny &amp; &lt;small&gt;", "tokens trained on", "loss (nats a token)", "training", "training, averaged", "validation"]
+        {
             assert!(texts.contains(&part), "{part} is not in {texts:?}");
         }
         for tick in ["1M", "2.5M", "500k", "0", "2", "5"] {
@@ -244,7 +254,7 @@ mod tests {
         let nothing = loss_svg(&[Record::new(Split::Train, 1, 1, f64::NAN)], "x").unwrap_err();
         assert!(nothing.to_string().contains("no loss to plot"));
         // One point, one split, a constant, a gap, a spike.
-        loss_svg(&falling(1, 0, 0), "x").unwrap();
+        assert_eq!(between(&loss_svg(&falling(1, 0, 0), "x").unwrap(), "<circle ", "/>").len(), 1);
         let validation_only = loss_svg(&falling(0, 3, 100), "x").unwrap();
         assert!(!validation_only.contains("training,"));
         loss_svg(&[1, 2, 3].map(|i| Record::new(Split::Train, i, i, 0.0)), "x").unwrap();
@@ -273,9 +283,12 @@ mod tests {
     #[test]
     fn averages_do_not_lag_and_numbers_are_short() {
         let ramp: Vec<_> = (0..500).map(|i| (i as f64, 2.0 * i as f64)).collect();
-        for (mean, point) in moving_average(&ramp).iter().zip(&ramp) {
+        let averaged = moving_average(&ramp);
+        for (mean, point) in averaged.iter().zip(&ramp).take(490) {
             assert!((mean.1 - point.1).abs() < 1e-9, "{mean:?} is not {point:?}");
         }
+        // The last one is the mean of the last eleven.
+        assert_eq!(averaged[499], (499.0, 2.0 * 494.0));
         let zigzag: Vec<_> = (0..500).map(|i| (i as f64, (i % 2) as f64)).collect();
         assert!((moving_average(&zigzag)[250].1 - 0.5).abs() < 0.03);
         let numbers = [0.0, 999.0, 1e3, 1.5e6, 2.5e9, 26e9, 1e12].map(short);

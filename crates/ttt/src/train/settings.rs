@@ -304,7 +304,7 @@ impl Settings {
     /// are equal.
     pub fn micro_batch(&self) -> usize {
         let sequences = self.sequences_per_step();
-        (1..=self.train.micro_batch.min(sequences)).rev().find(|n| sequences % n == 0).unwrap_or(1)
+        (1..=self.train.micro_batch.min(sequences)).rev().find(|n| sequences.is_multiple_of(*n)).unwrap_or(1)
     }
 
     /// Steps of the run: enough for all its tokens.
@@ -354,13 +354,13 @@ impl Settings {
             return wrong(format!("{key} is 0; it must be at least 1"));
         }
         let (length, mini_batch, batch) = (train.sequence_length as u64, config.mini_batch_size as u64, train.batch_tokens);
-        if length % mini_batch != 0 {
+        if !length.is_multiple_of(mini_batch) {
             return wrong(format!(
                 "train.sequence_length {length} is not a multiple of the mini-batch size {mini_batch}; {} is",
                 length.next_multiple_of(mini_batch)
             ));
         }
-        if batch % length != 0 {
+        if !batch.is_multiple_of(length) {
             return wrong(format!(
                 "train.batch_tokens {batch} is not a multiple of train.sequence_length {length}; {} is",
                 batch.next_multiple_of(length)
