@@ -15,7 +15,8 @@ pub enum Inner {
 }
 
 /// The two block designs of the paper.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Backbone {
     /// Separate q, k, v; no gate.
     Transformer,
