@@ -5,6 +5,7 @@ pub mod batch;
 pub mod config;
 pub mod device;
 mod error;
+pub mod hub;
 pub mod ops;
 pub mod params;
 pub mod tensor;
