@@ -106,6 +106,11 @@ impl Default for Config {
     }
 }
 
+/// Bounds that no real model reaches and no damaged file gets past: sizes computed within them neither overflow nor fill the memory
+/// before the weights are looked at.
+const MAX_LAYERS: usize = 4096;
+const MAX_PARAMETERS: u128 = 1 << 40;
+
 /// Names that [`Config::preset`] knows.
 pub const PRESETS: [&str; 6] = ["tiny", "125m", "350m", "760m", "1.3b", "1b"];
 
@@ -191,13 +196,13 @@ impl Config {
                 return wrong(format!("{name} is {value}; it must be at least 1 and at most {}", 1 << 30));
             }
         }
-        if self.hidden_size % self.num_attention_heads != 0 {
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             return wrong(format!(
                 "hidden_size {} is not divisible by num_attention_heads {}",
                 self.hidden_size, self.num_attention_heads
             ));
         }
-        if self.head_dim() % 2 != 0 {
+        if !self.head_dim().is_multiple_of(2) {
             return wrong(format!("the head size {} (hidden_size / num_attention_heads) must be even for RoPE", self.head_dim()));
         }
         if !(1..=64).contains(&self.mini_batch_size) {
@@ -205,6 +210,13 @@ impl Config {
         }
         if self.hidden_act != "silu" {
             return wrong(format!("hidden_act is `{}`; TTT models use `silu`", self.hidden_act));
+        }
+        if self.num_hidden_layers > MAX_LAYERS || self.parameters_at_most() > MAX_PARAMETERS {
+            return wrong(format!(
+                "num_hidden_layers {}, hidden_size {}, intermediate_size {}, vocab_size {} and conv_kernel {} make a model of more than \
+                 {MAX_LAYERS} layers or {MAX_PARAMETERS} parameters",
+                self.num_hidden_layers, self.hidden_size, self.intermediate_size, self.vocab_size, self.conv_kernel
+            ));
         }
         let positive = [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta), ("ttt_base_lr", self.ttt_base_lr)];
         for (name, value) in positive {
@@ -216,5 +228,16 @@ impl Config {
             return wrong(format!("initializer_range is {}; it must be a number from 0 up", self.initializer_range));
         }
         Ok(())
+    }
+
+    /// No fewer parameters than the model has: the table's sums, rounded up.
+    fn parameters_at_most(&self) -> u128 {
+        let wide = |x: usize| x as u128;
+        let (d, i, v) = (wide(self.hidden_size), wide(self.intermediate_size), wide(self.vocab_size));
+        // Five projections, the feed-forward part, W1 and W2 of TTT-MLP, three convolutions, norms and biases.
+        let block = d
+            * (5 * d + 3 * i + 8 * wide(self.head_dim()) + 3 * wide(self.conv_kernel) + 16 + wide(self.num_attention_heads))
+            + wide(self.mini_batch_size);
+        2 * v * d + d + wide(self.num_hidden_layers) * block
     }
 }

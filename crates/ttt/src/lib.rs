@@ -7,12 +7,15 @@ pub mod device;
 mod error;
 pub mod eval;
 pub mod generate;
+pub mod hub;
 pub mod layer;
 pub mod lm;
 pub mod ops;
 pub mod params;
+pub mod plan;
 pub mod state;
 pub mod tensor;
 pub mod train;
+pub mod verify;
 
 pub use error::{AtPath, Error, Result};

@@ -33,14 +33,14 @@ pub struct Comparison {
 pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
     let file = File::open(path)?;
     let missing = |name: &str| Error::format(path, format!("the reference holds no `{name}`"));
-    let (ids_shape, ids) = file.u32s("input_ids")?.ok_or_else(|| missing("input_ids"))?;
+    let (ids_shape, ids) = ids(&file, "input_ids")?.ok_or_else(|| missing("input_ids"))?;
     let [b, t] = *ids_shape else {
         return Err(Error::format(path, format!("`input_ids` has shape {ids_shape:?}, not [sequences, tokens]")));
     };
     if b * t == 0 {
         return Err(Error::format(path, "`input_ids` is empty"));
     }
-    let (shape, logits) = file.f64s("logits")?.ok_or_else(|| missing("logits"))?;
+    let (shape, logits) = numbers(&file, "logits")?.ok_or_else(|| missing("logits"))?;
     let wanted = [b, t, model.config().vocab_size];
     if shape != wanted {
         return Err(Error::format(path, format!("`logits` has shape {shape:?}, but this model gives {wanted:?}")));
@@ -49,7 +49,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
     let batch = Batch::packed(&sequences);
 
     let grad_names: Vec<String> = file.names().filter(|n| n.starts_with("grad.")).map(str::to_owned).collect();
-    let loss = file.f64s("loss")?;
+    let loss = numbers(&file, "loss")?;
     let keep = if grad_names.is_empty() { Keep::Nothing } else { Keep::Saved { group: model.config().checkpoint_group() } };
     let (hidden, saved) = model.forward(&batch, None, keep, 1.0)?;
     let rows: Vec<usize> = (0..b * t).collect();
@@ -76,7 +76,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
             let parameter = name.strip_prefix("grad.").expect("filtered by prefix");
             let unknown = || Error::format(path, format!("`{name}` is the gradient of no parameter of this model"));
             let id = table.find(parameter).ok_or_else(unknown)?;
-            let (shape, reference) = file.f64s(&name)?.ok_or_else(|| missing(&name))?;
+            let (shape, reference) = numbers(&file, &name)?.ok_or_else(|| missing(&name))?;
             if shape != table.entry(id).shape {
                 let ours = &table.entry(id).shape;
                 return Err(Error::format(path, format!("`{name}` has shape {shape:?}, but the parameter's is {ours:?}")));
@@ -90,7 +90,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
 
 /// Targets and the weight of each row's likelihood in the loss.
 fn targets_and_weights(file: &File, path: &Path, ids: &[u32], b: usize, t: usize) -> Result<(Vec<u32>, Vec<f64>)> {
-    let Some((shape, targets)) = file.u32s("targets")? else {
+    let Some((shape, targets)) = ids(file, "targets")? else {
         // Next tokens; the last row of a sequence has none.
         let targets = (0..b * t).map(|i| if (i + 1) % t == 0 { 0 } else { ids[i + 1] }).collect();
         let count = (b * (t - 1)).max(1) as f64;
@@ -100,12 +100,22 @@ fn targets_and_weights(file: &File, path: &Path, ids: &[u32], b: usize, t: usize
     if shape != [b, t] {
         return Err(Error::format(path, format!("`targets` has shape {shape:?}, but `input_ids` has [{b}, {t}]")));
     }
-    let mask = match file.f64s("loss_mask")? {
+    let mask = match numbers(file, "loss_mask")? {
         Some((shape, mask)) if shape == [b, t] => mask,
         Some((shape, _)) => return Err(Error::format(path, format!("`loss_mask` has shape {shape:?}, but `input_ids` has [{b}, {t}]"))),
         None => vec![1.0; b * t],
     };
     Ok((targets, sequence_mean_weights(&mask, &vec![t; b])))
+}
+
+type Found<T> = Option<(Vec<usize>, Vec<T>)>;
+
+fn numbers(file: &File, name: &str) -> Result<Found<f64>> {
+    file.find(name).map(|t| Ok((t.shape.to_vec(), t.to_vec::<f64>()?))).transpose()
+}
+
+fn ids(file: &File, name: &str) -> Result<Found<u32>> {
+    file.find(name).map(|t| Ok((t.shape.to_vec(), t.to_u32()?))).transpose()
 }
 
 fn compare(name: &str, ours: &[f64], reference: &[f64]) -> Comparison {

@@ -166,7 +166,7 @@ mod tests {
     fn size_classes_waste_at_most_an_eighth() {
         for bytes in [1, 255, 256, 257, 4097, 1_000_000, 123_456_789] {
             let class = size_class(bytes);
-            assert!(class >= bytes && class % ALIGNMENT == 0);
+            assert!(class >= bytes && class.is_multiple_of(ALIGNMENT));
             assert!(class - bytes <= bytes / 8 + ALIGNMENT, "{bytes} -> {class}");
         }
     }

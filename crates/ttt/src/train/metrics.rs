@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::write_atomically;
+use crate::hub::write_atomic;
 use crate::{AtPath, Error, Result};
 
 /// Which documents a loss was measured on.
@@ -139,7 +139,7 @@ impl Metrics {
     fn start(path: &Path, kept: &[(Record, &str)]) -> Result<Metrics> {
         // The lines themselves are kept, not rewritten from the records: fields of a later version stay.
         let text: String = kept.iter().flat_map(|(_, line)| [line, "\n"]).collect();
-        write_atomically(path, text.as_bytes())?;
+        write_atomic(path, |w| w.write_all(text.as_bytes()))?;
         let file = OpenOptions::new().append(true).open(path).at(path)?;
         let mut metrics = Metrics { path: path.to_owned(), file, last: Vec::new() };
         kept.iter().for_each(|(record, _)| metrics.advance(record.split, record.step));

@@ -9,8 +9,8 @@ use plotters::{
 
 use super::{
     metrics::{Record, Split},
-    write_atomically,
 };
+use crate::hub::write_atomic;
 use crate::{Error, Result};
 
 const SIZE: (u32, u32) = (960, 560);
@@ -30,7 +30,10 @@ const MOST_POINTS: usize = 1600;
 /// # Errors
 /// No record has a finite loss, or the file cannot be written.
 pub fn write_loss_svg(path: impl AsRef<Path>, records: &[Record], title: &str) -> Result<()> {
-    write_atomically(path.as_ref(), loss_svg(records, title)?.as_bytes())
+    {
+        let svg = loss_svg(records, title)?;
+        write_atomic(path, |w| w.write_all(svg.as_bytes()))
+    }
 }
 
 /// The picture as SVG text: every training loss as a thin line, their moving average and the validation losses, in nats a token against
