@@ -9,3 +9,7 @@
 //! - gradients are `d<name>`; *parameter* gradients are added to, *activation* gradients are overwritten;
 //! - a wrong shape panics with both shapes; what a user can cause (memory) is an [`crate::Error`];
 //! - work is split over the threads of the current pool by shape alone, so results do not depend on timing.
+
+pub mod inner;
+pub mod ttt_linear;
+pub mod ttt_mlp;
