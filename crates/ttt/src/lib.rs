@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod config;
+pub mod data;
 pub mod device;
 mod error;
 pub mod eval;
