@@ -48,11 +48,11 @@ impl Evaluation {
 }
 
 /// Reads one text from the beginning, in constant memory, and predicts every token but the first. With `context`, the state
-/// starts afresh every so many predictions. `bytes_per_token` converts tokens to bytes of text.
+/// starts afresh every so many predictions. `bytes` is what the predicted tokens stand for.
 ///
 /// # Errors
 /// Fewer than two tokens, a token outside the vocabulary, or memory.
-pub fn evaluate_text(model: &Lm, tokens: &[u32], context: Option<usize>, bytes_per_token: f64) -> Result<Evaluation> {
+pub fn evaluate_text(model: &Lm, tokens: &[u32], context: Option<usize>, bytes: f64) -> Result<Evaluation> {
     if tokens.len() < 2 {
         return Err(Error::Data(format!("a text of {} tokens has nothing to predict: it needs at least 2", tokens.len())));
     }
@@ -72,22 +72,23 @@ pub fn evaluate_text(model: &Lm, tokens: &[u32], context: Option<usize>, bytes_p
         }
     }
     sums.tokens = predictions as u64;
-    sums.bytes = predictions as f64 * bytes_per_token;
+    sums.bytes = bytes;
     Ok(sums)
 }
 
-/// Evaluates a batch of sequences that start from the initial weights; only targets with a mask of 1 count.
+/// Evaluates a batch of sequences that start from the initial weights; only targets with a mask of 1 count, which stand for `bytes`
+/// bytes of text.
 ///
 /// # Errors
 /// A token outside the vocabulary, or memory.
 ///
 /// # Panics
 /// When inputs, targets and mask differ in number.
-pub fn evaluate_batch(model: &Lm, batch: &Batch, targets: &[u32], mask: &[f64], bytes_per_token: f64) -> Result<Evaluation> {
+pub fn evaluate_batch(model: &Lm, batch: &Batch, targets: &[u32], mask: &[f64], bytes: f64) -> Result<Evaluation> {
     assert!(batch.tokens.len() == targets.len() && targets.len() == mask.len(), "inputs, targets and mask differ in number");
     let (hidden, _) = model.forward(batch, None, Keep::Nothing, 1.0)?;
     let nll = model.nll(hidden.view(), targets)?;
     let tokens = mask.iter().filter(|m| **m > 0.0).count();
     let nll = nll.iter().zip(mask).map(|(n, m)| n * m).sum();
-    Ok(Evaluation { nll, tokens: tokens as u64, bytes: tokens as f64 * bytes_per_token })
+    Ok(Evaluation { nll, tokens: tokens as u64, bytes })
 }

@@ -6,9 +6,11 @@
 use crate::config::{Config, Inner};
 use crate::device::memory::size_class;
 use crate::layer::Keep;
-use crate::ops::cross_entropy;
 use crate::ops::inner::FastWeights;
 use crate::params::ParamTable;
+
+/// Logits that the loss holds at once: 8 MiB of them.
+const LOGITS: usize = 2 << 20;
 
 /// Floating-point operations for one token (a multiply-add counts as two).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -283,7 +285,7 @@ pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
     let (activations, fast_weights) = (held.0 + x, held.1);
     let hidden = l.take(shape.rows());
     let dhidden = l.take(shape.rows());
-    l.touch(cross_entropy::chunk_rows(config.vocab_size, shape.n) * config.vocab_size);
+    l.touch(LOGITS.min(shape.n * config.vocab_size));
     l.free(hidden);
     let mut dx = l.take(shape.rows());
     l.free(x + dhidden);

@@ -1,12 +1,92 @@
 //! The text of a run: which files, which tokenizer, and the tokens made from them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::config::Config;
-use crate::data::{Store, StoreOptions, Tokenizer, default_corpus};
+use crate::data::{Progress, Sources, Split, Store, StoreOptions, Tokenizer, Tokens, default_corpus};
 use crate::train::Settings;
 use crate::train::run::{Event, Observer};
 use crate::{Error, Result};
+
+/// Folder beside the run folder that keeps tokens for the next run.
+const CACHE: &str = "tokens";
+
+/// Training and validation tokens of a run.
+#[derive(Debug)]
+pub struct Corpus {
+    train: Store,
+    /// A text of its own, when the settings name one.
+    validation: Option<Store>,
+}
+
+impl Corpus {
+    /// Tokenises the texts that the settings name, or finds the tokens of an earlier run; without any, the sources of the
+    /// packages that this program is built from.
+    ///
+    /// # Errors
+    /// Texts that are missing, empty or not UTF-8; a cache that cannot be written; fewer tokens than a sequence.
+    pub fn open(settings: &Settings, run: &Path, config: &Config, tokenizer: &Tokenizer, observer: &dyn Observer) -> Result<Corpus> {
+        let data = &settings.data;
+        let sources = if data.paths.is_empty() {
+            let corpus = default_corpus()?;
+            let files = corpus.sources.files.len();
+            observer.event(Event::Corpus(&format!(
+                "no data named: reading {files} Rust sources ({:.1} MB) of the packages in {}; name your own with --data PATH",
+                corpus.bytes as f64 / 1e6,
+                corpus.folder.display()
+            )));
+            corpus.sources
+        } else {
+            Sources::resolve(&data.paths)?
+        };
+        let cache = match &data.cache {
+            Some(folder) => folder.clone(),
+            None => beside(run).join(CACHE),
+        };
+        let own_validation = !data.validation_paths.is_empty();
+        let build = |sources: Sources, fraction: f64| -> Result<Store> {
+            let mut options = StoreOptions::new(sources, &cache);
+            options.separator = Some(data.document_separator.clone()).filter(|s| !s.is_empty());
+            options.validation_fraction = fraction;
+            options.min_validation_tokens = if fraction > 0.0 { settings.train.sequence_length + 1 } else { 0 };
+            let store = Store::open_or_build(&options, tokenizer, &|p: Progress| observer.event(Event::Tokenizing(p)))?;
+            store.check_vocabulary(config.vocab_size)?;
+            Ok(store)
+        };
+        let train = build(sources, if own_validation { 0.0 } else { data.validation_fraction })?;
+        let validation =
+            if own_validation { Some(build(Sources::resolve(&data.validation_paths)?, 0.0)?) } else { None };
+        Ok(Corpus { train, validation })
+    }
+
+    /// What is learned.
+    pub fn train(&self) -> &Tokens {
+        self.train.split(Split::Train)
+    }
+
+    /// What the model is judged by.
+    pub fn validation(&self) -> &Tokens {
+        match &self.validation {
+            Some(store) => store.split(Split::Train),
+            None => self.train.split(Split::Validation),
+        }
+    }
+
+    /// Identity of files, tokenizer and split.
+    pub fn fingerprint(&self) -> String {
+        let name = |store: &Store| store.folder().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let stores = [Some(&self.train), self.validation.as_ref()];
+        stores.into_iter().flatten().map(name).collect::<Vec<_>>().join("+")
+    }
+}
+
+/// The folder that holds the run folder.
+fn beside(run: &Path) -> PathBuf {
+    match run.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
 
 /// The run's tokenizer: the one of the model that it starts from, or the one that the settings name.
 ///
@@ -21,20 +101,10 @@ pub fn tokenizer(settings: &Settings, config: &Config) -> Result<Tokenizer> {
     };
     if tokenizer.vocab_size() > config.vocab_size {
         return Err(Error::Config(format!(
-            "the tokenizer has {} ids, but the model's vocab_size is {}; set model.vocab_size={}",
+            "the tokenizer has {0} ids, but the model's vocab_size is {1}; set model.vocab_size={0}",
             tokenizer.vocab_size(),
             config.vocab_size,
-            tokenizer.vocab_size()
         )));
     }
     Ok(tokenizer)
-}
-
-/// The tokenised training text, and the validation text when the settings name one of its own.
-///
-/// # Errors
-/// Texts that are missing, empty or not UTF-8; a cache that cannot be written.
-pub fn open(settings: &Settings, run: &Path, tokenizer: &Tokenizer, observer: &dyn Observer) -> Result<(Store, Option<Store>)> {
-    let _ = (run, default_corpus, Event::Corpus, StoreOptions::default, tokenizer, observer);
-    todo!()
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::data::{Progress, Sampler, Split as DataSplit, Store, Tokenizer, Tokens};
+use crate::data::{Examples, Progress, Sampler, Tokenizer, Tokens};
 use crate::device::Device;
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
@@ -21,7 +21,8 @@ use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::settings::Recompute;
 use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
-use crate::train::{Settings, corpus, metrics, peak, plot};
+use crate::train::corpus::{self, Corpus};
+use crate::train::{Settings, metrics, peak, plot};
 use crate::{AtPath, Error, Result};
 
 /// What happens during a run, for whoever shows it.
@@ -128,9 +129,7 @@ struct Run<'j> {
     model: Lm,
     optimizer: Optimizer,
     tokenizer: Tokenizer,
-    store: Store,
-    /// Validation text of its own, when the settings name one.
-    validation: Option<Store>,
+    corpus: Corpus,
     sampler: Sampler,
     checkpoints: Checkpoints,
     state: TrainerState,
@@ -148,8 +147,8 @@ impl<'j> Run<'j> {
         let settings = &job.settings;
         let config = settings.model_config()?;
         let tokenizer = corpus::tokenizer(settings, &config)?;
-        let (store, validation) = corpus::open(settings, &job.folder, &tokenizer, observer)?;
-        let sampler = Sampler::new(store.split(DataSplit::Train).len(), settings.train.sequence_length, settings.train.seed)?;
+        let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
+        let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
 
         let mut model = match &settings.model.folder {
             Some(folder) => {
@@ -161,7 +160,7 @@ impl<'j> Run<'j> {
         };
         let mut optimizer = Optimizer::new(&model)?;
         let checkpoints = Checkpoints::new(&job.folder, settings.checkpoint.keep, settings.checkpoint.milestone_every);
-        let fingerprint = store.fingerprint().to_owned();
+        let fingerprint = corpus.fingerprint();
         let newest = if job.resume { checkpoints.latest()? } else { None };
         let state = match newest {
             Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
@@ -188,8 +187,7 @@ impl<'j> Run<'j> {
             model,
             optimizer,
             tokenizer,
-            store,
-            validation,
+            corpus,
             sampler,
             checkpoints,
             state,
@@ -210,8 +208,8 @@ impl<'j> Run<'j> {
         observer.event(Event::Start {
             config: &self.config,
             parameters: self.model.params().table().parameters(),
-            train_tokens: self.store.split(DataSplit::Train).len() as u64,
-            validation_tokens: self.validation_tokens().len() as u64,
+            train_tokens: self.corpus.train().len() as u64,
+            validation_tokens: self.corpus.validation().len() as u64,
             from_step,
             steps,
         });
@@ -290,40 +288,35 @@ impl<'j> Run<'j> {
             adamw: adamw::Settings { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
             keep,
         };
-        let tokens = self.store.split(DataSplit::Train);
         let windows = self.sampler.windows(self.state.step, settings.sequences_per_step());
-        let micro_batches: Vec<MicroBatch> =
-            windows.chunks(settings.micro_batch()).map(|windows| self.micro_batch(tokens, windows)).collect();
+        let micro_batch = |windows| self.micro_batch(self.corpus.train(), &self.sampler, windows);
+        let micro_batches: Vec<MicroBatch> = windows.chunks(settings.micro_batch()).map(micro_batch).collect();
         self.optimizer.step(&mut self.model, &micro_batches, &step)
     }
 
-    fn micro_batch(&self, tokens: &Tokens, windows: &[usize]) -> MicroBatch {
-        let examples = self.sampler.examples(tokens, windows, self.tokenizer.bos());
-        let sequences: Vec<&[u32]> = examples.inputs.chunks(self.job.settings.train.sequence_length).collect();
-        let mask = examples.mask.iter().map(|m| f64::from(u8::from(*m))).collect();
+    fn micro_batch(&self, tokens: &Tokens, sampler: &Sampler, windows: &[usize]) -> MicroBatch {
+        let mut examples = Examples::default();
+        sampler.fill(tokens, windows, &mut examples);
+        let sequences: Vec<&[u32]> = examples.inputs.chunks(sampler.seq_len()).collect();
+        let mask = examples.weights.iter().map(|m| f64::from(u8::from(*m))).collect();
         MicroBatch { batch: Batch::packed(&sequences), targets: examples.targets, mask }
-    }
-
-    fn validation_tokens(&self) -> &Tokens {
-        match &self.validation {
-            Some(store) => store.split(DataSplit::Train),
-            None => self.store.split(DataSplit::Validation),
-        }
     }
 
     /// Reads evenly spaced windows of the validation text, each from the initial weights.
     fn evaluate(&self) -> Result<Record> {
         let settings = &self.job.settings;
-        let tokens = self.validation_tokens();
-        let windows = Sampler::new(tokens.len(), settings.train.sequence_length, 0)?;
-        let wanted = (settings.eval.tokens as usize / settings.train.sequence_length).clamp(1, windows.len());
-        let chosen: Vec<usize> = (0..wanted).map(|i| i * windows.len() / wanted).collect();
-        let bytes_per_token = tokens.bytes_per_token();
+        let tokens = self.corpus.validation();
+        let sampler = Sampler::new(tokens.len(), settings.train.sequence_length, 0)?;
+        let all = sampler.windows_per_epoch() as usize;
+        let wanted = (settings.eval.tokens as usize / settings.train.sequence_length).clamp(1, all);
+        let chosen: Vec<usize> = (0..wanted).map(|i| i * all / wanted).collect();
         let mut sums = Evaluation::default();
         let mut inner = None;
         for windows in chosen.chunks(settings.micro_batch()) {
-            let m = self.micro_batch(tokens, windows);
-            sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes_per_token)?);
+            let m = self.micro_batch(tokens, &sampler, windows);
+            let targets = |window: &usize| tokens.bytes_in(sampler.range(*window).start + 1..sampler.range(*window).end);
+            let bytes = windows.iter().map(targets).sum();
+            sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes)?);
             if inner.is_none() {
                 inner = Some(self.inner_losses(&m.batch)?);
             }
@@ -352,7 +345,8 @@ impl<'j> Run<'j> {
     fn train_record(&self, report: &StepReport, lr: f64, earlier: f64) -> Record {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = (self.state.tokens - self.last.1) as f64 / (elapsed - self.last.0).max(1e-9);
-        let bytes = report.counted * self.store.split(DataSplit::Train).bytes_per_token();
+        let train = self.corpus.train();
+        let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
             bits_per_byte: Some(report.nll / std::f64::consts::LN_2 / bytes),
             lr: Some(lr),
