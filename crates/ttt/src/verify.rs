@@ -33,7 +33,7 @@ pub struct Comparison {
 pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
     let file = File::open(path)?;
     let missing = |name: &str| Error::format(path, format!("the reference holds no `{name}`"));
-    let (ids_shape, ids) = ids(&file, "input_ids")?.ok_or_else(|| missing("input_ids"))?;
+    let (ids_shape, ids) = token_ids(&file, "input_ids")?.ok_or_else(|| missing("input_ids"))?;
     let [b, t] = *ids_shape else {
         return Err(Error::format(path, format!("`input_ids` has shape {ids_shape:?}, not [sequences, tokens]")));
     };
@@ -90,7 +90,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
 
 /// Targets and the weight of each row's likelihood in the loss.
 fn targets_and_weights(file: &File, path: &Path, ids: &[u32], b: usize, t: usize) -> Result<(Vec<u32>, Vec<f64>)> {
-    let Some((shape, targets)) = ids(file, "targets")? else {
+    let Some((shape, targets)) = token_ids(file, "targets")? else {
         // Next tokens; the last row of a sequence has none.
         let targets = (0..b * t).map(|i| if (i + 1) % t == 0 { 0 } else { ids[i + 1] }).collect();
         let count = (b * (t - 1)).max(1) as f64;
@@ -114,7 +114,7 @@ fn numbers(file: &File, name: &str) -> Result<Found<f64>> {
     file.find(name).map(|t| Ok((t.shape.to_vec(), t.to_vec::<f64>()?))).transpose()
 }
 
-fn ids(file: &File, name: &str) -> Result<Found<u32>> {
+fn token_ids(file: &File, name: &str) -> Result<Found<u32>> {
     file.find(name).map(|t| Ok((t.shape.to_vec(), t.to_u32()?))).transpose()
 }
 
