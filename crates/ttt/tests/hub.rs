@@ -493,6 +493,7 @@ fn conversion_keeps_the_model_its_foreign_fields_and_its_companions() {
     model.config_with(|c| {
         c.insert("auto_map".into(), json!("kept"));
         c.insert("dtype".into(), json!("float32"));
+        c.insert("_name_or_path".into(), json!("/elsewhere"));
     });
     fs::write(model.dir.path().join("tokenizer.json"), "{\"x\": 1}").unwrap();
     fs::write(model.dir.path().join("optimizer.safetensors"), "not the model's").unwrap();
@@ -502,6 +503,7 @@ fn conversion_keeps_the_model_its_foreign_fields_and_its_companions() {
     folder.convert(&bf16, &device(), SaveOptions { dtype: FileDType::Bf16, max_shard_bytes: Some(20_000) }).unwrap();
     let json: Value = serde_json::from_slice(&fs::read(bf16.join("config.json")).unwrap()).unwrap();
     assert_eq!((&json["auto_map"], &json["torch_dtype"], &json["dtype"]), (&json!("kept"), &json!("bfloat16"), &Value::Null));
+    assert_eq!(json.get("_name_or_path"), None);
     assert_eq!(fs::read(bf16.join("tokenizer.json")).unwrap(), b"{\"x\": 1}");
     assert!(!bf16.join("optimizer.safetensors").exists());
     // Back to one f32 file: the same numbers, so the same hash; the unrounded ones have another.

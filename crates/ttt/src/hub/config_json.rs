@@ -87,8 +87,9 @@ pub fn write(path: &Path, config: &Config, extra: &Map<String, Value>, dtype: Fi
     // The official default is false, which makes its `generate` read the whole prefix again for every token.
     object.insert("use_cache".to_owned(), json!(true));
     for (name, value) in extra {
-        // `dtype` is how newer versions of transformers spell torch_dtype; the old value would contradict the new one.
-        if name != "dtype" && !object.contains_key(name) {
+        // `dtype` is how newer versions of transformers spell torch_dtype, and `_name_or_path` is where another copy of the model
+        // was: both would be wrong here.
+        if !["dtype", "_name_or_path"].contains(&name.as_str()) && !object.contains_key(name) {
             object.insert(name.clone(), value.clone());
         }
     }
