@@ -46,7 +46,7 @@ impl TrainerState {
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
     run: PathBuf,
-    /// Newest ones to keep.
+    /// Newest ones to keep, besides milestones.
     keep: usize,
     /// Steps between those that are kept for ever; 0 for none.
     milestone_every: u64,
@@ -79,7 +79,7 @@ impl Checkpoints {
         }
     }
 
-    /// Writes a checkpoint, points `latest` to it, and removes the ones that are no longer wanted.
+    /// Writes a checkpoint, points `latest` to it, and removes old ones that are no milestones.
     ///
     /// # Errors
     /// [`Error::Io`]; earlier checkpoints are then as they were.
@@ -101,7 +101,7 @@ impl Checkpoints {
         Ok(path)
     }
 
-    /// Removes all but the newest `keep` and the milestones.
+    /// Removes all but the milestones and the newest `keep` others.
     fn prune(&self) -> Result<()> {
         let folder = self.folder();
         let mut steps: Vec<(u64, PathBuf)> = Vec::new();
@@ -111,11 +111,9 @@ impl Checkpoints {
             steps.extend(step_of(&name).map(|step| (step, path)));
         }
         steps.sort();
-        let milestone = |step: u64| self.milestone_every > 0 && step % self.milestone_every == 0;
-        for (step, path) in steps.iter().rev().skip(self.keep) {
-            if !milestone(*step) {
-                std::fs::remove_dir_all(path).at(path)?;
-            }
+        steps.retain(|(step, _)| self.milestone_every == 0 || !step.is_multiple_of(self.milestone_every));
+        for (_, path) in steps.iter().rev().skip(self.keep) {
+            std::fs::remove_dir_all(path).at(path)?;
         }
         Ok(())
     }
