@@ -540,6 +540,26 @@ fn builds_at_once_end_well() {
 }
 
 #[test]
+fn killed_builds_are_cleared_away() {
+    let s = Scratch::new();
+    let options = s.options(&[&s.file("a.txt", PROSE)]);
+    let folder = build(&options, &bytes()).unwrap().folder().to_owned();
+    fs::remove_dir_all(&folder).unwrap();
+    let name = folder.file_name().unwrap().to_str().unwrap();
+    let (old, fresh) = (s.path(&format!("cache/.{name}-1-1")), s.path(&format!("cache/.{name}-2-2")));
+    for (path, hours) in [(&old, 2), (&fresh, 0)] {
+        fs::create_dir(path).unwrap();
+        fs::write(path.join("few.bin"), "half of it").unwrap();
+        let time = std::time::SystemTime::now() - std::time::Duration::from_secs(hours * 3600);
+        for path in [path.join("few.bin"), path.clone()] {
+            fs::File::open(path).unwrap().set_modified(time).unwrap();
+        }
+    }
+    assert!(!build(&options, &bytes()).unwrap().reused(), "what is half written is not used");
+    assert!(!old.exists() && fresh.exists(), "another process may still write to a fresh one");
+}
+
+#[test]
 fn limits_end_the_data() {
     let s = Scratch::new();
     let (small, large) = (s.file("a.txt", "ééé"), s.file("b.txt", "x".repeat(1000)));
