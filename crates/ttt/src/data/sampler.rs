@@ -27,7 +27,8 @@ pub struct Examples {
     pub weights: Vec<bool>,
 }
 
-/// Rounds of the Feistel network; four give a permutation that looks random, eight do so for few windows too.
+/// Rounds of the Feistel network. For a hundred windows four are biased (chi squared over a million keys 159, where 99 is expected)
+/// and eight are not (99.8).
 const ROUNDS: u64 = 8;
 
 impl Sampler {
@@ -139,14 +140,15 @@ mod tests {
 
     #[test]
     fn places_are_uniform() {
-        // Over keys, each index must land everywhere equally often: chi squared with 99 degrees of freedom stays below 149 in
-        // 99.9 % of cases.
-        for index in [0, 1, 50, 99] {
+        // Over keys, each index must land everywhere equally often. Chi squared with 99 degrees of freedom has mean 99 and
+        // deviation 14, the mean of ten of them 4.4; four rounds give 159.
+        let chi = |index| {
             let mut counts = [0f64; 100];
-            (0..100_000).for_each(|key| counts[permute(index, 100, mix(key)) as usize] += 1.0);
-            let chi: f64 = counts.iter().map(|c| (c - 1000.0).powi(2) / 1000.0).sum();
-            assert!(chi < 149.0, "index {index}: {chi}");
-        }
+            (0..1_000_000).for_each(|key| counts[permute(index, 100, mix(key)) as usize] += 1.0);
+            counts.iter().map(|c| (c - 10_000.0).powi(2) / 10_000.0).sum::<f64>()
+        };
+        let mean = (0..10).map(|i| chi(i * 11)).sum::<f64>() / 10.0;
+        assert!((81.0..117.0).contains(&mean), "{mean}");
     }
 
     #[test]
