@@ -25,6 +25,10 @@ pub mod rope;
 pub mod swiglu;
 pub mod token_scale;
 
+pub(crate) mod partials;
+pub(crate) mod segments;
+pub(crate) mod simd;
+
 use crate::device::{Device, Kernels};
 use crate::tensor::DType;
 
