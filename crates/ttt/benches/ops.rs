@@ -148,16 +148,16 @@ fn loss_and_optimizer(c: &mut Criterion, device: &Device) {
 
 fn main() {
     let device = Device::cpu().unwrap();
-    let mut c = Criterion::default()
-        .warm_up_time(Duration::from_millis(200))
-        .measurement_time(Duration::from_millis(500))
-        .sample_size(10)
-        .configure_from_args();
     device.install(|| {
+        let mut c = Criterion::default()
+            .warm_up_time(Duration::from_millis(200))
+            .measurement_time(Duration::from_millis(500))
+            .sample_size(10)
+            .configure_from_args();
         products(&mut c, &device);
         decoding(&mut c, &device);
         rows(&mut c, &device);
         loss_and_optimizer(&mut c, &device);
+        c.final_summary();
     });
-    c.final_summary();
 }

@@ -274,6 +274,17 @@ fn results_do_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
+fn a_row_is_the_same_alone_and_among_others() {
+    let device = case::fast(2);
+    let (x, w) = (filled(&device, &[64, 259], 1), filled(&device, &[1030, 259], 2));
+    let all = linear::forward(x.view(), w.view()).unwrap();
+    for rows in [0..1, 1..3, 3..6, 6..10, 10..17, 17..64] {
+        let some = linear::forward(x.view().row_range(rows.clone()), w.view()).unwrap();
+        assert_eq!(some.as_slice::<f32>(), &all.as_slice::<f32>()[rows.start * 1030..rows.end * 1030], "rows {rows:?}");
+    }
+}
+
+#[test]
 fn a_convolution_in_chunks_is_the_convolution() {
     let device = case::fast(2);
     let (n, channels, taps) = (40, 19, 4);
@@ -301,7 +312,8 @@ fn a_convolution_in_chunks_is_the_convolution() {
 #[test]
 fn cross_entropy_skips_rows_of_weight_zero() {
     let device = case::fast(2);
-    let (n, d, v) = (150, 40, 37_000);
+    // More rows than fit one chunk of logits.
+    let (n, d, v) = (350, 11, 37_000);
     let (hidden, w) = (filled(&device, &[n, d], 1), filled(&device, &[v, d], 2));
     let mut targets: Vec<u32> = (0..n).map(|i| (i * 7919 % v) as u32).collect();
     let mut weights: Vec<f64> = (0..n).map(|i| 0.5 + 0.01 * i as f64).collect();

@@ -1,4 +1,4 @@
-//! f32 on the processor's cores: the `gemm` crate, and for few rows the kernel of [`super::decode`].
+//! f32 on the processor's cores: the `gemm` crate, and for few rows the kernel of [`super::few_rows`].
 //!
 //! Measured on two Zen 3 cores (90-95 GFLOP/s each): `gemm` splits over two threads at 99 % in all three products at training
 //! shapes. Splitting rows or columns by hand is no faster anywhere and 5-35 % slower in more than two parts, because every
@@ -6,13 +6,13 @@
 
 use gemm::Parallelism;
 
-use super::decode;
+use super::few_rows;
 use crate::device::view::{Mat, MatMut};
 
 /// `y = x wᵀ`.
 pub(crate) fn forward(x: Mat<f32>, w: Mat<f32>, y: MatMut<f32>) {
-    if x.rows() <= decode::MAX_ROWS {
-        decode::forward(x, w, y);
+    if x.rows() <= few_rows::MAX_ROWS {
+        few_rows::forward(x, w, y);
     } else {
         product(Operand::new(x), Operand::new(w).transposed(), y, false);
     }

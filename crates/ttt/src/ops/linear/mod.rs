@@ -3,7 +3,7 @@
 //! Letters: n rows (tokens), i inputs, o outputs. Weights are `[o, i]`, as in the model files.
 
 pub(crate) mod cpu;
-mod decode;
+mod few_rows;
 pub(crate) mod reference;
 
 use crate::Result;

@@ -8,7 +8,9 @@ use pulp::{Simd, WithSimd};
 use crate::device::par::{self, ColsPerUnit};
 use crate::device::view::{Mat, MatMut};
 
-/// Rows of x from which on `gemm` is as fast.
+/// At most this many rows of x. On one Zen 3 core and weights [768..4096, 256..2048] this kernel makes 27-36 GFLOP/s with 1 row,
+/// 60-90 with 4 and more; `gemm`, which packs the weights first, 10 with 2 rows, 30 with 8, 60 with 32, 75 with 64, and is
+/// ahead from about 128.
 pub(super) const MAX_ROWS: usize = 64;
 
 /// Elements of `w` that one unit of work reads (256 KiB): forking costs a few microseconds, reading them about twenty.
