@@ -1,11 +1,13 @@
 //! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
+use crate::hub::ModelFolder;
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
 use crate::ops::{cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -77,6 +79,24 @@ impl Lm {
         let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
         let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
         Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
+    }
+
+    /// The model of a Hugging Face folder, in f32.
+    ///
+    /// # Errors
+    /// Files that cannot be read or do not belong together (see [`ModelFolder`]), or memory.
+    pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Lm> {
+        Lm::load_as(folder, device, DType::F32)
+    }
+
+    /// The model of a Hugging Face folder, in `dtype`.
+    ///
+    /// # Errors
+    /// As [`Lm::load`].
+    pub fn load_as(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Lm> {
+        let folder = ModelFolder::open(folder)?;
+        let table = Arc::new(ParamTable::new(folder.config()).0);
+        Lm::from_params(folder.config(), folder.load_params(&table, device, dtype)?)
     }
 
     /// Hyperparameters.
