@@ -84,3 +84,16 @@ fn product(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool) {
         );
     }
 }
+
+/// Asks for the cache lines of the `len` elements at `at`, which need not exist.
+#[inline(always)]
+pub(super) fn prefetch(at: *const f32, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..len).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing; any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (at, len);
+}

@@ -1,10 +1,12 @@
-//! `y = x wᵀ` for few rows of x: bound by the memory that `w` is read from, so `w` is read once, in order, without packing.
+//! `y = x wᵀ` for few rows of x: bound by the memory that `w` is read from, so `w` is read once, in order, without packing
+//! (with more than four rows, each 256 KiB of it again from the second-level cache).
 //!
 //! Each element of y is one vector of partial sums along i, summed up at the end, whatever the number of rows: a sequence gets
 //! the same logits bit for bit alone and in a batch of up to [`MAX_ROWS`].
 
 use pulp::{Simd, WithSimd};
 
+use super::cpu::prefetch;
 use crate::device::par::{self, ColsPerUnit};
 use crate::device::view::{Mat, MatMut};
 
@@ -70,7 +72,14 @@ impl Block<'_> {
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
         let vectors = x[0].0.len();
         let (xv, wv) = (x.map(|x| &x.0[..vectors]), w.map(|w| &w.0[..vectors]));
+        // While three or more rows keep the arithmetic busy, the next tile is on its way; it must leave room in the first-level
+        // cache. With one or two the processor's own prefetching is faster.
+        let ahead = X >= 3 && first == 0 && W * self.w.cols() <= 3072;
+        let next = self.w.as_ptr().wrapping_add((o + W) * self.w.stride());
         for k in 0..vectors {
+            if ahead {
+                prefetch(next.wrapping_add(k * W * S::F32_LANES), W * S::F32_LANES);
+            }
             let w: [_; W] = std::array::from_fn(|j| wv[j][k]);
             for i in 0..X {
                 let x = xv[i][k];
