@@ -14,6 +14,8 @@
 pub(crate) mod cpu;
 pub(crate) mod drive;
 pub(crate) mod math;
+#[cfg(test)]
+pub(crate) mod test_lanes;
 pub(crate) mod tiles;
 
 use crate::Result;

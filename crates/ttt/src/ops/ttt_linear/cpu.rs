@@ -245,3 +245,16 @@ impl Learner<f32> for Fast {
         self.0.dispatch(Backward { dims, x: *x, w, dw, commits, dz, tape, grads });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Inner;
+    use crate::ops::inner::test_lanes::agree;
+
+    #[test]
+    fn without_vectors_it_is_still_the_reference() {
+        agree(Inner::Linear, Fast(Arch::Scalar), super::super::reference::Reference);
+        agree(Inner::Linear, Fast(Arch::new()), super::super::reference::Reference);
+    }
+}
