@@ -4,9 +4,9 @@ use pulp::{Arch, Simd, WithSimd};
 
 use crate::device::view::{Mat, MatMut};
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
-use crate::ops::inner::tiles::{
-    InnerRow, Layer, axpy, copy_rows, dot, inner_row, inner_row_backward, output_row, output_row_backward, scale, times_transposed,
-    token_columns,
+use crate::ops::inner::layer::{Layer, times_transposed};
+use crate::ops::inner::rows::{
+    InnerRow, axpy, copy_rows, dot, inner_row, inner_row_backward, output_row, output_row_backward, scale, token_columns,
 };
 
 /// The vectors of this machine.
