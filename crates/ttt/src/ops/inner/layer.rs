@@ -44,9 +44,8 @@ fn times_transposed_columns<S: Simd>(
     simd.vectorize(Product {
         c: yt,
         c_stride: columns,
-        a: w,
         a_strides: [b, 1],
-        b: xt,
+        terms: &[[w, xt]],
         b_stride: columns,
         sizes: [a, b, columns],
         alpha,
@@ -75,9 +74,8 @@ fn lower_product<S: Simd>(simd: S, c: &mut [f32], m: &[f32], x: &[f32], [first, 
         simd.vectorize(Product {
             c: &mut c[i * width..],
             c_stride: width,
-            a: &m[i * columns..],
             a_strides: [columns, 1],
-            b: x,
+            terms: &[[&m[i * columns..], x]],
             b_stride: width,
             sizes: [rows, first + i + rows, width],
             alpha: 1.0,
@@ -95,9 +93,8 @@ fn lower_transposed_product<S: Simd>(simd: S, c: &mut [f32], m: &[f32], x: &[f32
         simd.vectorize(Product {
             c: &mut c[j * width..],
             c_stride: width,
-            a: &m[j * columns + j..],
             a_strides: [1, columns],
-            b: &x[j * width..],
+            terms: &[[&m[j * columns + j..], &x[j * width..]]],
             b_stride: width,
             sizes: [rows, n - j, width],
             alpha: 1.0,
@@ -150,7 +147,7 @@ impl Layer {
             to_columns(simd, left_t, left, [end, a, columns]);
             let (a_strides, sizes) = ([a, 1], [n, a, columns]);
             let (c_stride, b_stride) = (columns, columns);
-            simd.vectorize(Product { c: m, c_stride, a: x, a_strides, b: left_t, b_stride, sizes, alpha: 1.0, add: false });
+            simd.vectorize(Product { c: m, c_stride, a_strides, terms: &[[x, left_t]], b_stride, sizes, alpha: 1.0, add: false });
         }
         for i in 0..n {
             let (m, neg) = (&mut m[i * columns..][..columns], &mut neg[i * columns..][..columns]);
@@ -171,21 +168,27 @@ impl Layer {
     pub(crate) fn add_product<S: Simd>(&self, simd: S, y: &mut [f32], x: &[f32], w: &[f32]) {
         let Layer { a, b, n, .. } = *self;
         let (a_strides, sizes) = ([a, 1], [n, a, b]);
-        simd.vectorize(Product { c: y, c_stride: b, a: x, a_strides, b: w, b_stride: b, sizes, alpha: 1.0, add: true });
+        simd.vectorize(Product { c: y, c_stride: b, a_strides, terms: &[[x, w]], b_stride: b, sizes, alpha: 1.0, add: true });
     }
 
-    /// W += alpha leftᵀ right over n rows.
+    /// W += alpha leftᵀ right over n rows, and bias += alpha Σ right. With alpha = -τ and right = Ĝ: the descent step.
     #[inline(always)]
-    pub(crate) fn weight_gradient<S: Simd>(&self, simd: S, alpha: f32, w: &mut [f32], left: &[f32], right: &[f32]) {
+    pub(crate) fn descend<S: Simd>(&self, simd: S, alpha: f32, [w, bias]: [&mut [f32]; 2], left: &[f32], right: &[f32]) {
+        self.gradient(simd, alpha, w, &[[left, right]]);
+        self.bias_gradient(simd, alpha, bias, right);
+    }
+
+    /// W += alpha Σ leftᵀ right over the pairs `[left, right]` of n rows, in one pass over W.
+    #[inline(always)]
+    pub(crate) fn gradient<S: Simd>(&self, simd: S, alpha: f32, w: &mut [f32], terms: &[[&[f32]; 2]]) {
         let Layer { a, b, n, .. } = *self;
         let (a_strides, sizes) = ([1, a], [a, n, b]);
-        simd.vectorize(Product { c: w, c_stride: b, a: left, a_strides, b: right, b_stride: b, sizes, alpha, add: true });
+        simd.vectorize(Product { c: w, c_stride: b, a_strides, terms, b_stride: b, sizes, alpha, add: true });
     }
 
-    /// W += alpha leftᵀ right and bias += alpha Σ right over n rows. With alpha = -τ and right = Ĝ: the descent step.
+    /// bias += alpha Σ right over n rows.
     #[inline(always)]
-    pub(crate) fn gradient<S: Simd>(&self, simd: S, alpha: f32, [w, bias]: [&mut [f32]; 2], left: &[f32], right: &[f32]) {
-        self.weight_gradient(simd, alpha, w, left, right);
+    pub(crate) fn bias_gradient<S: Simd>(&self, simd: S, alpha: f32, bias: &mut [f32], right: &[f32]) {
         for right in right.chunks_exact(self.b).take(self.n) {
             axpy(simd, bias, alpha, right);
         }
@@ -207,7 +210,7 @@ impl Layer {
         let Layer { a, b, n, columns, .. } = *self;
         to_columns(simd, ghat_t, ghat, [n, b, columns]);
         let (c_stride, b_stride, a_strides, sizes) = (columns, columns, [b, 1], [n, b, columns]);
-        simd.vectorize(Product { c: dm, c_stride, a: dy, a_strides, b: ghat_t, b_stride, sizes, alpha: 1.0, add: false });
+        simd.vectorize(Product { c: dm, c_stride, a_strides, terms: &[[dy, ghat_t]], b_stride, sizes, alpha: 1.0, add: false });
         for i in 0..n {
             let (dm, m) = (&mut dm[i * columns..][..columns], &m[i * columns..][..columns]);
             // M is zero above the diagonal.
@@ -223,7 +226,7 @@ impl Layer {
         lower_transposed_product(simd, dleft, dm, x, [n, a, columns]);
     }
 
-    /// Backward of the descent step ([`Layer::gradient`]) in its rows: adds to `dghat` and `dleft`, returns the gradient of τ. `ghat_t` is Ĝᵀ as
+    /// Backward of [`Layer::descend`] in its rows: adds to `dghat` and `dleft`, returns the gradient of τ. `ghat_t` is Ĝᵀ as
     /// [`Layer::output_backward`] left it; `p` `[n, b]` and `dleft_t` `[a, columns]` are scratch.
     #[inline(always)]
     pub(crate) fn commit_backward<S: Simd>(

@@ -128,7 +128,7 @@ impl WithSimd for Commit<'_> {
         let (weight, bias) = self.w.split_at_mut(d * d);
         let (t, _) = Learned::carve(self.dims, self.tape);
         let layer = Layer { a: d, b: d, first: 0, n: k, columns: token_columns(k) };
-        layer.gradient(simd, -self.tau, [weight, bias], t.k, t.ghat);
+        layer.descend(simd, -self.tau, [weight, bias], t.k, t.ghat);
     }
 }
 
@@ -197,8 +197,9 @@ impl WithSimd for Backward<'_> {
         let dz_inner = dghat;
         // (6) Z = kW + b, t = v - k
         times_transposed(simd, dk, dz_inner, weight, [n, d, d, columns], [x_t, y_t], (1.0, true));
-        layer.gradient(simd, 1.0, [&mut *dweight, &mut *dbias], q, dzbar);
-        layer.gradient(simd, 1.0, [dweight, dbias], t.k, dz_inner);
+        layer.gradient(simd, 1.0, dweight, &[[&*q, &*dzbar], [&*t.k, &*dz_inner]]);
+        layer.bias_gradient(simd, 1.0, dbias, dzbar);
+        layer.bias_gradient(simd, 1.0, dbias, dz_inner);
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let (dq_out, dk_out) = (grads.dq.row_mut(i), grads.dk.row_mut(i));

@@ -175,8 +175,8 @@ impl WithSimd for Commit<'_> {
         let [layer1, layer2] = layers(dims, 0, dims.k);
         let [w1, b1, w2, b2] = carve(w, [4 * d * d, 4 * d, 4 * d * d, d]);
         let (t, _) = Learned::carve(dims, tape);
-        layer1.gradient(simd, -tau, [w1, b1], t.k, t.ghat1);
-        layer2.gradient(simd, -tau, [w2, b2], t.x2, t.ghat2);
+        layer1.descend(simd, -tau, [w1, b1], t.k, t.ghat1);
+        layer2.descend(simd, -tau, [w2, b2], t.x2, t.ghat2);
     }
 }
 
@@ -272,11 +272,12 @@ impl WithSimd for Backward<'_> {
         let dz1 = dx2;
         // (k) Z1 = k W1 + b1, t = v - k
         times_transposed(simd, dk, dz1, weights1[0], [n, d, f, columns], [t.wide_t, t.narrow_t], (1.0, true));
-        layer1.gradient(simd, 1.0, [&mut *dw1, &mut *db1], q, dzbar1);
-        layer1.gradient(simd, 1.0, [dw1, db1], t.k, dz1);
-        layer2.gradient(simd, 1.0, [&mut *dw2, &mut *db2], xbar2, dzbar2);
-        layer2.gradient(simd, 1.0, [&mut *dw2, db2], t.x2, dz2);
-        layer2.weight_gradient(simd, 1.0, dw2, du, t.g2);
+        layer1.gradient(simd, 1.0, dw1, &[[&*q, &*dzbar1], [&*t.k, &*dz1]]);
+        layer2.gradient(simd, 1.0, dw2, &[[&*xbar2, &*dzbar2], [&*t.x2, &*dz2], [&*du, &*t.g2]]);
+        for (layer, bias, right) in [(layer1, db1, [dzbar1, dz1]), (layer2, db2, [dzbar2, dz2])] {
+            layer.bias_gradient(simd, 1.0, bias, right[0]);
+            layer.bias_gradient(simd, 1.0, bias, right[1]);
+        }
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let (dq_out, dk_out) = (grads.dq.row_mut(i), grads.dk.row_mut(i));
