@@ -1,6 +1,8 @@
 //! Seeded cases for the TTT operations, and their outputs and gradients as plain vectors.
 #![allow(dead_code)]
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use safetensors::SafeTensors;
 use ttt::batch::Segment;
 use ttt::config::Inner;
@@ -262,8 +264,17 @@ impl Case {
         (0..self.lens.len()).flat_map(|s| all[self.slot(s) * each..][..each].to_vec()).collect()
     }
 
+    /// How often a forward and a backward with checkpoints every 2 mini-batches allocate.
+    pub fn counted(&self, device: &Device, dtype: DType, count: &AtomicUsize) -> [usize; 2] {
+        self.backward_counted(device, dtype, 2, count).1
+    }
+
     /// All gradients of <z, dz> + <final weights, dw>. Outputs are NaN before; sums start at 1/4, which is taken off again.
     pub fn backward(&self, device: &Device, dtype: DType, group: usize) -> Grads {
+        self.backward_counted(device, dtype, group, &AtomicUsize::new(0)).0
+    }
+
+    fn backward_counted(&self, device: &Device, dtype: DType, group: usize, count: &AtomicUsize) -> (Grads, [usize; 2]) {
         let n: usize = self.lens.iter().sum();
         let wide = self.heads * self.d;
         let rows: Vec<usize> = (0..n).collect();
@@ -272,6 +283,7 @@ impl Case {
         let phase_0: Vec<Segment> = segments.iter().map(|s| Segment { phase: 0, ..*s }).collect();
         let mut state = self.state_with(device, dtype, self.lens.len() + 1, |s| self.slot(s));
         let kept_inputs = Inputs { segments: &phase_0, ..inputs };
+        let before = count.load(Relaxed);
         let saved = match self.inner {
             Inner::Linear => ttt_linear::forward(&kept_inputs, &mut state, Some(group)),
             Inner::Mlp => ttt_mlp::forward(&kept_inputs, &mut state, Some(group)),
@@ -279,6 +291,7 @@ impl Case {
         .unwrap()
         .1
         .unwrap();
+        let forward = count.load(Relaxed) - before;
 
         let nan = |shape: &[usize]| tensor(device, dtype, shape, &vec![f64::NAN; shape.iter().product()]);
         let quarter = |shape: &[usize]| tensor(device, dtype, shape, &vec![0.25; shape.iter().product()]);
@@ -291,15 +304,17 @@ impl Case {
         let (dq, dk) = rest.split_cols(wide);
         let d = InputGrads { dq, dk, dv, dlr: dlr.view_mut() };
         let p = ParamGrads { dtok: dtok.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+        let before = count.load(Relaxed);
         match self.inner {
             Inner::Linear => ttt_linear::backward(&inputs, &saved, dz.view(), &mut dstate, d, p),
             Inner::Mlp => ttt_mlp::backward(&inputs, &saved, dz.view(), &mut dstate, d, p),
         }
         .unwrap();
+        let backward = count.load(Relaxed) - before;
         let all = dqkv.to_f64_vec();
         let part = |i: usize| (0..n).flat_map(|row| all[row * 3 * wide + i * wide..][..wide].to_vec()).collect();
         let less = |t: &Tensor| t.to_f64_vec().iter().map(|x| x - 0.25).collect();
-        Grads {
+        let grads = Grads {
             q: part(1),
             k: part(2),
             v: part(0),
@@ -308,7 +323,8 @@ impl Case {
             gamma: less(&dgamma),
             beta: less(&dbeta),
             w0: dstate.to_f64_vec(),
-        }
+        };
+        (grads, [forward, backward])
     }
 
     /// Outputs and final weights of the primal form in f64.

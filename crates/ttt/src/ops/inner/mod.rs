@@ -13,8 +13,11 @@
 
 pub(crate) mod cpu;
 pub(crate) mod drive;
+pub(crate) mod layer;
 pub(crate) mod math;
-pub(crate) mod tiles;
+pub(crate) mod rows;
+#[cfg(test)]
+pub(crate) mod test_lanes;
 
 use crate::Result;
 use crate::batch::Segment;

@@ -4,9 +4,9 @@ use pulp::{Arch, Simd, WithSimd};
 
 use crate::device::view::{Mat, MatMut};
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
-use crate::ops::inner::tiles::{
-    InnerRow, Layer, axpy, copy_rows, dot, inner_row, inner_row_backward, output_row, output_row_backward, scale, times_transposed,
-    token_columns,
+use crate::ops::inner::layer::{Layer, times_transposed};
+use crate::ops::inner::rows::{
+    InnerRow, axpy, copy_rows, dot, inner_row, inner_row_backward, output_row, output_row_backward, scale, token_columns,
 };
 
 /// The vectors of this machine.
@@ -128,7 +128,7 @@ impl WithSimd for Commit<'_> {
         let (weight, bias) = self.w.split_at_mut(d * d);
         let (t, _) = Learned::carve(self.dims, self.tape);
         let layer = Layer { a: d, b: d, first: 0, n: k, columns: token_columns(k) };
-        layer.gradient(simd, -self.tau, [weight, bias], t.k, t.ghat);
+        layer.descend(simd, -self.tau, [weight, bias], t.k, t.ghat);
     }
 }
 
@@ -197,8 +197,9 @@ impl WithSimd for Backward<'_> {
         let dz_inner = dghat;
         // (6) Z = kW + b, t = v - k
         times_transposed(simd, dk, dz_inner, weight, [n, d, d, columns], [x_t, y_t], (1.0, true));
-        layer.gradient(simd, 1.0, [&mut *dweight, &mut *dbias], q, dzbar);
-        layer.gradient(simd, 1.0, [dweight, dbias], t.k, dz_inner);
+        layer.gradient(simd, 1.0, dweight, &[[&*q, &*dzbar], [&*t.k, &*dz_inner]]);
+        layer.bias_gradient(simd, 1.0, dbias, dzbar);
+        layer.bias_gradient(simd, 1.0, dbias, dz_inner);
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let (dq_out, dk_out) = (grads.dq.row_mut(i), grads.dk.row_mut(i));
@@ -243,5 +244,18 @@ impl Learner<f32> for Fast {
         grads: ChunkGrads<'_, f32>,
     ) {
         self.0.dispatch(Backward { dims, x: *x, w, dw, commits, dz, tape, grads });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Inner;
+    use crate::ops::inner::test_lanes::agree;
+
+    #[test]
+    fn without_vectors_it_is_still_the_reference() {
+        agree(Inner::Linear, Fast(Arch::Scalar), super::super::reference::Reference);
+        agree(Inner::Linear, Fast(Arch::new()), super::super::reference::Reference);
     }
 }

@@ -28,7 +28,7 @@ fn fast(inputs: &Inputs<'_>) -> Option<cpu::Fast> {
 /// g-th mini-batch for [`backward`].
 ///
 /// # Errors
-/// [`crate::Error::OutOfMemory`].
+/// [`crate::Error::OutOfMemory`]; some slots have then moved on and some have not.
 ///
 /// # Panics
 /// When shapes disagree, segments do not lie one behind the other or share a slot, or a pass to be kept starts inside a

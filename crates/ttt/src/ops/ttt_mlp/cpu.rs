@@ -5,9 +5,10 @@ use pulp::{Arch, Simd, WithSimd};
 
 use crate::device::view::{Mat, MatMut};
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
-use crate::ops::inner::tiles::{
-    InnerRow, Layer, axpy, copy_rows, dot, dot3, gelu, inner_row, inner_row_backward, multiply, multiply_add3, multiply_by,
-    output_row, output_row_backward, scale, times_transposed, token_columns,
+use crate::ops::inner::layer::{Layer, times_transposed};
+use crate::ops::inner::rows::{
+    InnerRow, axpy, copy_rows, dot, dot3, gelu, inner_row, inner_row_backward, multiply, multiply_add3, multiply_by, output_row,
+    output_row_backward, scale, token_columns,
 };
 
 /// The vectors of this machine.
@@ -174,8 +175,8 @@ impl WithSimd for Commit<'_> {
         let [layer1, layer2] = layers(dims, 0, dims.k);
         let [w1, b1, w2, b2] = carve(w, [4 * d * d, 4 * d, 4 * d * d, d]);
         let (t, _) = Learned::carve(dims, tape);
-        layer1.gradient(simd, -tau, [w1, b1], t.k, t.ghat1);
-        layer2.gradient(simd, -tau, [w2, b2], t.x2, t.ghat2);
+        layer1.descend(simd, -tau, [w1, b1], t.k, t.ghat1);
+        layer2.descend(simd, -tau, [w2, b2], t.x2, t.ghat2);
     }
 }
 
@@ -191,10 +192,10 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    fn lens(Dims { d, k }: Dims) -> [usize; 21] {
+    fn lens(Dims { d, k }: Dims) -> [usize; 19] {
         let (kd, kf, c) = (k * d, k * 4 * d, token_columns(k));
         let (kc, dc, fc) = (k * c, d * c, 4 * d * c);
-        [kd, kd, kd, kd, kd, kd, d, kf, kf, kf, kf, kf, kf, kf, kc, kc, kc, kc, kc, dc, fc]
+        [kd, kd, kd, kd, kd, kd, d, kf, kf, kf, kf, kf, kc, kc, kc, kc, kc, dc, fc]
     }
 }
 
@@ -213,32 +214,12 @@ impl WithSimd for Backward<'_> {
         let [dw1, db1, dw2, db2] = carve(dw, [4 * d * d, 4 * d, 4 * d * d, d]);
         let (t, tape) = Learned::carve(dims, tape);
         let lens = Self::lens(dims);
-        let [
-            q,
-            dzbar2,
-            dghat2,
-            dq,
-            dk,
-            dt,
-            xo,
-            xbar2,
-            dbar1,
-            dzbar1,
-            dx2,
-            dghat1,
-            du,
-            p1,
-            m1,
-            neg1,
-            m2,
-            neg2,
-            dm,
-            ghat2_t,
-            ghat1_t,
-        ] = carve(&mut tape[..lens.iter().sum()], lens);
+        let [q, dzbar2, dghat2, dq, dk, dt, xo, xbar2, dzbar1, dx2, dghat1, du, m1, neg1, m2, neg2, dm, ghat2_t, ghat1_t] =
+            carve(&mut tape[..lens.iter().sum()], lens);
+        // `du` holds gelu'(Z̄1) until (c), then P1 in (e): few tiles, so that they and both weights fit the second-level cache.
         copy_rows(q, x.q);
         layer1.output(simd, xbar2, q, weights1, [t.k, t.ghat1], x.tok, [m1, neg1, t.narrow_t]);
-        gelu(simd, &mut xbar2[..n * f], &mut dbar1[..n * f], &mut []);
+        gelu(simd, &mut xbar2[..n * f], &mut du[..n * f], &mut []);
         layer2.output(simd, dzbar2, xbar2, weights2, [t.x2, t.ghat2], x.tok, [m2, neg2, t.wide_t]);
 
         // (a) output LayerNorm
@@ -250,7 +231,7 @@ impl WithSimd for Backward<'_> {
         let reads = [&*xbar2, weights2[0], t.x2, t.ghat2];
         let writes = [&mut *dghat2, &mut *dzbar1, &mut *dx2, &mut *grads.dtok];
         layer2.output_backward(simd, dzbar2, reads, x.tok, [m2, neg2], writes, [dm, ghat2_t, t.narrow_t, t.wide_t]);
-        multiply_by(simd, &mut dzbar1[..n * f], dbar1);
+        multiply_by(simd, &mut dzbar1[..n * f], du);
         // (d) Z̄1
         let reads = [&*q, weights1[0], t.k, t.ghat1];
         let writes = [&mut *dghat1, &mut *dq, &mut *dk, &mut *grads.dtok];
@@ -259,7 +240,7 @@ impl WithSimd for Backward<'_> {
         if commits {
             let tau = x.tok[n - 1];
             let reads = [&*t.k, t.ghat1, ghat1_t];
-            let dtau1 = layer1.commit_backward(simd, tau, [dw1, db1], reads, [dghat1, dk], [p1, t.narrow_t]);
+            let dtau1 = layer1.commit_backward(simd, tau, [dw1, db1], reads, [dghat1, dk], [du, t.narrow_t]);
             let reads = [&*t.x2, t.ghat2, ghat2_t];
             let dtau2 = layer2.commit_backward(simd, tau, [dw2, db2], reads, [dghat2, dx2], [t.z2, t.wide_t]);
             grads.dtok[n - 1] += dtau1 + dtau2;
@@ -291,11 +272,12 @@ impl WithSimd for Backward<'_> {
         let dz1 = dx2;
         // (k) Z1 = k W1 + b1, t = v - k
         times_transposed(simd, dk, dz1, weights1[0], [n, d, f, columns], [t.wide_t, t.narrow_t], (1.0, true));
-        layer1.gradient(simd, 1.0, [&mut *dw1, &mut *db1], q, dzbar1);
-        layer1.gradient(simd, 1.0, [dw1, db1], t.k, dz1);
-        layer2.gradient(simd, 1.0, [&mut *dw2, &mut *db2], xbar2, dzbar2);
-        layer2.gradient(simd, 1.0, [&mut *dw2, db2], t.x2, dz2);
-        layer2.weight_gradient(simd, 1.0, dw2, du, t.g2);
+        layer1.gradient(simd, 1.0, dw1, &[[&*q, &*dzbar1], [&*t.k, &*dz1]]);
+        layer2.gradient(simd, 1.0, dw2, &[[&*xbar2, &*dzbar2], [&*t.x2, &*dz2], [&*du, &*t.g2]]);
+        for (layer, bias, right) in [(layer1, db1, [dzbar1, dz1]), (layer2, db2, [dzbar2, dz2])] {
+            layer.bias_gradient(simd, 1.0, bias, right[0]);
+            layer.bias_gradient(simd, 1.0, bias, right[1]);
+        }
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let (dq_out, dk_out) = (grads.dq.row_mut(i), grads.dk.row_mut(i));
@@ -339,5 +321,18 @@ impl Learner<f32> for Fast {
         grads: ChunkGrads<'_, f32>,
     ) {
         self.0.dispatch(Backward { dims, x: *x, w, dw, commits, dz, tape, grads });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Inner;
+    use crate::ops::inner::test_lanes::agree;
+
+    #[test]
+    fn without_vectors_it_is_still_the_reference() {
+        agree(Inner::Mlp, Fast(Arch::Scalar), super::super::reference::Reference);
+        agree(Inner::Mlp, Fast(Arch::new()), super::super::reference::Reference);
     }
 }
