@@ -1,11 +1,13 @@
 //! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
+use crate::hub::ModelFolder;
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
 use crate::ops::{cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -77,6 +79,25 @@ impl Lm {
         let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
         let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
         Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
+    }
+
+    /// The model of a folder, its weights converted to `dtype`.
+    ///
+    /// # Errors
+    /// Files that cannot be read or are no TTT model, or memory.
+    pub fn load(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Lm> {
+        let folder = ModelFolder::open(folder)?;
+        Lm::from_folder(&folder, folder.config(), device, dtype)
+    }
+
+    /// The weights of a folder under `config`, which may differ from the folder's in what has no weights.
+    ///
+    /// # Errors
+    /// Weights that cannot be read or do not fit, or memory.
+    pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, dtype: DType) -> Result<Lm> {
+        config.validate()?;
+        let table = Arc::new(ParamTable::new(config).0);
+        Lm::from_params(config, device.install(|| folder.load_params(&table, device, dtype))?)
     }
 
     /// Hyperparameters.

@@ -98,13 +98,13 @@ pub struct Outcome {
 /// Settings, data or files that cannot be used; [`Error::NotFinite`]; [`Error::Interrupted`] after a checkpoint was written.
 pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
     job.settings.validate()?;
-    prepare_folder(job)?;
+    check_folder(job)?;
     let mut run = Run::new(job, observer)?;
     run.train(observer)
 }
 
-/// Makes the run folder and writes the settings; an existing run is never overwritten.
-fn prepare_folder(job: &Job) -> Result<()> {
+/// Checks the run folder; an existing run is never overwritten.
+fn check_folder(job: &Job) -> Result<()> {
     let settings = job.folder.join("settings.toml");
     if job.resume {
         return match settings.exists() {
@@ -119,7 +119,7 @@ fn prepare_folder(job: &Job) -> Result<()> {
             job.folder.display()
         )));
     }
-    std::fs::create_dir_all(&job.folder).at(&job.folder)
+    Ok(())
 }
 
 /// Everything that lives as long as the run.
@@ -152,9 +152,7 @@ impl<'j> Run<'j> {
 
         let mut model = match &settings.model.folder {
             Some(folder) => {
-                let from = ModelFolder::open(folder)?;
-                let table = std::sync::Arc::new(crate::params::ParamTable::new(&config).0);
-                Lm::from_params(&config, from.load_params(&table, &job.device, DType::F32)?)?
+                Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?
             }
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
@@ -173,6 +171,7 @@ impl<'j> Run<'j> {
             )));
         }
         // Only now is it known that the run can be made.
+        std::fs::create_dir_all(&job.folder).at(&job.folder)?;
         let text = settings.to_toml();
         write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
         let path = job.folder.join("metrics.jsonl");

@@ -1,0 +1,5 @@
+//! One file per command.
+
+pub mod eval;
+pub mod generate;
+pub mod train;
