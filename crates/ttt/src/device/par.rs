@@ -34,6 +34,22 @@ impl<E: Sync> Split for RowsPerUnit<Mat<'_, E>> {
     }
 }
 
+/// A matrix of which each unit of work has `cols` columns (the last may have fewer).
+pub struct ColsPerUnit<M> {
+    /// The matrix.
+    pub mat: M,
+    /// Columns of a unit.
+    pub cols: usize,
+}
+
+impl<E: Send> Split for ColsPerUnit<MatMut<'_, E>> {
+    fn split(self, units: usize) -> (Self, Self) {
+        let at = (units * self.cols).min(self.mat.cols());
+        let (a, b) = self.mat.split_cols(at);
+        (ColsPerUnit { mat: a, cols: self.cols }, ColsPerUnit { mat: b, cols: self.cols })
+    }
+}
+
 impl Split for () {
     fn split(self, _: usize) -> (Self, Self) {
         ((), ())

@@ -28,6 +28,10 @@ pub mod token_scale;
 pub mod ttt_linear;
 pub mod ttt_mlp;
 
+pub(crate) mod partials;
+pub(crate) mod segments;
+pub(crate) mod simd;
+
 use crate::device::{Device, Kernels};
 use crate::tensor::DType;
 

@@ -1,9 +1,10 @@
 //! AdamW (decoupled weight decay), as the paper's recipe has it: bias-corrected moments, eps outside the square root, decay
 //! times the current learning rate, no parameter excluded.
 
+mod cpu;
 mod reference;
 
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// What does not change from step to step.
@@ -61,7 +62,11 @@ pub fn step(
         expect_shape(name, [tensor.len(), 1], [params.len(), 1]);
     }
     let factors = Factors::new(step, lr, grad_scale, settings);
-    with_dtype!(params.dtype(), E => {
-        reference::step::<E>(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors)
-    });
+    if fast(params.device(), params.dtype()) {
+        cpu::step(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors);
+    } else {
+        with_dtype!(params.dtype(), E => {
+            reference::step::<E>(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors)
+        });
+    }
 }

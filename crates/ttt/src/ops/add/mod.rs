@@ -1,9 +1,10 @@
 //! Addition and copying in place: residual streams, and gradients that meet or go to a block of columns.
 
+mod cpu;
 mod reference;
 
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::with_dtype;
 
 /// `y += x`.
@@ -12,7 +13,11 @@ use crate::tensor::with_dtype;
 /// When the shapes differ.
 pub fn add_to(y: ViewMut, x: View) {
     expect_shape("x", x.shape(), y.shape());
-    with_dtype!(x.dtype(), E => reference::add_to::<E>(y.into_mat(), x.as_mat()));
+    if fast(x.device(), x.dtype()) {
+        cpu::add_to(y.into_mat(), x.as_mat());
+    } else {
+        with_dtype!(x.dtype(), E => reference::add_to::<E>(y.into_mat(), x.as_mat()));
+    }
 }
 
 /// `y = x`: into a block of columns, say.

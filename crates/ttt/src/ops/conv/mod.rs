@@ -4,12 +4,13 @@
 //!
 //! Letters: n rows, c channels. A window tensor is `[slots, taps − 1, c]`; each segment has a slot of its own.
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::batch::Segment;
 use crate::device::view::{View, ViewMut};
-use crate::ops::{expect_segments, expect_shape};
+use crate::ops::{expect_segments, expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `y [n, c]` of `x [n, c]`, w `[c, taps]`, bias `[1, c]`. Without windows every segment starts after zeros.
@@ -27,10 +28,15 @@ pub fn forward(x: View, w: View, bias: View, segments: &[Segment], window: Optio
         expect_window(window, segments, w.cols() - 1, x.cols());
     }
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => {
-        let window = window.map(|t| t.view().as_mat());
-        reference::forward::<E>(x.as_mat(), w.as_mat(), bias.as_mat(), segments, window, y.view_mut().into_mat())
-    });
+    if fast(x.device(), x.dtype()) {
+        let inputs = cpu::Inputs { x: x.as_mat(), segments, window: window.map(|t| t.view().as_mat()) };
+        cpu::forward(x.device(), inputs, w.as_mat(), bias.as_mat(), y.view_mut().into_mat())?;
+    } else {
+        with_dtype!(x.dtype(), E => {
+            let window = window.map(|t| t.view().as_mat());
+            reference::forward::<E>(x.as_mat(), w.as_mat(), bias.as_mat(), segments, window, y.view_mut().into_mat())
+        });
+    }
     Ok(y)
 }
 
@@ -61,7 +67,7 @@ pub fn backward(
     window: Option<&Tensor>,
     dw: ViewMut,
     dbias: ViewMut,
-    mut dwindow: Option<&mut Tensor>,
+    dwindow: Option<&mut Tensor>,
 ) -> Result<Tensor> {
     expect_segments(segments, x.rows());
     expect_shape("dy", dy.shape(), x.shape());
@@ -72,15 +78,22 @@ pub fn backward(
         expect_window(window, segments, w.cols() - 1, x.cols());
     }
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => {
-        let (dy, x, w) = (dy.as_mat::<E>(), x.as_mat(), w.as_mat());
-        let window = window.map(|t| t.view().as_mat());
-        reference::backward_weight(dy, x, segments, window, dw.into_mat(), dbias.into_mat());
-        reference::backward_input(dy, w, segments, dx.view_mut().into_mat());
-        if let Some(dwindow) = dwindow.as_mut() {
-            reference::backward_window(dy, w, segments, dwindow.view_mut().into_mat());
-        }
-    });
+    if fast(x.device(), x.dtype()) {
+        let inputs = cpu::Inputs { x: x.as_mat(), segments, window: window.map(|t| t.view().as_mat()) };
+        let (dw, dbias, dx) = (dw.into_mat(), dbias.into_mat(), dx.view_mut().into_mat());
+        cpu::backward(x.device(), dy.as_mat(), inputs, w.as_mat(), dw, dbias, dx)?;
+    } else {
+        with_dtype!(x.dtype(), E => {
+            let window = window.map(|t| t.view().as_mat());
+            reference::backward_weight::<E>(dy.as_mat(), x.as_mat(), segments, window, dw.into_mat(), dbias.into_mat());
+            reference::backward_input::<E>(dy.as_mat(), w.as_mat(), segments, dx.view_mut().into_mat());
+        });
+    }
+    if let Some(dwindow) = dwindow {
+        with_dtype!(x.dtype(), E => {
+            reference::backward_window::<E>(dy.as_mat(), w.as_mat(), segments, dwindow.view_mut().into_mat())
+        });
+    }
     Ok(dx)
 }
 

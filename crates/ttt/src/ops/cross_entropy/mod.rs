@@ -2,11 +2,12 @@
 //!
 //! Letters: n rows, d hidden size, v vocabulary.
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// Negative log likelihood (nats) of each row's target; hidden `[n, d]`, w `[v, d]`.
@@ -19,6 +20,9 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(hidden: View, w: View, targets: &[u32]) -> Result<Vec<f64>> {
     expect_inputs(hidden, w, targets);
     expect_targets(targets, w);
+    if fast(hidden.device(), hidden.dtype()) {
+        return cpu::forward(hidden.device(), hidden.as_mat(), w.as_mat(), targets);
+    }
     with_dtype!(hidden.dtype(), E => Ok(reference::forward::<E>(hidden.as_mat(), w.as_mat(), targets)))
 }
 
@@ -38,10 +42,15 @@ pub fn forward_backward(hidden: View, w: View, targets: &[u32], weights: &[f64],
     assert!(weights.len() == targets.len(), "{} weights for {} targets", weights.len(), targets.len());
     expect_targets(targets.iter().zip(weights).filter(|(_, weight)| **weight != 0.0).map(|(target, _)| target), w);
     let mut dhidden = Tensor::empty(hidden.device(), &hidden.shape(), hidden.dtype())?;
-    let nll = with_dtype!(hidden.dtype(), E => {
-        let dhidden = dhidden.view_mut().into_mat();
-        reference::forward_backward::<E>(hidden.as_mat(), w.as_mat(), targets, weights, dw.into_mat(), dhidden)
-    });
+    let nll = if fast(hidden.device(), hidden.dtype()) {
+        let (dw, dhidden) = (dw.into_mat(), dhidden.view_mut().into_mat());
+        cpu::forward_backward(hidden.device(), hidden.as_mat(), w.as_mat(), targets, weights, dw, dhidden)?
+    } else {
+        with_dtype!(hidden.dtype(), E => {
+            let dhidden = dhidden.view_mut().into_mat();
+            reference::forward_backward::<E>(hidden.as_mat(), w.as_mat(), targets, weights, dw.into_mat(), dhidden)
+        })
+    };
     Ok((nll, dhidden))
 }
 

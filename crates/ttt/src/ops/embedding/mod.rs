@@ -1,10 +1,11 @@
 //! Token embeddings: rows of a table.
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// Row `ids[i]` of `table [v, d]` for each i: `[ids.len(), d]`.
@@ -17,7 +18,11 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(ids: &[u32], table: View) -> Result<Tensor> {
     expect_ids(ids, table.rows());
     let mut y = Tensor::empty(table.device(), &[ids.len(), table.cols()], table.dtype())?;
-    with_dtype!(table.dtype(), E => reference::forward::<E>(ids, table.as_mat(), y.view_mut().into_mat()));
+    if fast(table.device(), table.dtype()) {
+        cpu::forward(ids, table.as_mat(), y.view_mut().into_mat());
+    } else {
+        with_dtype!(table.dtype(), E => reference::forward::<E>(ids, table.as_mat(), y.view_mut().into_mat()));
+    }
     Ok(y)
 }
 
@@ -28,7 +33,11 @@ pub fn forward(ids: &[u32], table: View) -> Result<Tensor> {
 pub fn backward(ids: &[u32], dy: View, dtable: ViewMut) {
     expect_ids(ids, dtable.rows());
     expect_shape("dy", dy.shape(), [ids.len(), dtable.cols()]);
-    with_dtype!(dy.dtype(), E => reference::backward::<E>(ids, dy.as_mat(), dtable.into_mat()));
+    if fast(dy.device(), dy.dtype()) {
+        cpu::backward(ids, dy.as_mat(), dtable.into_mat());
+    } else {
+        with_dtype!(dy.dtype(), E => reference::backward::<E>(ids, dy.as_mat(), dtable.into_mat()));
+    }
 }
 
 fn expect_ids(ids: &[u32], rows: usize) {

@@ -1,10 +1,11 @@
 //! The gate of the Mamba backbone: `y = gelu(gate) ⊙ x`, tanh form of gelu: `½ a (1 + tanh(√(2/π) (a + 0.044715 a³)))`.
 
+mod cpu;
 pub(crate) mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `y [n, d] = gelu(gate) ⊙ x`.
@@ -17,7 +18,11 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(gate: View, x: View) -> Result<Tensor> {
     expect_shape("gate", gate.shape(), x.shape());
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => reference::forward::<E>(gate.as_mat(), x.as_mat(), y.view_mut().into_mat()));
+    if fast(x.device(), x.dtype()) {
+        cpu::forward(gate.as_mat(), x.as_mat(), y.view_mut().into_mat());
+    } else {
+        with_dtype!(x.dtype(), E => reference::forward::<E>(gate.as_mat(), x.as_mat(), y.view_mut().into_mat()));
+    }
     Ok(y)
 }
 
@@ -33,8 +38,12 @@ pub fn backward(dy: View, gate: View, x: View, dgate: ViewMut) -> Result<Tensor>
     expect_shape("gate", gate.shape(), x.shape());
     expect_shape("dgate", dgate.shape(), x.shape());
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => {
-        reference::backward::<E>(dy.as_mat(), gate.as_mat(), x.as_mat(), dgate.into_mat(), dx.view_mut().into_mat())
-    });
+    if fast(x.device(), x.dtype()) {
+        cpu::backward(dy.as_mat(), gate.as_mat(), x.as_mat(), dgate.into_mat(), dx.view_mut().into_mat());
+    } else {
+        with_dtype!(x.dtype(), E => {
+            reference::backward::<E>(dy.as_mat(), gate.as_mat(), x.as_mat(), dgate.into_mat(), dx.view_mut().into_mat())
+        });
+    }
     Ok(dx)
 }

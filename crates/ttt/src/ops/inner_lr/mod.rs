@@ -1,12 +1,12 @@
 //! The gate of the inner learning rate: `lr = scale · sigmoid(x wᵀ + bias)`, one for each token and head (paper 2.7; `scale` is
 //! the base rate times its warm-up factor, over the head size).
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
-use crate::ops::linear;
+use crate::ops::{expect_shape, fast, linear};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `lr [n, h]` of `x [n, d]`, w `[h, d]`, bias `[1, h]`.
@@ -19,7 +19,11 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(x: View, w: View, bias: View, scale: f64) -> Result<Tensor> {
     expect_shape("bias", bias.shape(), [1, w.rows()]);
     let mut lr = linear::forward(x, w)?;
-    with_dtype!(x.dtype(), E => reference::gate::<E>(lr.view_mut().into_mat(), bias.as_mat(), scale));
+    if fast(x.device(), x.dtype()) {
+        cpu::gate(lr.view_mut().into_mat(), bias.as_mat(), scale);
+    } else {
+        with_dtype!(x.dtype(), E => reference::gate::<E>(lr.view_mut().into_mat(), bias.as_mat(), scale));
+    }
     Ok(lr)
 }
 

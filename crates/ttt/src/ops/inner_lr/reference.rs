@@ -1,4 +1,4 @@
-//! What follows the matrix product, in plain loops. There is no faster version: a row has one element a head.
+//! What follows the matrix product, in plain loops.
 
 use crate::device::view::{Mat, MatMut};
 use crate::ops::swiglu::reference::sigmoid;

@@ -1,10 +1,11 @@
 //! LayerNorm over a row of D: `y = (x − mean(x)) / √(var(x) + eps) ⊙ w + b`, biased variance.
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `y [n, d]` of `x [n, d]`, w and b `[1, d]`.
@@ -18,7 +19,11 @@ pub fn forward(x: View, w: View, b: View, eps: f64) -> Result<Tensor> {
     expect_shape("w", w.shape(), [1, x.cols()]);
     expect_shape("b", b.shape(), [1, x.cols()]);
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), b.as_mat(), eps, y.view_mut().into_mat()));
+    if fast(x.device(), x.dtype()) {
+        cpu::forward(x.as_mat(), w.as_mat(), b.as_mat(), eps, y.view_mut().into_mat());
+    } else {
+        with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), b.as_mat(), eps, y.view_mut().into_mat()));
+    }
     Ok(y)
 }
 
@@ -36,9 +41,14 @@ pub fn backward(dy: View, x: View, w: View, eps: f64, dw: ViewMut, db: ViewMut) 
     expect_shape("dw", dw.shape(), [1, x.cols()]);
     expect_shape("db", db.shape(), [1, x.cols()]);
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => {
-        let dx = dx.view_mut().into_mat();
-        reference::backward::<E>(dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw.into_mat(), db.into_mat(), dx)
-    });
+    if fast(x.device(), x.dtype()) {
+        let (dw, db, dx) = (dw.into_mat(), db.into_mat(), dx.view_mut().into_mat());
+        cpu::backward(x.device(), dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw, db, dx)?;
+    } else {
+        with_dtype!(x.dtype(), E => {
+            let dx = dx.view_mut().into_mat();
+            reference::backward::<E>(dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw.into_mat(), db.into_mat(), dx)
+        });
+    }
     Ok(dx)
 }

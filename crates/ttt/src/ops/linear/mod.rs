@@ -2,11 +2,13 @@
 //!
 //! Letters: n rows (tokens), i inputs, o outputs. Weights are `[o, i]`, as in the model files.
 
+pub(crate) mod cpu;
+mod few_rows;
 pub(crate) mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `y [n, o] = x [n, i] wᵀ`, w `[o, i]`.
@@ -19,7 +21,11 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(x: View, w: View) -> Result<Tensor> {
     expect_shape("w", w.shape(), [w.rows(), x.cols()]);
     let mut y = Tensor::empty(x.device(), &[x.rows(), w.rows()], x.dtype())?;
-    with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), y.view_mut().into_mat()));
+    if fast(x.device(), x.dtype()) {
+        cpu::forward(x.as_mat(), w.as_mat(), y.view_mut().into_mat());
+    } else {
+        with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), y.view_mut().into_mat()));
+    }
     Ok(y)
 }
 
@@ -33,7 +39,11 @@ pub fn forward(x: View, w: View) -> Result<Tensor> {
 pub fn backward_input(dy: View, w: View) -> Result<Tensor> {
     expect_shape("w", w.shape(), [dy.cols(), w.cols()]);
     let mut dx = Tensor::empty(dy.device(), &[dy.rows(), w.cols()], dy.dtype())?;
-    with_dtype!(dy.dtype(), E => reference::backward_input::<E>(dy.as_mat(), w.as_mat(), dx.view_mut().into_mat()));
+    if fast(dy.device(), dy.dtype()) {
+        cpu::backward_input(dy.as_mat(), w.as_mat(), dx.view_mut().into_mat());
+    } else {
+        with_dtype!(dy.dtype(), E => reference::backward_input::<E>(dy.as_mat(), w.as_mat(), dx.view_mut().into_mat()));
+    }
     Ok(dx)
 }
 
@@ -44,5 +54,9 @@ pub fn backward_input(dy: View, w: View) -> Result<Tensor> {
 pub fn backward_weight(dy: View, x: View, dw: ViewMut) {
     expect_shape("x", x.shape(), [dy.rows(), x.cols()]);
     expect_shape("dw", dw.shape(), [dy.cols(), x.cols()]);
-    with_dtype!(dy.dtype(), E => reference::backward_weight::<E>(dy.as_mat(), x.as_mat(), dw.into_mat()));
+    if fast(dy.device(), dy.dtype()) {
+        cpu::backward_weight(dy.as_mat(), x.as_mat(), dw.into_mat());
+    } else {
+        with_dtype!(dy.dtype(), E => reference::backward_weight::<E>(dy.as_mat(), x.as_mat(), dw.into_mat()));
+    }
 }

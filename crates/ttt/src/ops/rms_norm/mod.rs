@@ -1,10 +1,11 @@
 //! Root-mean-square norm over a row of D: `y = x / √(mean(x²) + eps) ⊙ w`.
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `y [n, d]` of `x [n, d]`, w `[1, d]`.
@@ -17,7 +18,11 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(x: View, w: View, eps: f64) -> Result<Tensor> {
     expect_shape("w", w.shape(), [1, x.cols()]);
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), eps, y.view_mut().into_mat()));
+    if fast(x.device(), x.dtype()) {
+        cpu::forward(x.as_mat(), w.as_mat(), eps, y.view_mut().into_mat());
+    } else {
+        with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), eps, y.view_mut().into_mat()));
+    }
     Ok(y)
 }
 
@@ -34,8 +39,13 @@ pub fn backward(dy: View, x: View, w: View, eps: f64, dw: ViewMut) -> Result<Ten
     expect_shape("w", w.shape(), [1, x.cols()]);
     expect_shape("dw", dw.shape(), [1, x.cols()]);
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    with_dtype!(x.dtype(), E => {
-        reference::backward::<E>(dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw.into_mat(), dx.view_mut().into_mat())
-    });
+    if fast(x.device(), x.dtype()) {
+        let (dw, dx) = (dw.into_mat(), dx.view_mut().into_mat());
+        cpu::backward(x.device(), dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw, dx)?;
+    } else {
+        with_dtype!(x.dtype(), E => {
+            reference::backward::<E>(dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw.into_mat(), dx.view_mut().into_mat())
+        });
+    }
     Ok(dx)
 }

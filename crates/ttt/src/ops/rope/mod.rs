@@ -1,13 +1,14 @@
 //! Rotary positions, interleaved pairs (`(x_2i, x_2i+1)` turns by `p ω_i`, `ω_i = θ^(-2i/d)`), where the position p is taken
 //! modulo the mini-batch size K: the paper's layer sees positions only within a mini-batch.
 
+mod cpu;
 mod reference;
 
 use crate::Result;
 use crate::batch::Segment;
 use crate::device::Device;
 use crate::device::view::ViewMut;
-use crate::ops::expect_segments;
+use crate::ops::{expect_segments, expect_shape, fast};
 use crate::tensor::{DType, Tensor, with_dtype};
 
 /// Which way to turn.
@@ -61,8 +62,12 @@ impl Table {
 /// When `x` has not `heads·d` columns, or `segments` do not cover its rows one behind the other.
 pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, direction: Direction) {
     expect_segments(segments, x.rows());
-    crate::ops::expect_shape("x", x.shape(), [x.rows(), heads * table.head_dim()]);
-    with_dtype!(x.dtype(), E => {
-        reference::rotate::<E>(x.into_mat(), table.cos.view().as_mat(), table.sin.view().as_mat(), segments, direction)
-    });
+    expect_shape("x", x.shape(), [x.rows(), heads * table.head_dim()]);
+    if fast(x.device(), x.dtype()) {
+        cpu::rotate(x.into_mat(), table.cos.view().as_mat(), table.sin.view().as_mat(), segments, direction);
+    } else {
+        with_dtype!(x.dtype(), E => {
+            reference::rotate::<E>(x.into_mat(), table.cos.view().as_mat(), table.sin.view().as_mat(), segments, direction)
+        });
+    }
 }

@@ -1,10 +1,11 @@
 //! The activation of the feed-forward block: `y = silu(gate) ⊙ up`, `silu(a) = a / (1 + e^−a)`.
 
+mod cpu;
 pub(crate) mod reference;
 
 use crate::Result;
 use crate::device::view::View;
-use crate::ops::expect_shape;
+use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
 /// `y [n, i]` of `gate_up [n, 2i] = [gate | up]`.
@@ -17,7 +18,11 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(gate_up: View) -> Result<Tensor> {
     let width = half_width(gate_up);
     let mut y = Tensor::empty(gate_up.device(), &[gate_up.rows(), width], gate_up.dtype())?;
-    with_dtype!(y.dtype(), E => reference::forward::<E>(gate_up.as_mat(), y.view_mut().into_mat()));
+    if fast(gate_up.device(), gate_up.dtype()) {
+        cpu::forward(gate_up.as_mat(), y.view_mut().into_mat());
+    } else {
+        with_dtype!(y.dtype(), E => reference::forward::<E>(gate_up.as_mat(), y.view_mut().into_mat()));
+    }
     Ok(y)
 }
 
@@ -32,7 +37,11 @@ pub fn forward(gate_up: View) -> Result<Tensor> {
 pub fn backward(dy: View, gate_up: View) -> Result<Tensor> {
     expect_shape("dy", dy.shape(), [gate_up.rows(), half_width(gate_up)]);
     let mut dx = Tensor::empty(gate_up.device(), &gate_up.shape(), gate_up.dtype())?;
-    with_dtype!(dx.dtype(), E => reference::backward::<E>(dy.as_mat(), gate_up.as_mat(), dx.view_mut().into_mat()));
+    if fast(gate_up.device(), gate_up.dtype()) {
+        cpu::backward(dy.as_mat(), gate_up.as_mat(), dx.view_mut().into_mat());
+    } else {
+        with_dtype!(dx.dtype(), E => reference::backward::<E>(dy.as_mat(), gate_up.as_mat(), dx.view_mut().into_mat()));
+    }
     Ok(dx)
 }
 

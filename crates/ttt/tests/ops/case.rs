@@ -11,6 +11,7 @@ type Backward = Box<dyn Fn(&[View], &[Tensor]) -> Vec<Tensor> + Sync>;
 pub struct Case {
     name: &'static str,
     inputs: Vec<(&'static str, Vec<usize>)>,
+    scales: Vec<f64>,
     forward: Forward,
     backward: Backward,
 }
@@ -32,7 +33,8 @@ pub fn filled(device: &Device, shape: &[usize], seed: usize) -> Tensor {
 }
 
 fn value(i: usize, seed: usize) -> f64 {
-    (12.9898 * (i + 1) as f64 + 78.233 * seed as f64).sin()
+    let x = (12.9898 * (i + 1) as f64 + 78.233 * seed as f64).sin() * 43758.5453;
+    2.0 * (x - x.floor()) - 1.0
 }
 
 /// A copy of what a view shows.
@@ -70,8 +72,15 @@ pub fn expect_close(name: &str, is: &[f64], want: &[f64], ratio: f64) {
 
 impl Case {
     pub fn new(name: &'static str, inputs: &[(&'static str, &[usize])]) -> Case {
-        let inputs = inputs.iter().map(|(name, shape)| (*name, shape.to_vec())).collect();
-        Case { name, inputs, forward: Box::new(|_| Vec::new()), backward: Box::new(|_, _| Vec::new()) }
+        let inputs: Vec<_> = inputs.iter().map(|(name, shape)| (*name, shape.to_vec())).collect();
+        let scales = vec![1.5; inputs.len()];
+        Case { name, inputs, scales, forward: Box::new(|_| Vec::new()), backward: Box::new(|_, _| Vec::new()) }
+    }
+
+    /// The values of input `n` lie between -scale and scale (1.5 otherwise).
+    pub fn scaled(mut self, n: usize, scale: f64) -> Case {
+        self.scales[n] = scale;
+        self
     }
 
     pub fn forward(mut self, f: impl Fn(&[View]) -> Vec<Tensor> + Sync + 'static) -> Case {
@@ -86,7 +95,7 @@ impl Case {
 
     fn inputs(&self) -> Vec<Vec<f64>> {
         let fill = |(seed, (_, shape)): (usize, &(_, Vec<usize>))| {
-            (0..shape.iter().product()).map(|i| (1.5 * value(i, seed)) as f32 as f64).collect()
+            (0..shape.iter().product()).map(|i| (self.scales[seed] * value(i, seed)) as f32 as f64).collect()
         };
         self.inputs.iter().enumerate().map(fill).collect()
     }
@@ -110,13 +119,9 @@ impl Case {
             Tensor::from_slice(device, &[shape[0], width], &wide).unwrap().cast(dtype).unwrap()
         };
         let tensors: Vec<Tensor> = self.inputs.iter().zip(inputs).map(tensor).collect();
-        let block = |(tensor, (_, shape)): (&Tensor, &(&str, Vec<usize>))| -> std::ops::Range<usize> {
-            let _ = tensor;
-            before..before + shape[1]
-        };
-        let ranges: Vec<_> = tensors.iter().zip(&self.inputs).map(block).collect();
         device.install(|| {
-            let views: Vec<View> = tensors.iter().zip(&ranges).map(|(t, r)| t.view().col_range(r.clone())).collect();
+            let block = |(tensor, (_, shape)): (_, &(_, Vec<usize>))| Tensor::view(tensor).col_range(before..before + shape[1]);
+            let views: Vec<View> = tensors.iter().zip(&self.inputs).map(block).collect();
             work(&views)
         })
     }
