@@ -11,8 +11,10 @@
 //! | G, Ĝ = r ⊙ G | [n, d] or [n, f] | inner gradients at the weights of the mini-batch's start |
 //! | γ, β | [d] | LayerNorm of the head, inside the inner model |
 
+pub(crate) mod cpu;
 pub(crate) mod drive;
 pub(crate) mod math;
+pub(crate) mod tiles;
 
 use crate::Result;
 use crate::batch::Segment;

@@ -11,13 +11,21 @@
 //! ```
 //! The weights move only when the mini-batch is complete.
 
+mod cpu;
 pub mod reference;
 
 use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, drive};
 use crate::Result;
 use crate::config::Inner;
+use crate::device::Kernels;
 use crate::device::view::View;
-use crate::tensor::{Tensor, with_dtype};
+use crate::tensor::{DType, Tensor, with_dtype};
+
+/// The fast code, where the device wants it and it covers the shape.
+fn fast(inputs: &Inputs<'_>) -> Option<cpu::Fast> {
+    let wanted = inputs.q.dtype() == DType::F32 && inputs.q.device().kernels() == Kernels::Fast;
+    wanted.then(|| cpu::Fast::new(inputs.gamma.cols(), inputs.tok.cols())).flatten()
+}
 
 /// Reads all segments and moves their slots on; returns z `[n, h*d]`. With `keep: Some(g)` it also keeps the weights at every
 /// g-th mini-batch for [`backward`].
@@ -29,7 +37,12 @@ use crate::tensor::{Tensor, with_dtype};
 /// When shapes disagree, segments do not lie one behind the other or share a slot, or a pass to be kept starts inside a
 /// mini-batch.
 pub fn forward(inputs: &Inputs<'_>, state: &mut FastWeights, keep: Option<usize>) -> Result<(Tensor, Option<Saved>)> {
-    with_dtype!(inputs.q.dtype(), E => drive::forward::<E, _>(reference::Reference, Inner::Mlp, inputs, state, keep))
+    match fast(inputs) {
+        Some(fast) => drive::forward(fast, Inner::Mlp, inputs, state, keep),
+        None => with_dtype!(inputs.q.dtype(), E => {
+            drive::forward::<E, _>(reference::Reference, Inner::Mlp, inputs, state, keep)
+        }),
+    }
 }
 
 /// Gradients of everything [`forward`] read. `dstate` `[segments, h, S]` holds the gradient of each segment's final weights and
@@ -48,7 +61,12 @@ pub fn backward(
     d: InputGrads<'_>,
     p: ParamGrads<'_>,
 ) -> Result<()> {
-    with_dtype!(inputs.q.dtype(), E => drive::backward::<E, _>(reference::Reference, Inner::Mlp, inputs, saved, dz, dstate, d, p))
+    match fast(inputs) {
+        Some(fast) => drive::backward(fast, Inner::Mlp, inputs, saved, dz, dstate, d, p),
+        None => with_dtype!(inputs.q.dtype(), E => {
+            drive::backward::<E, _>(reference::Reference, Inner::Mlp, inputs, saved, dz, dstate, d, p)
+        }),
+    }
 }
 
 /// How well the inner model fits: for each full mini-batch index, the mean over the segments that have it, heads and columns of
