@@ -33,6 +33,24 @@ pub enum Command {
     Eval(Eval),
     /// Continue a text
     Generate(Generate),
+    /// Compare a model with reference results, to see that its weights were read right
+    Verify(Verify),
+    /// Say what a model costs: parameters, memory by part, arithmetic
+    Plan(Plan),
+    /// Describe a model folder or a run
+    Info(Info),
+    /// Write a model in another number type, or in several files
+    Convert(Convert),
+    /// Train a tokenizer, or try one
+    #[command(subcommand)]
+    Tokenizer(Tokenizer),
+    /// Measure speed on this machine
+    Bench(Bench),
+    /// Check this machine and this program
+    Doctor(Doctor),
+    /// Print a shell's completion script
+    #[command(after_help = "Example:\n  ttt completions bash > ~/.local/share/bash-completion/completions/ttt")]
+    Completions(Completions),
 }
 
 const TRAIN_EXAMPLES: &str = "\
@@ -165,6 +183,236 @@ pub struct Generate {
     /// Say how fast it was, on the standard error
     #[arg(long, short)]
     pub verbose: bool,
+}
+
+const VERIFY_HELP: &str = "\
+The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both [b, t]) and
+`grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest magnitude.
+Exit code 1 when one does.";
+
+/// Arguments of `ttt verify`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = VERIFY_HELP)]
+pub struct Verify {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// What the model should compute
+    #[arg(value_name = "REFERENCE.safetensors")]
+    pub reference: PathBuf,
+    /// Largest relative error that is accepted
+    #[arg(long, value_name = "X", default_value_t = 1e-4)]
+    pub tolerance: f64,
+    /// Precision of the arithmetic; f64 runs the plain reference loops
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Precision,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `ttt plan`.
+#[derive(Debug, clap::Args)]
+pub struct Plan {
+    /// Settings file (.toml) or model folder, and settings as key=value [default: the tiny run]
+    #[arg(value_name = "CONFIG.toml | MODEL | key=value")]
+    pub settings: Vec<String>,
+    /// Sequences at once [default: train.micro_batch]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 20))]
+    pub batch: Option<u64>,
+    /// Tokens of each [default: train.sequence_length]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 24))]
+    pub length: Option<u64>,
+    /// Print a JSON object, in bytes and operations
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ttt info`.
+#[derive(Debug, clap::Args)]
+pub struct Info {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Also list every tensor
+    #[arg(long)]
+    pub tensors: bool,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ttt convert`.
+#[derive(Debug, clap::Args)]
+pub struct Convert {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Number type of the weights: f32, bf16 or f16
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: ttt::hub::FileDType,
+    /// Start another file before one is larger than this, such as 500MB or 2GiB [default: one file]
+    #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_bytes)]
+    pub max_shard_size: Option<u64>,
+}
+
+/// The commands of `ttt tokenizer`.
+#[derive(Debug, Subcommand)]
+pub enum Tokenizer {
+    /// Train a byte-level BPE tokenizer
+    Train(TokenizerTrain),
+    /// Print the ids of a text
+    Encode(TokenizerEncode),
+    /// Print the text of ids
+    Decode(TokenizerDecode),
+    /// Describe a tokenizer
+    Info(TokenizerName),
+}
+
+/// Arguments of `ttt tokenizer train`.
+#[derive(Debug, clap::Args)]
+pub struct TokenizerTrain {
+    /// Files, folders or 'globs' of texts, as for `ttt train`
+    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    pub data: Vec<String>,
+    /// Number of ids, at least 258: every byte, <s> and </s>
+    #[arg(long, value_name = "N")]
+    pub vocab_size: usize,
+    /// Folder to write tokenizer.json to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// What stands on a line of its own between the documents of a plain text
+    #[arg(long, value_name = "LINE")]
+    pub separator: Option<String>,
+}
+
+/// A tokenizer.
+#[derive(Debug, clap::Args)]
+pub struct TokenizerName {
+    /// `bytes`, a tokenizer.json, or the folder of one or of a model
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: String,
+}
+
+/// Arguments of `ttt tokenizer encode`.
+#[derive(Debug, clap::Args)]
+pub struct TokenizerEncode {
+    /// The text
+    #[arg(value_name = "TEXT", required_unless_present = "file", conflicts_with = "file")]
+    pub text: Option<String>,
+    /// File with the text; - reads the standard input
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    #[command(flatten)]
+    pub name: TokenizerName,
+}
+
+/// Arguments of `ttt tokenizer decode`.
+#[derive(Debug, clap::Args)]
+pub struct TokenizerDecode {
+    /// The ids, such as 72,105 or 72 105
+    #[arg(value_name = "IDS", required = true, value_delimiter = ',')]
+    pub ids: Vec<u32>,
+    #[command(flatten)]
+    pub name: TokenizerName,
+}
+
+const BENCH_EXAMPLES: &str = "\
+Weights are random (seed 0). Beside each speed stands the part of what this machine reaches, measured in the same run: of its matrix
+products for train and prefill, of its memory's reading speed for decode.
+
+Examples:
+  ttt bench                                              everything, with the 125M model
+  ttt bench prefill --preset 125m --inner mlp --length 512
+  ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
+  ttt bench train --no-optimizer                         forward and backward only
+  ttt bench ops                                          every operation on its own";
+
+/// Arguments of `ttt bench`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = BENCH_EXAMPLES)]
+pub struct Bench {
+    /// What to measure [default: train, prefill and decode]
+    #[arg(value_name = "WHAT")]
+    pub what: Option<BenchWhat>,
+    /// Settings file (.toml), and settings as key=value, whose model is measured instead of a preset
+    #[arg(value_name = "CONFIG.toml | key=value")]
+    pub settings: Vec<String>,
+    /// Size: tiny, small (hidden 256, 4 layers, 256 ids), 125m, 350m, 760m or 1.3b; Mamba backbone with convolutions [default: 125m]
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
+    /// Inner model [default: linear]
+    #[arg(long, value_name = "NAME")]
+    pub inner: Option<InnerName>,
+    /// Sequences at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive())]
+    pub batch: u64,
+    /// Tokens of each
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive())]
+    pub length: u64,
+    /// Measurements, after one that does not count
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive())]
+    pub repeat: u64,
+    /// train: only forward and backward, without clip and AdamW
+    #[arg(long)]
+    pub no_optimizer: bool,
+    /// prefill: logits of every position, not of the last one only
+    #[arg(long)]
+    pub all_logits: bool,
+    /// train: compute blocks again in the backward pass
+    #[arg(long, value_name = "WHAT")]
+    pub recompute: Option<Recompute>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+fn positive() -> impl clap::builder::TypedValueParser<Value = u64> {
+    clap::value_parser!(u64).range(1..1 << 24)
+}
+
+/// What `ttt bench` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchWhat {
+    /// Steps of training
+    Train,
+    /// Reading a prompt
+    Prefill,
+    /// Generating token by token, after 64 tokens
+    Decode,
+    /// Every operation on its own
+    Ops,
+}
+
+/// An inner model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InnerName {
+    /// TTT-Linear
+    Linear,
+    /// TTT-MLP
+    Mlp,
+}
+
+/// Arguments of `ttt doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Doctor {
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `ttt completions`.
+#[derive(Debug, clap::Args)]
+pub struct Completions {
+    /// bash, elvish, fish, powershell or zsh
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
 }
 
 /// Where to compute.

@@ -35,6 +35,14 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Command::Train(args) => commands::train::run(args, out),
         Command::Eval(args) => commands::eval::run(args, out),
         Command::Generate(args) => commands::generate::run(args, out),
+        Command::Verify(args) => commands::verify::run(args, out),
+        Command::Plan(args) => commands::plan::run(args, out),
+        Command::Info(args) => commands::info::run(args, out),
+        Command::Convert(args) => commands::convert::run(args, out),
+        Command::Tokenizer(command) => commands::tokenizer::run(command, out),
+        Command::Bench(args) => commands::bench::run(args, out),
+        Command::Doctor(args) => commands::doctor::run(args, out),
+        Command::Completions(args) => commands::completions::run(args, out),
     }
 }
 

@@ -148,7 +148,13 @@ impl Lm {
     ///
     /// # Panics
     /// When the batch names a slot that the states do not have, or one twice; when a pass with states is to be kept.
-    pub fn forward(&self, batch: &Batch, states: Option<&mut States>, keep: Keep, inner_lr: f64) -> Result<(Tensor, Option<Saved>)> {
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        states: Option<&mut States>,
+        keep: Keep,
+        inner_lr: f64,
+    ) -> Result<(Tensor, Option<Saved>)> {
         self.check_tokens(&batch.tokens)?;
         assert!(states.is_none() || keep == Keep::Nothing, "a pass that continues states keeps nothing");
         self.device.install(|| self.forward_here(batch, states, keep, inner_lr))
@@ -226,7 +232,8 @@ impl Lm {
     pub fn loss(&self, hidden: &Tensor, targets: &[u32], weights: &[f64], grads: &mut Params) -> Result<(Vec<f64>, Tensor)> {
         self.check_tokens(targets)?;
         let head = self.params.view(self.ids.head);
-        self.device.install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
+        self.device
+            .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
     /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.

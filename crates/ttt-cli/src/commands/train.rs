@@ -1,6 +1,6 @@
 //! `ttt train`: settings from all their sources, a run folder, and a run that is watched.
 
-mod settings;
+pub mod settings;
 mod watch;
 
 use std::io::Write;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::batch::Batch;
 use crate::config::Config;
 use crate::data::{Examples, Progress, Sampler, Tokenizer, Tokens};
-use crate::device::Device;
+use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
 use crate::hub::{ModelFolder, write_atomic};
@@ -17,12 +17,12 @@ use crate::plan;
 use crate::state::States;
 use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
+use crate::train::corpus::{self, Corpus};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::settings::Recompute;
 use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
-use crate::train::corpus::{self, Corpus};
-use crate::train::{Settings, metrics, peak, plot};
+use crate::train::{Settings, metrics, plot};
 use crate::{AtPath, Error, Result};
 
 /// What happens during a run, for whoever shows it.
@@ -151,9 +151,7 @@ impl<'j> Run<'j> {
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
 
         let mut model = match &settings.model.folder {
-            Some(folder) => {
-                Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?
-            }
+            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
         let mut optimizer = Optimizer::new(&model)?;
@@ -178,7 +176,7 @@ impl<'j> Run<'j> {
         let metrics = if state.step > 0 { Metrics::resume(path, state.step)? } else { Metrics::create(path)? };
         let resumed = (state.step > 0).then_some(state.step);
         let events = settings.log.tensorboard.then(|| EventFile::create(&job.folder, resumed)).transpose()?;
-        let peak_flops = peak::matmul_flops(&job.device)?;
+        let peak_flops = probe::matmul_flops(&job.device)?;
         let last = (state.elapsed_seconds, state.tokens);
         Ok(Run {
             job,

@@ -71,7 +71,7 @@ impl Typed {
 }
 
 /// Whether an argument is `key=value`; a path may have a `=` in it too, but not behind a plain word.
-fn is_assignment(text: &str) -> bool {
+pub fn is_assignment(text: &str) -> bool {
     let key = |key: &str| !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | ' '));
     text.split_once('=').is_some_and(|(name, _)| key(name))
 }

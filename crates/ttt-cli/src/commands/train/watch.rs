@@ -25,9 +25,7 @@ const RECENT: usize = 20;
 #[derive(Default)]
 struct Signals(AtomicU8);
 
-/// Nothing to save yet: Ctrl-C ends the program.
-const PREPARING: u8 = 0;
-/// Ctrl-C asks the run to save and stop.
+/// At first, 0, there is nothing to save, and Ctrl-C ends the program. From here on Ctrl-C asks the run to save and stop.
 const TRAINING: u8 = 1;
 /// It was asked; a second Ctrl-C ends the program.
 const STOPPING: u8 = 2;
