@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 /// Language models whose hidden state is itself a model that learns while it reads (TTT-Linear and TTT-MLP, arXiv 2407.04620).
 #[derive(Debug, Parser)]
-#[command(name = "ttt", version, max_term_width = 110, after_help = EXAMPLES)]
+#[command(name = "ttt", version, max_term_width = 120, after_help = EXAMPLES)]
 pub struct Args {
     /// What to do.
     #[command(subcommand)]
@@ -378,22 +378,22 @@ fn positive() -> impl clap::builder::TypedValueParser<Value = u64> {
 /// What `ttt bench` measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BenchWhat {
-    /// Steps of training
+    // Steps of training
     Train,
-    /// Reading a prompt
+    // Reading a prompt
     Prefill,
-    /// Generating token by token, after 64 tokens
+    // Generating token by token, after 64 tokens
     Decode,
-    /// Every operation on its own
+    // Every operation on its own
     Ops,
 }
 
 /// An inner model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum InnerName {
-    /// TTT-Linear
+    // TTT-Linear
     Linear,
-    /// TTT-MLP
+    // TTT-MLP
     Mlp,
 }
 
@@ -426,31 +426,53 @@ pub struct DeviceArgs {
     pub device: DeviceName,
 }
 
+// In the enums below the comments on values are no documentation comments: those would turn the table of flags into paragraphs.
+
 /// A device by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceName {
-    /// The fastest that there is
+    // The fastest that there is
     Auto,
-    /// The processor
+    // The processor
     Cpu,
-    /// The processor, with the plain loops that define every operation
+    // The processor, with the plain loops that define every operation
     Reference,
 }
 
 /// Precision of the arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Precision {
-    /// 32 bits
+    // 32 bits
     F32,
-    /// 64 bits, to check results
+    // 64 bits, to check results
     F64,
 }
 
 /// What the backward pass computes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Recompute {
-    /// Nothing
+    // Nothing
     None,
-    /// Every block, from its input
+    // Every block, from its input
     Block,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// Every command and every argument says what it is for.
+    #[test]
+    fn everything_is_explained() {
+        fn check(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {argument}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        Args::command().debug_assert();
+        check(&Args::command());
+    }
 }

@@ -22,10 +22,12 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the output has had enough (`ttt info ... | head -1`).
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        // What to do next was printed with the rest.
+        Err(error) if matches!(error.downcast_ref(), Some(ttt::Error::Interrupted)) => ExitCode::from(130),
         Err(error) => {
             // Not `eprintln!`, which panics when nobody listens.
             let _ = writeln!(std::io::stderr(), "error: {}", message(&error));
-            code(&error)
+            if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -57,14 +59,6 @@ impl std::fmt::Display for Usage {
 }
 
 impl std::error::Error for Usage {}
-
-fn code(error: &Error) -> ExitCode {
-    match error.downcast_ref::<ttt::Error>() {
-        Some(ttt::Error::Interrupted) => ExitCode::from(130),
-        _ if error.is::<Usage>() => ExitCode::from(2),
-        _ => ExitCode::FAILURE,
-    }
-}
 
 fn is_broken_pipe(error: &Error) -> bool {
     let broken = |e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe;

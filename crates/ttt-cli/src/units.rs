@@ -91,6 +91,13 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{FFFD}' } else { c }).collect()
 }
 
+/// An argument as it can be typed in a shell.
+pub fn quoted(text: impl AsRef<std::ffi::OsStr>) -> String {
+    let text = text.as_ref().to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-=:,+@".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +113,7 @@ mod tests {
         assert_eq!([7, 1000, 2_069_952].map(grouped), ["7", "1,000", "2,069,952"]);
         assert_eq!(["500MB", "2GiB", "1e3", "7"].map(|t| parse_bytes(t).unwrap()), [500_000_000, 2 << 30, 1000, 7]);
         assert!(["", "MB", "-1", "5x", "0"].iter().all(|t| parse_bytes(t).is_err()));
+        assert_eq!(["runs/tiny", "a b", "it's", ""].map(quoted), ["runs/tiny", "'a b'", r"'it'\''s'", "''"]);
         assert_eq!(printable("a\tb\n\x1b[2J"), "a\tb\n\u{FFFD}[2J");
     }
 }

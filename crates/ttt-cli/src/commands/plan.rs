@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use ttt::config::Config;
+use ttt::config::{Config, Inner};
 use ttt::layer::Keep;
 use ttt::params::ParamTable;
 use ttt::plan::{Memory, flops, inference_memory, training_memory};
@@ -77,9 +77,12 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
 /// A model in a line.
 pub fn describe(config: &Config) -> String {
     let backbone = if config.use_gate && config.share_qk { "Mamba" } else { "Transformer" };
+    let inner = match config.ttt_layer_type {
+        Inner::Linear => "TTT-Linear",
+        Inner::Mlp => "TTT-MLP",
+    };
     format!(
-        "TTT-{:?}, {backbone} backbone{}: {} layers of {}, {} heads, feed-forward {}, {} token ids, mini-batch {}",
-        config.ttt_layer_type,
+        "{inner}, {backbone} backbone{}: {} layers of {}, {} heads, feed-forward {}, {} token ids, mini-batch {}",
         if config.pre_conv { " with convolutions" } else { "" },
         config.num_hidden_layers,
         config.hidden_size,

@@ -6,6 +6,7 @@ mod watch;
 use std::io::Write;
 
 use anyhow::Result;
+use ttt::train::checkpoint::Checkpoints;
 use ttt::train::run::{Job, Outcome};
 
 use crate::args::Train;
@@ -20,29 +21,24 @@ pub fn run(args: &Train, out: &mut dyn Write) -> Result<()> {
     let watch = Watch::new(&job, args.quiet)?;
     let outcome = ttt::train::run::run(&job, &watch);
     watch.finish();
-    let program = model::program();
+    let resume = format!("  {} train --resume {}", model::program(), units::quoted(&job.folder));
     match outcome {
-        Ok(outcome) => Ok(summary(&job, &outcome, &program, out)?),
+        Ok(outcome) => Ok(summary(&job, &outcome, out)?),
         Err(ttt::Error::Interrupted) => {
-            writeln!(out, "\ninterrupted; go on with\n  {program} train --resume {}", job.folder.display())?;
+            writeln!(out, "\ninterrupted; go on with\n{resume}")?;
             Err(ttt::Error::Interrupted.into())
         }
         Err(error) => {
             // A run that had saved something is not lost.
-            if let Some(checkpoint) = watch.saved() {
-                writeln!(
-                    out,
-                    "\nsaved before: {}; go on with\n  {program} train --resume {}",
-                    checkpoint.display(),
-                    job.folder.display()
-                )?;
+            if let (true, Ok(Some(checkpoint))) = (watch.started(), Checkpoints::new(&job.folder, 1, 0).latest()) {
+                writeln!(out, "\nnothing before {} is lost; go on with\n{resume}", checkpoint.display())?;
             }
             Err(error.into())
         }
     }
 }
 
-fn summary(job: &Job, outcome: &Outcome, program: &str, out: &mut dyn Write) -> std::io::Result<()> {
+fn summary(job: &Job, outcome: &Outcome, out: &mut dyn Write) -> std::io::Result<()> {
     let folder = job.folder.display();
     let bits = outcome.validation.bits_per_byte.unwrap_or(f64::NAN);
     writeln!(out)?;
@@ -56,6 +52,6 @@ fn summary(job: &Job, outcome: &Outcome, program: &str, out: &mut dyn Write) -> 
     writeln!(out, "  curve  {folder}/loss.svg")?;
     writeln!(out, "  model  {}", outcome.model.display())?;
     writeln!(out, "try it:")?;
-    let prompt = job.settings.sample.prompt.replace('\'', r"'\''");
-    writeln!(out, "  {program} generate {folder} --prompt '{prompt}'")
+    let (program, run) = (model::program(), units::quoted(&job.folder));
+    writeln!(out, "  {program} generate {run} --prompt {}", units::quoted(&job.settings.sample.prompt))
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ttt::data::Tokenizer;
 use ttt::train::Settings;
 
 use crate::args::{Recompute, Train};
@@ -87,6 +88,10 @@ fn apply_flags(args: &Train, data: &[String], settings: &mut Settings) -> Result
     }
     if let Some(path) = init_from {
         let folder = model::resolve(path)?;
+        if tokenizer.is_some() && Tokenizer::from_folder(&folder)?.is_some() {
+            let message = format!("{} has its own tokenizer; leave out --tokenizer", folder.display());
+            return Err(Usage(message).into());
+        }
         let text = folder.to_str().with_context(|| format!("{} is not UTF-8", folder.display()))?;
         set("model.folder", text.into(), "--init-from")?;
     }

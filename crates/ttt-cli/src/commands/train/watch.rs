@@ -15,6 +15,7 @@ use ttt::train::metrics::{Record, Split};
 use ttt::train::run::{Event, Job, Observer};
 use ttt::train::settings::{Recompute, Settings};
 
+use crate::commands::plan::describe;
 use crate::progress::Bar;
 use crate::units;
 
@@ -48,7 +49,6 @@ struct View {
     /// Seconds of a step, smoothed.
     step_seconds: Option<f64>,
     recent: VecDeque<f64>,
-    saved: Option<PathBuf>,
 }
 
 impl Watch {
@@ -57,7 +57,7 @@ impl Watch {
         let signals = Arc::new(Signals::default());
         let handler = signals.clone();
         ctrlc::set_handler(move || handler.interrupt()).context("cannot watch for Ctrl-C")?;
-        let view = View { bar: None, steps: 0, last: Instant::now(), step_seconds: None, recent: VecDeque::new(), saved: None };
+        let view = View { bar: None, steps: 0, last: Instant::now(), step_seconds: None, recent: VecDeque::new() };
         let folder = job.folder.clone();
         Ok(Watch { settings: job.settings.clone(), folder, quiet, signals, view: Mutex::new(view) })
     }
@@ -69,9 +69,9 @@ impl Watch {
         }
     }
 
-    /// The newest checkpoint that this run saved.
-    pub fn saved(&self) -> Option<PathBuf> {
-        self.view().saved.clone()
+    /// Whether the run got as far as training.
+    pub fn started(&self) -> bool {
+        self.signals.0.load(Ordering::SeqCst) != 0
     }
 
     fn view(&self) -> MutexGuard<'_, View> {
@@ -128,10 +128,7 @@ impl Observer for Watch {
                 }
                 view.last = Instant::now();
             }
-            Event::Saved(path) => {
-                view.saved = Some(path.to_owned());
-                view.last = Instant::now();
-            }
+            Event::Saved(_) => view.last = Instant::now(),
         }
     }
 
@@ -143,16 +140,8 @@ impl Observer for Watch {
 impl Watch {
     fn header(&self, config: &Config, parameters: usize, tokens: [u64; 2], [from_step, steps]: [u64; 2]) {
         let train = &self.settings.train;
-        let backbone = if config.use_gate && config.share_qk { "Mamba" } else { "Transformer" };
-        say(&format!(
-            "model   TTT-{:?}, {backbone} backbone: {} parameters ({} layers of {}, {} heads, {} token ids)",
-            config.ttt_layer_type,
-            units::grouped(parameters as u64),
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.vocab_size,
-        ));
+        say(&format!("model   {}", describe(config)));
+        say(&format!("size    {} parameters", units::grouped(parameters as u64)));
         say(&format!("data    {} tokens to learn from, {} to validate", units::grouped(tokens[0]), units::grouped(tokens[1])));
         let epochs = train.tokens as f64 / tokens[0].max(1) as f64;
         let from = if from_step > 0 { format!(", going on after step {from_step}") } else { String::new() };
