@@ -14,7 +14,7 @@
 //!
 //! # fn main() -> ttt::Result<()> {
 //! let device = Device::cpu()?;
-//! // With a trained model: `Lm::load("runs/tiny/final", &device)?` and `Tokenizer::from_folder(...)`.
+//! // With a trained model: `Lm::load("runs/tiny/final", &device, DType::F32)?` and `Tokenizer::from_folder(...)`.
 //! let model = Lm::new(&Config::preset("tiny", Inner::Linear)?, &device, DType::F32, 0)?;
 //! let tokenizer = Tokenizer::bytes(model.config().vocab_size);
 //!

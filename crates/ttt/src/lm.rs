@@ -81,22 +81,23 @@ impl Lm {
         Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
     }
 
-    /// The model of a Hugging Face folder, in f32.
+    /// The model of a folder, its weights converted to `dtype`.
     ///
     /// # Errors
-    /// Files that cannot be read or do not belong together (see [`ModelFolder`]), or memory.
-    pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Lm> {
-        Lm::load_as(folder, device, DType::F32)
+    /// Files that cannot be read or are no TTT model, or memory.
+    pub fn load(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Lm> {
+        let folder = ModelFolder::open(folder)?;
+        Lm::from_folder(&folder, folder.config(), device, dtype)
     }
 
-    /// The model of a Hugging Face folder, in `dtype`.
+    /// The weights of a folder under `config`, which may differ from the folder's in what has no weights.
     ///
     /// # Errors
-    /// As [`Lm::load`].
-    pub fn load_as(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Lm> {
-        let folder = ModelFolder::open(folder)?;
-        let table = Arc::new(ParamTable::new(folder.config()).0);
-        Lm::from_params(folder.config(), folder.load_params(&table, device, dtype)?)
+    /// Weights that cannot be read or do not fit, or memory.
+    pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, dtype: DType) -> Result<Lm> {
+        config.validate()?;
+        let table = Arc::new(ParamTable::new(config).0);
+        Lm::from_params(config, device.install(|| folder.load_params(&table, device, dtype))?)
     }
 
     /// Hyperparameters.
@@ -147,7 +148,13 @@ impl Lm {
     ///
     /// # Panics
     /// When the batch names a slot that the states do not have, or one twice; when a pass with states is to be kept.
-    pub fn forward(&self, batch: &Batch, states: Option<&mut States>, keep: Keep, inner_lr: f64) -> Result<(Tensor, Option<Saved>)> {
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        states: Option<&mut States>,
+        keep: Keep,
+        inner_lr: f64,
+    ) -> Result<(Tensor, Option<Saved>)> {
         self.check_tokens(&batch.tokens)?;
         assert!(states.is_none() || keep == Keep::Nothing, "a pass that continues states keeps nothing");
         self.device.install(|| self.forward_here(batch, states, keep, inner_lr))
@@ -225,7 +232,8 @@ impl Lm {
     pub fn loss(&self, hidden: &Tensor, targets: &[u32], weights: &[f64], grads: &mut Params) -> Result<(Vec<f64>, Tensor)> {
         self.check_tokens(targets)?;
         let head = self.params.view(self.ids.head);
-        self.device.install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
+        self.device
+            .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
     /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.

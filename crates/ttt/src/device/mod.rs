@@ -2,10 +2,11 @@
 //!
 //! [`Device`] is carried by every tensor. Its memory comes from a [`memory::Pool`] that keeps what is returned to it, so that a
 //! warmed-up training step asks the system for nothing. [`view`] has the borrowed matrices that operations read and write,
-//! [`par`] the deterministic fork-join that they share.
+//! [`par`] the deterministic fork-join that they share, [`probe`] how fast all that is.
 
 pub mod memory;
 pub mod par;
+pub mod probe;
 pub mod view;
 
 use std::sync::Arc;

@@ -5,7 +5,6 @@ mod corpus;
 mod keys;
 pub mod loss;
 pub mod metrics;
-mod peak;
 pub mod plot;
 pub mod run;
 pub mod schedule;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::batch::Batch;
 use crate::config::Config;
 use crate::data::{Examples, Progress, Sampler, Tokenizer, Tokens};
-use crate::device::Device;
+use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
 use crate::hub::{ModelFolder, write_atomic};
@@ -17,12 +17,12 @@ use crate::plan;
 use crate::state::States;
 use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
+use crate::train::corpus::{self, Corpus};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::settings::Recompute;
 use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
-use crate::train::corpus::{self, Corpus};
-use crate::train::{Settings, metrics, peak, plot};
+use crate::train::{Settings, metrics, plot};
 use crate::{AtPath, Error, Result};
 
 /// What happens during a run, for whoever shows it.
@@ -98,13 +98,13 @@ pub struct Outcome {
 /// Settings, data or files that cannot be used; [`Error::NotFinite`]; [`Error::Interrupted`] after a checkpoint was written.
 pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
     job.settings.validate()?;
-    prepare_folder(job)?;
+    check_folder(job)?;
     let mut run = Run::new(job, observer)?;
     run.train(observer)
 }
 
-/// Makes the run folder and writes the settings; an existing run is never overwritten.
-fn prepare_folder(job: &Job) -> Result<()> {
+/// Checks the run folder; an existing run is never overwritten.
+fn check_folder(job: &Job) -> Result<()> {
     let settings = job.folder.join("settings.toml");
     if job.resume {
         return match settings.exists() {
@@ -119,7 +119,7 @@ fn prepare_folder(job: &Job) -> Result<()> {
             job.folder.display()
         )));
     }
-    std::fs::create_dir_all(&job.folder).at(&job.folder)
+    Ok(())
 }
 
 /// Everything that lives as long as the run.
@@ -151,11 +151,7 @@ impl<'j> Run<'j> {
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
 
         let mut model = match &settings.model.folder {
-            Some(folder) => {
-                let from = ModelFolder::open(folder)?;
-                let table = std::sync::Arc::new(crate::params::ParamTable::new(&config).0);
-                Lm::from_params(&config, from.load_params(&table, &job.device, DType::F32)?)?
-            }
+            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
         let mut optimizer = Optimizer::new(&model)?;
@@ -173,13 +169,14 @@ impl<'j> Run<'j> {
             )));
         }
         // Only now is it known that the run can be made.
+        std::fs::create_dir_all(&job.folder).at(&job.folder)?;
         let text = settings.to_toml();
         write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
         let path = job.folder.join("metrics.jsonl");
         let metrics = if state.step > 0 { Metrics::resume(path, state.step)? } else { Metrics::create(path)? };
         let resumed = (state.step > 0).then_some(state.step);
         let events = settings.log.tensorboard.then(|| EventFile::create(&job.folder, resumed)).transpose()?;
-        let peak_flops = peak::matmul_flops(&job.device)?;
+        let peak_flops = probe::matmul_flops(&job.device)?;
         let last = (state.elapsed_seconds, state.tokens);
         Ok(Run {
             job,

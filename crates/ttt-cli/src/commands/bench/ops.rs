@@ -1,0 +1,180 @@
+//! Every operation on its own, at the model's sizes.
+
+use anyhow::Result;
+use ttt::batch::Segment;
+use ttt::config::{Config, Inner};
+use ttt::device::Device;
+use ttt::device::view::View;
+use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads};
+use ttt::ops::{adamw, conv, cross_entropy, gelu_gate, linear, rms_norm, swiglu, ttt_linear, ttt_mlp};
+use ttt::plan::flops;
+use ttt::tensor::{DType, Tensor};
+
+use super::{Measured, measure};
+use crate::args::Bench;
+
+/// Tensors of numbers around 0.
+struct Make<'d>(&'d Device);
+
+impl Make<'_> {
+    fn numbers(&self, shape: &[usize]) -> Result<Tensor> {
+        let mut tensor = Tensor::empty(self.0, shape, DType::F32)?;
+        for (i, x) in tensor.as_mut_slice::<f32>().iter_mut().enumerate() {
+            *x = 0.1 * (i as f32 * 0.7).sin();
+        }
+        Ok(tensor)
+    }
+
+    fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::zeros(self.0, shape, DType::F32)?)
+    }
+}
+
+/// Measures all operations. The rates are tokens a second through that operation alone.
+pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measured>> {
+    let make = Make(device);
+    let (d, wide, taps) = (config.hidden_size, config.intermediate_size, config.conv_kernel);
+    let n = (args.batch * args.length) as usize;
+    let length = args.length as usize;
+    let segments: Vec<Segment> =
+        (0..args.batch as usize).map(|slot| Segment { first_row: slot * length, len: length, slot, phase: 0 }).collect();
+    let [x, dy] = [make.numbers(&[n, d])?, make.numbers(&[n, d])?];
+    let row = (4 * d) as f64;
+    let mut all = Vec::new();
+    let mut time = |name: &str, cost: [f64; 2], work: &mut (dyn FnMut() -> Result<()> + Send)| -> Result<()> {
+        all.push(measure(name, device, args.repeat, n as f64, cost, || device.install(&mut *work))?);
+        Ok(())
+    };
+
+    for (name, inputs, outputs) in [("D to D", d, d), ("D to 2 I", d, 2 * wide), ("I to D", wide, d)] {
+        let [x, w, dy] = [make.numbers(&[n, inputs])?, make.numbers(&[outputs, inputs])?, make.numbers(&[n, outputs])?];
+        let mut dw = make.zeros(&[outputs, inputs])?;
+        let cost = [2.0 * (inputs * outputs) as f64, 4.0 * (inputs + outputs) as f64];
+        time(&format!("linear {name}"), cost, &mut || Ok(linear::forward(x.view(), w.view()).map(drop)?))?;
+        let both = [2.0 * cost[0], 2.0 * cost[1]];
+        time(&format!("linear {name}, backward"), both, &mut || {
+            linear::backward_input(dy.view(), w.view())?;
+            linear::backward_weight(dy.view(), x.view(), dw.view_mut());
+            Ok(())
+        })?;
+    }
+
+    let weight = make.numbers(&[1, d])?;
+    let mut dweight = make.zeros(&[1, d])?;
+    time("rms_norm", [4.0 * d as f64, 2.0 * row], &mut || Ok(rms_norm::forward(x.view(), weight.view(), 1e-6).map(drop)?))?;
+    time("rms_norm, backward", [10.0 * d as f64, 3.0 * row], &mut || {
+        Ok(rms_norm::backward(dy.view(), x.view(), weight.view(), 1e-6, dweight.view_mut()).map(drop)?)
+    })?;
+
+    let [kernel, bias] = [make.numbers(&[d, taps])?, make.numbers(&[1, d])?];
+    let [mut dkernel, mut dbias] = [make.zeros(&[d, taps])?, make.zeros(&[1, d])?];
+    time("conv", [2.0 * (taps * d) as f64, 2.0 * row], &mut || {
+        Ok(conv::forward(x.view(), kernel.view(), bias.view(), &segments, None).map(drop)?)
+    })?;
+    time("conv, backward", [4.0 * (taps * d) as f64, 3.0 * row], &mut || {
+        let (dw, db) = (dkernel.view_mut(), dbias.view_mut());
+        Ok(conv::backward(dy.view(), x.view(), kernel.view(), &segments, None, dw, db, None).map(drop)?)
+    })?;
+
+    let [gate_up, dhidden] = [make.numbers(&[n, 2 * wide])?, make.numbers(&[n, wide])?];
+    time("swiglu", [5.0 * wide as f64, 12.0 * wide as f64], &mut || Ok(swiglu::forward(gate_up.view()).map(drop)?))?;
+    time("swiglu, backward", [10.0 * wide as f64, 20.0 * wide as f64], &mut || {
+        Ok(swiglu::backward(dhidden.view(), gate_up.view()).map(drop)?)
+    })?;
+    time("gelu_gate", [10.0 * d as f64, 3.0 * row], &mut || Ok(gelu_gate::forward(x.view(), dy.view()).map(drop)?))?;
+
+    inner(config, &make, &segments, n, &mut time)?;
+
+    let head = make.numbers(&[config.vocab_size, d])?;
+    let mut dhead = make.zeros(&[config.vocab_size, d])?;
+    let targets: Vec<u32> = (0..n).map(|i| (i % config.vocab_size) as u32).collect();
+    let weights = vec![1.0 / n as f64; n];
+    let product = 2.0 * (d * config.vocab_size) as f64;
+    time("cross_entropy, both directions", [3.0 * product, 2.0 * row], &mut || {
+        Ok(cross_entropy::forward_backward(x.view(), head.view(), &targets, &weights, dhead.view_mut()).map(drop)?)
+    })?;
+
+    // As many parameters as two layers' matrices; the rate is per token of the batch, as everywhere.
+    let parameters = 2 * (5 * d * d + 3 * d * wide);
+    let [mut p, g] = [make.numbers(&[parameters])?, make.numbers(&[parameters])?];
+    let [mut m, mut v] = [make.zeros(&[parameters])?, make.zeros(&[parameters])?];
+    let settings = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let per_token = parameters as f64 / n as f64;
+    time("adamw of two layers", [12.0 * per_token, 28.0 * per_token], &mut || {
+        adamw::step(&mut p, &g, &mut m, &mut v, 0, 1e-3, 1.0, &settings);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Measures one operation: its name, its cost per token and its work.
+type Time<'t> = dyn FnMut(&str, [f64; 2], &mut (dyn FnMut() -> Result<()> + Send)) -> Result<()> + 't;
+
+/// The inner loop of one layer.
+fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
+    let (heads, width, k) = (config.num_attention_heads, config.head_dim(), config.mini_batch_size);
+    let (d, kind) = (config.hidden_size, config.ttt_layer_type);
+    let [q, keys, v, dz] = [&[n, d][..]; 4].map(|shape| make.numbers(shape));
+    let (q, keys, v, dz) = (q?, keys?, v?, dz?);
+    let mut lr = make.zeros(&[n, heads])?;
+    lr.as_mut_slice::<f32>().fill(config.ttt_base_lr as f32 / width as f32 / 2.0);
+    let mut tok = make.zeros(&[1, k])?;
+    for (i, x) in tok.as_mut_slice::<f32>().iter_mut().enumerate() {
+        *x = 1.0 / (i + 1) as f32;
+    }
+    let mut gamma = make.zeros(&[heads, width])?;
+    gamma.as_mut_slice::<f32>().fill(1.0);
+    let beta = make.zeros(&[heads, width])?;
+    let inputs = Inputs {
+        q: q.view(),
+        k: keys.view(),
+        v: v.view(),
+        lr: lr.view(),
+        tok: tok.view(),
+        gamma: gamma.view(),
+        beta: beta.view(),
+        segments,
+    };
+    let slots = segments.len();
+    let start: Vec<Tensor> = match kind {
+        Inner::Linear => vec![make.numbers(&[heads * width, width])?, make.zeros(&[heads, width])?],
+        Inner::Mlp => vec![
+            make.numbers(&[heads * width, 4 * width])?,
+            make.zeros(&[heads, 4 * width])?,
+            make.numbers(&[heads * 4 * width, width])?,
+            make.zeros(&[heads, width])?,
+        ],
+    };
+    let initial: Vec<View<'_>> = start.iter().map(Tensor::view).collect();
+    let mut state = FastWeights::zeros(make.0, DType::F32, kind, slots, heads, width, k)?;
+    let cost = flops(config).inner_loop / config.num_hidden_layers as f64;
+    let row = (4 * d) as f64;
+    let group = config.checkpoint_group();
+    let forward = match kind {
+        Inner::Linear => ttt_linear::forward,
+        Inner::Mlp => ttt_mlp::forward,
+    };
+    let begin = |state: &mut FastWeights| (0..slots).for_each(|slot| state.start(slot, &initial));
+    time("ttt", [cost, 4.0 * row], &mut || {
+        begin(&mut state);
+        Ok(forward(&inputs, &mut state, None).map(drop)?)
+    })?;
+    begin(&mut state);
+    let (_, saved) = forward(&inputs, &mut state, Some(group))?;
+    let saved = saved.expect("a pass with a group keeps states");
+    let [mut dq, mut dk, mut dv] = [make.zeros(&[n, d])?, make.zeros(&[n, d])?, make.zeros(&[n, d])?];
+    let mut dlr = make.zeros(&[n, heads])?;
+    let mut dtok = make.zeros(&[1, k])?;
+    let [mut dgamma, mut dbeta] = [make.zeros(&[heads, width])?, make.zeros(&[heads, width])?];
+    let mut dstate = make.zeros(&[slots, heads, FastWeights::state_len(kind, width)])?;
+    time("ttt, backward", [2.0 * cost, 8.0 * row], &mut || {
+        dstate.fill_zero();
+        let d = InputGrads { dq: dq.view_mut(), dk: dk.view_mut(), dv: dv.view_mut(), dlr: dlr.view_mut() };
+        let p = ParamGrads { dtok: dtok.view_mut(), dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut() };
+        match kind {
+            Inner::Linear => ttt_linear::backward(&inputs, &saved, dz.view(), &mut dstate, d, p)?,
+            Inner::Mlp => ttt_mlp::backward(&inputs, &saved, dz.view(), &mut dstate, d, p)?,
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,128 @@
+//! What a model does: train, read, write.
+
+use anyhow::Result;
+use ttt::batch::Batch;
+use ttt::config::Config;
+use ttt::device::Device;
+use ttt::layer::Keep;
+use ttt::lm::Lm;
+use ttt::ops::adamw;
+use ttt::params::Params;
+use ttt::plan::flops;
+use ttt::tensor::DType;
+use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
+
+use super::{Measured, measure};
+use crate::args::{Bench, Recompute};
+
+/// Tokens read before decoding is measured.
+const DECODE_AFTER: usize = 64;
+/// Tokens decoded for one measurement.
+const DECODED: usize = 16;
+/// Seed of the weights.
+const SEED: u64 = 0;
+
+fn model(config: &Config, device: &Device) -> Result<Lm> {
+    Ok(Lm::new(config, device, DType::F32, SEED)?)
+}
+
+/// Ids without meaning, spread over the vocabulary.
+fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
+    let mut x = 1u64;
+    let mut next = || {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((x >> 33) % vocab_size as u64) as u32
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn batch(args: &Bench, config: &Config) -> Batch {
+    let (sequences, length) = (args.batch as usize, args.length as usize);
+    let ids = ids(sequences * length, config.vocab_size);
+    Batch::packed(&ids.chunks(length).collect::<Vec<_>>())
+}
+
+/// Steps of training, whole or without the optimizer.
+pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
+    let mut lm = model(config, device)?;
+    let batch = batch(args, config);
+    let n = batch.tokens.len();
+    let length = args.length as usize;
+    // Every token's target is the next one; the last of a sequence has none.
+    let targets: Vec<u32> = batch.tokens.iter().skip(1).chain(&batch.tokens[..1]).copied().collect();
+    let mask: Vec<f64> = (1..=n).map(|i| if i.is_multiple_of(length) { 0.0 } else { 1.0 }).collect();
+    let group = config.checkpoint_group();
+    let keep = match args.recompute {
+        Some(Recompute::Block) => Keep::Input { group },
+        _ => Keep::Saved { group },
+    };
+    let parameters = lm.params().table().parameters() as f64;
+    let shape = format!("{} x {length}", args.batch);
+    if args.no_optimizer {
+        let mut grads = Params::zeros(lm.params().table(), device, DType::F32)?;
+        let counted = mask.iter().sum::<f64>().max(1.0);
+        let weights: Vec<f64> = mask.iter().map(|m| m / counted).collect();
+        // Weights are read forward and backward, gradients read and written.
+        let cost = [flops(config).training, 16.0 * parameters / n as f64];
+        return measure(format!("train {shape}, no optimizer"), device, args.repeat, n as f64, cost, || {
+            device.install(|| grads.data_mut().fill_zero());
+            let (hidden, saved) = lm.forward(&batch, None, keep, 1.0)?;
+            let (_, dhidden) = lm.loss(&hidden, &targets, &weights, &mut grads)?;
+            drop(hidden);
+            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?)
+        });
+    }
+    let mut optimizer = Optimizer::new(&lm)?;
+    let micro_batches = [MicroBatch { batch, targets, mask }];
+    let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let step = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep };
+    // As above, then the norm reads gradients, and AdamW reads four numbers and writes three.
+    let cost = [flops(config).training, (16.0 + 4.0 + 28.0) * parameters / n as f64];
+    measure(format!("train {shape}"), device, args.repeat, n as f64, cost, || {
+        optimizer.step(&mut lm, &micro_batches, &step)?;
+        Ok(())
+    })
+}
+
+/// Reading a prompt.
+pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
+    let lm = model(config, device)?;
+    let batch = batch(args, config);
+    let n = batch.tokens.len();
+    let mut states = lm.states(batch.slots())?;
+    let last: Vec<usize> = batch.seqs.iter().map(|s| s.first_row + s.len - 1).collect();
+    let rows: Vec<usize> = if args.all_logits { (0..n).collect() } else { last };
+    let head = 2.0 * (config.hidden_size * config.vocab_size) as f64;
+    let arithmetic = flops(config).forward() - head * (1.0 - rows.len() as f64 / n as f64);
+    let cost = [arithmetic, 4.0 * lm.params().table().parameters() as f64 / n as f64];
+    let logits = if args.all_logits { "all logits" } else { "last logits" };
+    measure(format!("prefill {} x {}, {logits}", args.batch, args.length), device, args.repeat, n as f64, cost, || {
+        for slot in 0..states.slots() {
+            states.reset(&lm, slot);
+        }
+        let (hidden, _) = lm.forward(&batch, Some(&mut states), Keep::Nothing, 1.0)?;
+        lm.logits(&hidden, &rows)?;
+        Ok(())
+    })
+}
+
+/// Writing token by token in every slot at once.
+pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
+    let lm = model(config, device)?;
+    let slots = args.batch as usize;
+    let mut states = lm.states(slots)?;
+    let prompt = ids(slots * DECODE_AFTER, config.vocab_size);
+    lm.forward(&Batch::packed(&prompt.chunks(DECODE_AFTER).collect::<Vec<_>>()), Some(&mut states), Keep::Nothing, 1.0)?;
+    let one: Vec<[u32; 1]> = prompt[..slots].iter().map(|id| [*id]).collect();
+    let (step, rows) = (Batch::packed(&one), (0..slots).collect::<Vec<_>>());
+    // All weights once a step; each slot's state once a token.
+    let weights = 4.0 * lm.params().table().parameters() as f64;
+    let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
+    measure(format!("decode {slots}, after {DECODE_AFTER} tokens"), device, args.repeat, (slots * DECODED) as f64, cost, || {
+        for _ in 0..DECODED {
+            let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
+            lm.logits(&hidden, &rows)?;
+        }
+        Ok(())
+    })
+}

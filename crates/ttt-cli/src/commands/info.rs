@@ -1,0 +1,119 @@
+//! `ttt info`: what a model folder holds.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use anyhow::Result;
+use serde_json::json;
+use ttt::data::Tokenizer;
+use ttt::hub::{ModelFolder, model_hash};
+use ttt::lm::Lm;
+use ttt::params::Entry;
+use ttt::plan;
+use ttt::tensor::DType;
+use ttt::train::checkpoint::TrainerState;
+
+use crate::args::{DeviceName, Info};
+use crate::commands::plan::describe;
+use crate::{model, units};
+
+/// Runs the command.
+pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
+    let path = model::resolve(&args.model)?;
+    let folder = ModelFolder::open(&path)?;
+    let config = folder.config();
+    let lm = Lm::from_folder(&folder, config, &model::device(DeviceName::Auto, 0)?, DType::F32)?;
+    let table = lm.params().table();
+    let mut by_part: BTreeMap<usize, (&str, usize)> = BTreeMap::new();
+    for entry in table.entries() {
+        let (order, part) = part(entry);
+        by_part.entry(order).or_insert((part, 0)).1 += entry.elements();
+    }
+    let dtype = ["torch_dtype", "dtype"].iter().find_map(|key| folder.extra().get(*key)?.as_str()).unwrap_or("unknown");
+    let tokenizer = Tokenizer::from_folder(&path)?;
+    let state = plan::inference_memory(config, 1, 1).states;
+    let hash = model_hash(lm.params());
+    let trainer = trainer_state(&path)?;
+    if args.json {
+        let tokenizer = tokenizer.as_ref().map(|t| {
+            json!({"kind": kind(t), "vocab_size": t.vocab_size(), "bos": t.bos(), "eos": t.eos(), "fingerprint": t.fingerprint()})
+        });
+        let parts: serde_json::Map<_, _> = by_part.values().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
+        let mut object = json!({
+            "folder": path, "config": config, "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype,
+            "hash": hash, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "training": trainer,
+        });
+        if args.tensors {
+            object["tensors"] = table.entries().iter().map(|e| json!({"name": e.name, "shape": e.shape})).collect();
+        }
+        writeln!(out, "{object}")?;
+        return Ok(());
+    }
+    writeln!(out, "folder      {}", path.display())?;
+    writeln!(out, "model       {}", describe(config))?;
+    writeln!(out, "parameters  {}", units::grouped(table.parameters() as u64))?;
+    for (name, n) in by_part.values() {
+        writeln!(out, "  {:>13}  {name}", units::grouped(*n as u64))?;
+    }
+    writeln!(out, "stored as   {dtype}")?;
+    writeln!(out, "hash        {hash}")?;
+    match &tokenizer {
+        Some(t) => writeln!(out, "tokenizer   {}, {} ids, BOS {}, EOS {}", kind(t), t.vocab_size(), id(t.bos()), id(t.eos()))?,
+        None => writeln!(out, "tokenizer   none; name one with --tokenizer")?,
+    }
+    writeln!(out, "state       {} a sequence in f32, however long it is", units::bytes(state as u64))?;
+    if let Some(t) = trainer {
+        let best = t.best_loss.map_or_else(|| "none yet".into(), |loss| format!("{loss:.4}"));
+        writeln!(
+            out,
+            "training    step {}, {} tokens, {}, lowest validation loss {best}; a checkpoint that `ttt train --resume` goes on from",
+            t.step,
+            units::grouped(t.tokens),
+            units::seconds(t.elapsed_seconds)
+        )?;
+    }
+    if args.tensors {
+        writeln!(out, "tensors")?;
+        for entry in table.entries() {
+            writeln!(out, "  {:?} {}", entry.shape, entry.name)?;
+        }
+    }
+    Ok(())
+}
+
+/// Position in the list and name of the part of the model that a parameter belongs to.
+fn part(entry: &Entry) -> (usize, &'static str) {
+    let name = entry.name.as_str();
+    if entry.initial_state {
+        (2, "initial fast weights")
+    } else if name.contains(".seq_modeling_block.") {
+        (1, "TTT layers")
+    } else if name.contains(".mlp.") {
+        (3, "feed-forward")
+    } else if name.contains(".conv.") {
+        (4, "convolutions before TTT layers")
+    } else if name.contains("norm") {
+        (5, "norms")
+    } else {
+        (0, "embedding and output")
+    }
+}
+
+fn trainer_state(folder: &std::path::Path) -> Result<Option<TrainerState>> {
+    let path = folder.join("trainer_state.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).map_err(|e| ttt::Error::io(&path, e))?;
+    Ok(Some(serde_json::from_str(&text).map_err(|e| ttt::Error::format(&path, e.to_string()))?))
+}
+
+/// What a tokenizer is.
+pub fn kind(tokenizer: &Tokenizer) -> &'static str {
+    if tokenizer.is_bytes() { "bytes" } else { "tokenizer.json" }
+}
+
+/// An id, or that there is none.
+pub fn id(id: Option<u32>) -> String {
+    id.map_or_else(|| "none".into(), |id| id.to_string())
+}

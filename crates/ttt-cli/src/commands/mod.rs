@@ -1,0 +1,13 @@
+//! One file per command.
+
+pub mod bench;
+pub mod completions;
+pub mod convert;
+pub mod doctor;
+pub mod eval;
+pub mod generate;
+pub mod info;
+pub mod plan;
+pub mod tokenizer;
+pub mod train;
+pub mod verify;

@@ -1,0 +1,222 @@
+//! Shows a run while it is made, and stops it on Ctrl-C.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use ttt::config::Config;
+use ttt::layer::Keep;
+use ttt::plan;
+use ttt::train::metrics::{Record, Split};
+use ttt::train::run::{Event, Job, Observer};
+use ttt::train::settings::{Recompute, Settings};
+
+use crate::commands::plan::describe;
+use crate::progress::Bar;
+use crate::units;
+
+/// Training losses that the table's mean is over.
+const RECENT: usize = 20;
+
+/// What the signal handler and the run tell each other.
+#[derive(Default)]
+struct Signals(AtomicU8);
+
+/// At first, 0, there is nothing to save, and Ctrl-C ends the program. From here on Ctrl-C asks the run to save and stop.
+const TRAINING: u8 = 1;
+/// It was asked; a second Ctrl-C ends the program.
+const STOPPING: u8 = 2;
+
+/// The observer of a run.
+pub struct Watch {
+    settings: Settings,
+    folder: PathBuf,
+    quiet: bool,
+    signals: Arc<Signals>,
+    view: Mutex<View>,
+}
+
+/// What is on the screen.
+struct View {
+    bar: Option<Bar>,
+    steps: u64,
+    /// When the last step, or whatever came after it, ended.
+    last: Instant,
+    /// Seconds of a step, smoothed.
+    step_seconds: Option<f64>,
+    recent: VecDeque<f64>,
+}
+
+impl Watch {
+    /// Watches a job, and Ctrl-C.
+    pub fn new(job: &Job, quiet: bool) -> Result<Watch> {
+        let signals = Arc::new(Signals::default());
+        let handler = signals.clone();
+        ctrlc::set_handler(move || handler.interrupt()).context("cannot watch for Ctrl-C")?;
+        let view = View { bar: None, steps: 0, last: Instant::now(), step_seconds: None, recent: VecDeque::new() };
+        let folder = job.folder.clone();
+        Ok(Watch { settings: job.settings.clone(), folder, quiet, signals, view: Mutex::new(view) })
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.view().bar {
+            bar.finish();
+        }
+    }
+
+    /// Whether the run got as far as training.
+    pub fn started(&self) -> bool {
+        self.signals.0.load(Ordering::SeqCst) != 0
+    }
+
+    fn view(&self) -> MutexGuard<'_, View> {
+        // A poisoned view is still a view.
+        self.view.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Signals {
+    fn interrupt(&self) {
+        if self.0.load(Ordering::SeqCst) != TRAINING {
+            std::process::exit(130);
+        }
+        self.0.store(STOPPING, Ordering::SeqCst);
+        let _ =
+            writeln!(std::io::stderr(), "\nstopping after this step; Ctrl-C again gives up everything since the last checkpoint");
+    }
+}
+
+impl Observer for Watch {
+    fn event(&self, event: Event<'_>) {
+        let mut view = self.view();
+        match event {
+            Event::Corpus(text) => say(text),
+            Event::Tokenizing(p) => {
+                let bar = view.bar.get_or_insert_with(|| Bar::bytes(p.total_bytes));
+                let message = if p.waiting {
+                    "another process makes the tokens; waiting".into()
+                } else {
+                    format!("{} tokens", units::count(p.tokens as f64))
+                };
+                bar.set(p.bytes, &message);
+            }
+            Event::Start { config, parameters, train_tokens, validation_tokens, from_step, steps } => {
+                if let Some(tokenizing) = view.bar.take() {
+                    tokenizing.finish();
+                }
+                self.header(config, parameters, [train_tokens, validation_tokens], [from_step, steps]);
+                view.steps = steps;
+                view.last = Instant::now();
+                view.bar = (!self.quiet).then(|| Bar::steps(steps));
+                self.signals.0.store(TRAINING, Ordering::SeqCst);
+            }
+            Event::Step(record) => self.step(&mut view, record),
+            Event::Logged(record) if record.split == Split::Train => self.step(&mut view, record),
+            Event::Logged(record) => {
+                let line = view.row(record, self.settings.train.batch_tokens);
+                view.say(&line);
+            }
+            Event::Sample(text) => {
+                if !self.quiet {
+                    let text = units::printable(text).trim_end().replace('\n', "\n  │ ");
+                    view.say(&format!("  │ {text}"));
+                }
+                view.last = Instant::now();
+            }
+            Event::Saved(_) => view.last = Instant::now(),
+        }
+    }
+
+    fn interrupted(&self) -> bool {
+        self.signals.0.load(Ordering::SeqCst) == STOPPING
+    }
+}
+
+impl Watch {
+    fn header(&self, config: &Config, parameters: usize, tokens: [u64; 2], [from_step, steps]: [u64; 2]) {
+        let train = &self.settings.train;
+        say(&format!("model   {}", describe(config)));
+        say(&format!("size    {} parameters", units::grouped(parameters as u64)));
+        say(&format!("data    {} tokens to learn from, {} to validate", units::grouped(tokens[0]), units::grouped(tokens[1])));
+        let epochs = train.tokens as f64 / tokens[0].max(1) as f64;
+        let from = if from_step > 0 { format!(", going on after step {from_step}") } else { String::new() };
+        say(&format!(
+            "steps   {steps} of {} tokens, {:.2} times through the data{from}",
+            units::grouped(train.batch_tokens),
+            epochs
+        ));
+        let group = train.checkpoint_group;
+        let keep = match train.recompute {
+            Recompute::None => Keep::Saved { group },
+            Recompute::Block => Keep::Input { group },
+        };
+        let lens = vec![train.sequence_length; self.settings.micro_batch()];
+        let memory = plan::training_memory(config, &lens, keep);
+        let fixed = memory.weights + memory.gradients + memory.optimizer;
+        say(&format!(
+            "memory  {} planned: {} weights, gradients and moments, {} activations and fast weights",
+            units::bytes(memory.total() as u64),
+            units::bytes(fixed as u64),
+            units::bytes((memory.total() - fixed) as u64),
+        ));
+        say(&format!("folder  {}", self.folder.display()));
+        say(&format!("\n{:>8} {:>9} {:>12} {:>10} {:>10} {:>9}", "step", "tokens", "train loss", "val loss", "bits/byte", "tok/s"));
+    }
+
+    fn step(&self, view: &mut View, record: &Record) {
+        let now = Instant::now();
+        let took = now.duration_since(view.last).as_secs_f64();
+        view.last = now;
+        view.step_seconds = Some(view.step_seconds.map_or(took, |mean| 0.9 * mean + 0.1 * took));
+        view.recent.push_back(record.loss);
+        if view.recent.len() > RECENT {
+            view.recent.pop_front();
+        }
+        let left = view.step_seconds.unwrap_or(0.0) * view.steps.saturating_sub(record.step) as f64;
+        let message = format!(
+            "loss {:.4}  {:.3} bits/byte  {} tok/s  {} left",
+            record.loss,
+            record.bits_per_byte.unwrap_or(f64::NAN),
+            units::count(view.speed(self.settings.train.batch_tokens)),
+            units::seconds(left)
+        );
+        if let Some(bar) = &view.bar {
+            bar.set(record.step, &message);
+        }
+    }
+}
+
+impl View {
+    fn speed(&self, batch_tokens: u64) -> f64 {
+        self.step_seconds.map_or(0.0, |s| (batch_tokens as f64 / s.max(1e-9)).round())
+    }
+
+    /// A line of the table of validations.
+    fn row(&mut self, record: &Record, batch_tokens: u64) -> String {
+        let mean = self.recent.iter().sum::<f64>() / self.recent.len() as f64;
+        let (train, speed) = match self.recent.is_empty() {
+            true => ("-".into(), "-".into()),
+            false => (format!("{mean:.4}"), units::count(self.speed(batch_tokens))),
+        };
+        self.last = Instant::now();
+        let (loss, bits) = (record.loss, record.bits_per_byte.unwrap_or(f64::NAN));
+        format!("{:>8} {:>9} {train:>12} {loss:>10.4} {bits:>10.4} {speed:>9}", record.step, units::count(record.tokens as f64))
+    }
+
+    fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.above(|| say(text)),
+            None => say(text),
+        }
+    }
+}
+
+/// Writes a line. A run goes on when nobody reads its output any more.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}

@@ -1,0 +1,94 @@
+//! What a MODEL argument names, and the device that it runs on.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use ttt::data::Tokenizer;
+use ttt::device::{Device, Kernels};
+use ttt::lm::Lm;
+use ttt::tensor::DType;
+use ttt::train::checkpoint::Checkpoints;
+
+use crate::args::{DeviceName, Precision};
+
+/// The model folder that a path means: the path itself, or the final model of a run folder, or else its newest checkpoint.
+pub fn resolve(path: &Path) -> Result<PathBuf> {
+    if path.join("config.json").exists() {
+        return Ok(path.to_owned());
+    }
+    if !path.exists() {
+        bail!("{} does not exist; a model is a folder with config.json and model.safetensors, or a run folder", path.display());
+    }
+    if !path.is_dir() {
+        bail!("{} is a file; a model is a folder with config.json and model.safetensors", path.display());
+    }
+    let last = path.join("final");
+    if last.join("config.json").exists() {
+        return Ok(last);
+    }
+    match Checkpoints::new(path, 1, 0).latest()? {
+        Some(checkpoint) => Ok(checkpoint),
+        None if path.join("settings.toml").exists() => {
+            bail!("the run in {} has not saved a model yet", path.display())
+        }
+        None => bail!(
+            "{} holds no model: there is neither config.json, as in a model folder, nor settings.toml, as in a run folder",
+            path.display()
+        ),
+    }
+}
+
+/// The model that a path means.
+pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<Lm> {
+    let folder = resolve(path)?;
+    Lm::load(&folder, device, dtype).context("cannot load the model")
+}
+
+/// The tokenizer that was named, or else the model folder's own, if there is one; checked to fit the model.
+pub fn tokenizer(named: Option<&str>, folder: &Path, vocab_size: usize) -> Result<Option<Tokenizer>> {
+    let tokenizer = match named {
+        Some("bytes") => Some(Tokenizer::bytes(vocab_size)),
+        Some(file) => Some(Tokenizer::from_file(file)?),
+        None => Tokenizer::from_folder(folder)?,
+    };
+    if let Some(t) = tokenizer.as_ref().filter(|t| t.vocab_size() > vocab_size) {
+        bail!("the tokenizer has {} ids, but the model only {vocab_size}; name the model's own with --tokenizer", t.vocab_size());
+    }
+    Ok(tokenizer)
+}
+
+/// Starts the device; 0 threads means all processors.
+pub fn device(name: DeviceName, threads: usize) -> Result<Device> {
+    let kernels = match name {
+        DeviceName::Auto | DeviceName::Cpu => Kernels::Fast,
+        DeviceName::Reference => Kernels::Reference,
+    };
+    Ok(Device::cpu_with(threads, kernels)?)
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> DType {
+        match precision {
+            Precision::F32 => DType::F32,
+            Precision::F64 => DType::F64,
+        }
+    }
+}
+
+/// How the user can start this program again: `cargo run --release --` for a build in the workspace they are in.
+pub fn program() -> String {
+    let typed = std::env::args().next().unwrap_or_else(|| "ttt".into());
+    let here = || -> Option<String> {
+        let exe = std::env::current_exe().ok()?.canonicalize().ok()?;
+        let profile = exe.parent()?;
+        let target = profile.parent()?;
+        let workspace = target.parent()?;
+        let inside = target.file_name()? == "target" && std::env::current_dir().ok()?.canonicalize().ok()?.starts_with(workspace);
+        match profile.file_name()?.to_str()? {
+            "release" if inside => Some("cargo run --release --".into()),
+            "debug" if inside => Some("cargo run --".into()),
+            _ => None,
+        }
+    };
+    here().unwrap_or(typed)
+}
