@@ -111,7 +111,7 @@ impl Checkpoints {
             steps.extend(step_of(&name).map(|step| (step, path)));
         }
         steps.sort();
-        let milestone = |step: u64| self.milestone_every > 0 && step % self.milestone_every == 0;
+        let milestone = |step: u64| self.milestone_every > 0 && step.is_multiple_of(self.milestone_every);
         for (step, path) in steps.iter().rev().skip(self.keep) {
             if !milestone(*step) {
                 std::fs::remove_dir_all(path).at(path)?;
