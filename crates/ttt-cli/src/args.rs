@@ -54,8 +54,8 @@ pub enum Command {
 }
 
 const TRAIN_EXAMPLES: &str = "\
-Every setting can be given as key=value; configs/tiny.toml lists them with their meaning and default.
-What is said more than once: a flag wins over key=value, that over CONFIG, that over the model folder and the default.
+Every setting can be given as key=value; configs/tiny.toml lists them with their meaning and default. \
+A flag wins over key=value, that over CONFIG, that over the model folder and the default.
 
 Examples:
   ttt train                                            2 million parameters, minutes on a laptop
@@ -108,7 +108,7 @@ pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning
+    /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning, prompt and completion as one text
     #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
     pub data: Vec<String>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
@@ -186,9 +186,9 @@ pub struct Generate {
 }
 
 const VERIFY_HELP: &str = "\
-The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both [b, t]) and
-`grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest magnitude.
-Exit code 1 when one does.";
+The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
+[b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
+magnitude, or is not a number; the exit code is then 1.";
 
 /// Arguments of `ttt verify`.
 #[derive(Debug, clap::Args)]
@@ -320,8 +320,8 @@ pub struct TokenizerDecode {
 }
 
 const BENCH_EXAMPLES: &str = "\
-Weights are random (seed 0). Beside each speed stands the part of what this machine reaches, measured in the same run: of its matrix
-products for train and prefill, of its memory's reading speed for decode.
+Weights are random (seed 0). Beside each speed stand the parts of what this machine reaches, measured in the same run: of the \
+arithmetic of matrix products, and of the speed of reading main memory (above 100 % where data stays in caches).
 
 Examples:
   ttt bench                                              everything, with the 125M model

@@ -167,7 +167,8 @@ impl Shape<'_> {
             kept.qk = l.take(rows) + l.take(rows);
         }
         kept.small = l.take(self.n * config.num_attention_heads) + l.take(config.mini_batch_size);
-        let own = if own_states { l.take(self.lens.len() * self.state_len()) + l.take(self.lens.len() * self.open_rows()) } else { 0 };
+        let own =
+            if own_states { l.take(self.lens.len() * self.state_len()) + l.take(self.lens.len() * self.open_rows()) } else { 0 };
         kept.z = l.take(rows);
         kept.fast_weights = keep.map_or(0, |group| l.take(self.checkpoints(group)));
         l.free(own);
@@ -318,7 +319,8 @@ pub fn inference_memory(config: &Config, slots: usize, tokens: usize) -> Memory 
     let shape = Shape { config, n: slots * tokens, lens: &lens };
     let windows = usize::from(config.pre_conv) + usize::from(config.share_qk);
     let window = slots * (config.conv_kernel - 1) * config.hidden_size;
-    let state = size_class(slots * shape.state_len() * 4) + size_class(slots * shape.open_rows() * 4) + windows * size_class(window * 4);
+    let state =
+        size_class(slots * shape.state_len() * 4) + size_class(slots * shape.open_rows() * 4) + windows * size_class(window * 4);
     let mut l = Ledger::default();
     let mut x = l.take(shape.rows());
     for _ in 0..config.num_hidden_layers {

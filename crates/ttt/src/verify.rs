@@ -102,7 +102,9 @@ fn targets_and_weights(file: &File, path: &Path, ids: &[u32], b: usize, t: usize
     }
     let mask = match numbers(file, "loss_mask")? {
         Some((shape, mask)) if shape == [b, t] => mask,
-        Some((shape, _)) => return Err(Error::format(path, format!("`loss_mask` has shape {shape:?}, but `input_ids` has [{b}, {t}]"))),
+        Some((shape, _)) => {
+            return Err(Error::format(path, format!("`loss_mask` has shape {shape:?}, but `input_ids` has [{b}, {t}]")));
+        }
         None => vec![1.0; b * t],
     };
     Ok((targets, sequence_mean_weights(&mask, &vec![t; b])))

@@ -372,7 +372,7 @@ fn tokens_are_framed_documents_in_order() {
     let options = s.options(&[&input]);
     let seen = Mutex::new(Vec::new());
     let store = Store::open_or_build(&options, &bytes(), &|p| seen.lock().unwrap().push(p)).unwrap();
-    let chosen = |i: &usize| crc32(format!("l.jsonl:{}", i + 1)) % 50 == 0;
+    let chosen = |i: &usize| crc32(format!("l.jsonl:{}", i + 1)).is_multiple_of(50);
     // No name of these thirty has such a hash, so the end is validation: 2 % is 6 of 301 tokens, the last document has 9.
     assert_eq!((0..30).filter(chosen).count(), 0);
     let all: Vec<u32> = (0..30).flat_map(|i| framed(&format!("text {i}"))).collect();
@@ -407,11 +407,11 @@ fn the_hash_of_the_name_chooses_validation() {
     let mut names: Vec<String> = (0..60).map(|i| format!("{i}.txt")).collect();
     names.sort();
     let expect = |validation: bool| -> Vec<u32> {
-        let names = names.iter().filter(|n| (crc32(n.to_string()) % 10 == 0) == validation);
+        let names = names.iter().filter(|n| crc32(n.to_string()).is_multiple_of(10) == validation);
         names.flat_map(|n| framed(&format!("text {}", n.trim_end_matches(".txt")))).collect()
     };
     // Some of the first nineteen are among them: those that wait until it is clear that there are enough documents.
-    assert!(names[..19].iter().any(|n| crc32(n.clone()) % 10 == 0));
+    assert!(names[..19].iter().any(|n| crc32(n.clone()).is_multiple_of(10)));
     let store = build(&options, &bytes()).unwrap();
     assert_eq!(ids(store.split(Split::Validation)), expect(true));
     assert_eq!(ids(store.split(Split::Train)), expect(false));

@@ -2,8 +2,8 @@
 
 mod support;
 
-use support::{Random, relative, shaken_model};
 use proptest::prelude::*;
+use support::{Random, relative, shaken_model};
 use ttt::batch::Batch;
 use ttt::config::{Config, Inner};
 use ttt::device::{Device, Kernels};

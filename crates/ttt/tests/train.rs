@@ -15,10 +15,10 @@ use ttt::lm::Lm;
 use ttt::ops::adamw;
 use ttt::plan;
 use ttt::tensor::DType;
+use ttt::train::Settings;
 use ttt::train::metrics::{self, Record, Split};
 use ttt::train::run::{Event, Job, Observer, run};
 use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
-use ttt::train::Settings;
 
 const ADAMW: adamw::Settings = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
 
@@ -56,10 +56,10 @@ fn ten_losses_of_a_fixed_seed() {
         let mut model = Lm::new(&small(inner), &Device::cpu().unwrap(), DType::F32, 1).unwrap();
         let mut optimizer = Optimizer::new(&model).unwrap();
         let mut random = Random::new(2);
-        let data: Vec<Vec<u32>> = (0..4).map(|_| (0..65).map(|i| ((i * i) as u32 % 13 + random.below(3) as u32) % 64).collect()).collect();
-        let losses: Vec<f64> = (0..10)
-            .map(|_| optimizer.step(&mut model, &[micro_batch(&data)], &step_settings(3e-3)).unwrap().loss)
-            .collect();
+        let data: Vec<Vec<u32>> =
+            (0..4).map(|_| (0..65).map(|i| ((i * i) as u32 % 13 + random.below(3) as u32) % 64).collect()).collect();
+        let losses: Vec<f64> =
+            (0..10).map(|_| optimizer.step(&mut model, &[micro_batch(&data)], &step_settings(3e-3)).unwrap().loss).collect();
         assert!(relative(&losses, &expected) < 1e-4, "{inner:?}: {losses:?}");
     }
 }
@@ -71,9 +71,8 @@ fn one_batch_is_learned_by_heart() {
         let mut optimizer = Optimizer::new(&model).unwrap();
         let mut random = Random::new(3);
         let data = [random.tokens(65, 64), random.tokens(65, 64)];
-        let losses: Vec<f64> = (0..120)
-            .map(|_| optimizer.step(&mut model, &[micro_batch(&data)], &step_settings(4e-3)).unwrap().loss)
-            .collect();
+        let losses: Vec<f64> =
+            (0..120).map(|_| optimizer.step(&mut model, &[micro_batch(&data)], &step_settings(4e-3)).unwrap().loss).collect();
         assert!(losses[0] > 4.0 && losses[119] < 0.1, "{inner:?}: from {} to {}", losses[0], losses[119]);
     }
 }
@@ -207,7 +206,8 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
 fn a_run_leaves_its_newest_checkpoints_milestones_best_and_final() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
-    let job = Job { settings: settings(folder.path(), "linear"), folder: out.clone(), resume: false, device: Device::cpu().unwrap() };
+    let job =
+        Job { settings: settings(folder.path(), "linear"), folder: out.clone(), resume: false, device: Device::cpu().unwrap() };
     run(&job, &never()).unwrap();
     let mut names: Vec<String> =
         std::fs::read_dir(out.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -232,7 +232,8 @@ fn a_run_leaves_its_newest_checkpoints_milestones_best_and_final() {
 fn a_run_starts_from_another_model() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu().unwrap();
-    let first = Job { settings: settings(folder.path(), "mlp"), folder: folder.path().join("a"), resume: false, device: device.clone() };
+    let first =
+        Job { settings: settings(folder.path(), "mlp"), folder: folder.path().join("a"), resume: false, device: device.clone() };
     let trained = run(&first, &never()).unwrap();
     let mut next = Settings::default();
     for assignment in [
@@ -256,7 +257,8 @@ fn a_run_starts_from_another_model() {
 #[test]
 fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
     for inner in [Inner::Linear, Inner::Mlp] {
-        for (keep, mamba) in [(Keep::Saved { group: 4 }, true), (Keep::Input { group: 4 }, true), (Keep::Saved { group: 1 }, false)] {
+        for (keep, mamba) in [(Keep::Saved { group: 4 }, true), (Keep::Input { group: 4 }, true), (Keep::Saved { group: 1 }, false)]
+        {
             let mut config = Config { vocab_size: 512, ..Config::preset("tiny", inner).unwrap() };
             (config.use_gate, config.share_qk, config.pre_conv) = (mamba, mamba, mamba);
             let device = Device::cpu().unwrap();

@@ -54,7 +54,7 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "  training  {}FLOP", units::count(flops.training))?;
     writeln!(out, "\nmemory in f32 for {batch} x {length} tokens at once")?;
     writeln!(out, "{:16}{:>14}{:>20}{:>14}", "", "training", "--recompute block", "inference")?;
-    let rows: [(&str, fn(&Memory) -> usize); 8] = [
+    let rows: [(&str, Part); 8] = [
         ("weights", |m| m.weights),
         ("gradients", |m| m.gradients),
         ("moments", |m| m.optimizer),
@@ -73,6 +73,9 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     }
     Ok(())
 }
+
+/// One row of the table.
+type Part = fn(&Memory) -> usize;
 
 /// A model in a line.
 pub fn describe(config: &Config) -> String {

@@ -9,7 +9,6 @@ use ttt::data::{Documents, Sources, Tokenizer};
 
 use crate::args::{Tokenizer as Command, TokenizerEncode, TokenizerName, TokenizerTrain};
 use crate::commands::info::{id, kind};
-use crate::progress::Bar;
 use crate::{model, units};
 
 /// Ids of the byte tokenizer where no model says how many.
@@ -40,8 +39,6 @@ fn train(args: &TokenizerTrain, out: &mut dyn Write) -> Result<()> {
     if args.out.join("tokenizer.json").exists() {
         bail!("{} exists; name another folder with --out", args.out.join("tokenizer.json").display());
     }
-    let size = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.len());
-    let bar = Bar::bytes(sources.files.iter().map(|f| size(&f.path)).sum());
     // The trainer takes texts, not errors: the first error ends them and is kept.
     let failure = Mutex::new(None);
     let mut read = 0;
@@ -60,7 +57,6 @@ fn train(args: &TokenizerTrain, out: &mut dyn Write) -> Result<()> {
         }
     });
     let tokenizer = Tokenizer::train_bpe(texts, args.vocab_size, &["<s>", "</s>"])?;
-    bar.finish();
     if let Some(error) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         return Err(error.into());
     }

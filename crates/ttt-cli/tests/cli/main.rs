@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod flow;
+#[cfg(unix)]
 mod stop;
 mod verify;
 

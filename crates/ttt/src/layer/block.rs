@@ -118,10 +118,12 @@ impl Block {
     pub fn backward(&self, pass: &Pass<'_>, saved: BlockSaved, dy: Tensor, grads: &mut Params) -> Result<Tensor> {
         let saved = match (saved, pass.keep) {
             (BlockSaved::Whole(saved), _) => saved,
-            (BlockSaved::Input(x), Keep::Input { group }) => match self.forward(&Pass { keep: Keep::Saved { group }, ..*pass }, x, None)? {
-                (_, Some(BlockSaved::Whole(saved))) => saved,
-                _ => unreachable!("a pass that keeps activations returns them"),
-            },
+            (BlockSaved::Input(x), Keep::Input { group }) => {
+                match self.forward(&Pass { keep: Keep::Saved { group }, ..*pass }, x, None)? {
+                    (_, Some(BlockSaved::Whole(saved))) => saved,
+                    _ => unreachable!("a pass that keeps activations returns them"),
+                }
+            }
             (BlockSaved::Input(_), keep) => panic!("a block kept its input only, but the pass keeps {keep:?}"),
         };
         let Activations { input, ttt_input, ttt, ffn_input, gate_up } = *saved;
@@ -131,7 +133,8 @@ impl Block {
         let normed = rms_norm::forward(ttt_input.view(), seq_norm, self.eps)?;
         let dnormed = self.ttt.backward(pass, normed.view(), ttt, dffn_input.view(), grads)?;
         drop(normed);
-        let mut dttt_input = rms_norm::backward(dnormed.view(), ttt_input.view(), seq_norm, self.eps, grads.view_mut(self.seq_norm))?;
+        let mut dttt_input =
+            rms_norm::backward(dnormed.view(), ttt_input.view(), seq_norm, self.eps, grads.view_mut(self.seq_norm))?;
         drop((dnormed, ttt_input));
         add::add_to(dttt_input.view_mut(), dffn_input.view());
         match (&self.pre_conv, input) {

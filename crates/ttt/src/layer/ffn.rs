@@ -46,7 +46,8 @@ impl FeedForward {
         drop(normed);
         let dnormed = linear::backward_input(dgate_up.view(), pass.weights.fused(self.gate, self.up))?;
         drop(dgate_up);
-        let mut dx = rms_norm::backward(dnormed.view(), x.view(), pass.weights.view(self.norm), self.eps, grads.view_mut(self.norm))?;
+        let mut dx =
+            rms_norm::backward(dnormed.view(), x.view(), pass.weights.view(self.norm), self.eps, grads.view_mut(self.norm))?;
         add::add_to(dx.view_mut(), dy.view());
         Ok(dx)
     }

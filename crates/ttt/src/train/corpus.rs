@@ -25,7 +25,13 @@ impl Corpus {
     ///
     /// # Errors
     /// Texts that are missing, empty or not UTF-8; a cache that cannot be written; fewer tokens than a sequence.
-    pub fn open(settings: &Settings, run: &Path, config: &Config, tokenizer: &Tokenizer, observer: &dyn Observer) -> Result<Corpus> {
+    pub fn open(
+        settings: &Settings,
+        run: &Path,
+        config: &Config,
+        tokenizer: &Tokenizer,
+        observer: &dyn Observer,
+    ) -> Result<Corpus> {
         let data = &settings.data;
         let sources = if data.paths.is_empty() {
             let corpus = default_corpus()?;
@@ -54,8 +60,7 @@ impl Corpus {
             Ok(store)
         };
         let train = build(sources, if own_validation { 0.0 } else { data.validation_fraction })?;
-        let validation =
-            if own_validation { Some(build(Sources::resolve(&data.validation_paths)?, 0.0)?) } else { None };
+        let validation = if own_validation { Some(build(Sources::resolve(&data.validation_paths)?, 0.0)?) } else { None };
         Ok(Corpus { train, validation })
     }
 

@@ -7,9 +7,7 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::{
-    metrics::{Record, Split},
-};
+use super::metrics::{Record, Split};
 use crate::hub::write_atomic;
 use crate::{Error, Result};
 

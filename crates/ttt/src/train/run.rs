@@ -210,7 +210,7 @@ impl<'j> Run<'j> {
             from_step,
             steps,
         });
-        let due = |step: u64, every: u64| step == steps || (every > 0 && step > 0 && step % every == 0);
+        let due = |step: u64, every: u64| step == steps || (every > 0 && step > 0 && step.is_multiple_of(every));
         let mut validation = None;
         loop {
             let step = self.state.step;
