@@ -117,7 +117,7 @@ impl<'m> Generator<'m> {
         Ok(Generator { model, sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed), logits: Vec::new() })
     }
 
-    /// Reads tokens into slot `slot`; afterwards [`Generator::next`] can choose what follows.
+    /// Reads tokens into slot `slot`; afterwards [`Generator::choose`] can choose what follows.
     ///
     /// # Errors
     /// No tokens, a token outside the vocabulary, or memory.

@@ -1,15 +1,15 @@
 //! What TTT-Linear and TTT-MLP share: the fast weights that slots carry, the inputs and gradients of one layer, and the loops
-//! over sequences, heads, mini-batches and checkpoints ([`drive`]).
+//! over sequences, heads, mini-batches and checkpoints (`drive`).
 //!
 //! Notation, here and in both learners (for one sequence and head, one mini-batch of n <= K tokens, head width d, f = 4d):
 //!
 //! | symbol | shape | meaning |
 //! |---|---|---|
-//! | q, k, v | [n, d] | views of the tokens; q and k rotated |
-//! | r | [n] | `lr`: base rate * sigmoid(gate) / d |
-//! | τ | [n] | `tok` >= 0; the inner learning rate of token j as token i sees it is τ_i r_j |
-//! | G, Ĝ = r ⊙ G | [n, d] or [n, f] | inner gradients at the weights of the mini-batch's start |
-//! | γ, β | [d] | LayerNorm of the head, inside the inner model |
+//! | q, k, v | `[n, d]` | views of the tokens; q and k rotated |
+//! | r | `[n]` | `lr`: base rate * sigmoid(gate) / d |
+//! | τ | `[n]` | `tok` >= 0; the inner learning rate of token j as token i sees it is τ_i r_j |
+//! | G, Ĝ = r ⊙ G | `[n, d]` or `[n, f]` | inner gradients at the weights of the mini-batch's start |
+//! | γ, β | `[d]` | LayerNorm of the head, inside the inner model |
 
 pub(crate) mod cpu;
 pub(crate) mod drive;
