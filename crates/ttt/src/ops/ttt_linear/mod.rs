@@ -11,16 +11,15 @@
 mod cpu;
 pub mod reference;
 
-use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, drive};
+use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::Result;
 use crate::config::Inner;
-use crate::device::Kernels;
 use crate::device::view::View;
-use crate::tensor::{DType, Tensor, with_dtype};
+use crate::tensor::{Tensor, with_dtype};
 
-/// The fast code, where the device wants it and it covers the shape.
+/// The fast code, where the device wants it and it covers the shape and the variant.
 fn fast(inputs: &Inputs<'_>) -> Option<cpu::Fast> {
-    let wanted = inputs.q.dtype() == DType::F32 && inputs.q.device().kernels() == Kernels::Fast;
+    let wanted = super::fast(inputs.q.device(), inputs.q.dtype()) && inputs.variant == Variant::default();
     wanted.then(|| cpu::Fast::new(inputs.gamma.cols(), inputs.tok.cols())).flatten()
 }
 
