@@ -7,7 +7,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ttt::batch::Segment;
 use ttt::config::Inner;
 use ttt::device::{Device, Kernels};
-use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads};
+use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
 use ttt::ops::{ttt_linear, ttt_mlp};
 use ttt::tensor::{DType, Tensor};
 
@@ -70,6 +70,7 @@ impl Data {
             tok: self.tok.view(),
             gamma: self.gamma.view(),
             beta: self.beta.view(),
+            variant: Variant::default(),
             segments: &self.segments,
         }
     }

@@ -115,7 +115,7 @@ const MAX_PARAMETERS: u128 = 1 << 40;
 pub const PRESETS: [&str; 6] = ["tiny", "125m", "350m", "760m", "1.3b", "1b"];
 
 impl Config {
-    /// A published size (spec of the paper's Table 3) or `tiny`, with the Mamba backbone, `pre_conv` and the inner model's base
+    /// A published size (paper, Table 3) or `tiny`, with the Mamba backbone, `pre_conv` and the inner model's base
     /// learning rate: what the official JAX presets train.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use crate::{Error, Result, data::tokens::Tokens};
 
 /// Cuts a token stream into windows and deals them out in random order, each once an epoch.
 ///
-/// Window i is `tokens[i L .. i L + L + 1]` (spec 8.6): the input is its first L tokens, the target its last L. Windows overlap by
+/// Window i is `tokens[i L .. i L + L + 1]` (as in the official JAX code): the input is its first L tokens, the target its last L. Windows overlap by
 /// one token; what is left at the end is dropped. The order of an epoch is a permutation that is computed, not stored, so that
 /// going on with a run takes nothing but the number of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

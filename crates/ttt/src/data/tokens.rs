@@ -176,7 +176,7 @@ impl Tokens {
         self.file.read(self.in_file(&range), ids);
     }
 
-    /// Appends, for each token of `range`, whether its prediction counts: not for BOS (spec 8.5), not within a prompt.
+    /// Appends, for each token of `range`, whether its prediction counts: not for BOS (as in the official JAX code), not within a prompt.
     ///
     /// # Panics
     /// When `range` does not lie within the split.

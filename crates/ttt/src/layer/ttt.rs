@@ -329,6 +329,7 @@ impl TttLayer {
             tok: tok.view(),
             gamma: pass.weights.view(self.ids.ttt_norm.0),
             beta: pass.weights.view(self.ids.ttt_norm.1),
+            variant: inner::Variant::default(),
             segments: pass.segments,
         }
     }

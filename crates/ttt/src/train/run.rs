@@ -175,7 +175,7 @@ impl<'j> Run<'j> {
         let path = job.folder.join("metrics.jsonl");
         let metrics = if state.step > 0 { Metrics::resume(path, state.step)? } else { Metrics::create(path)? };
         let resumed = (state.step > 0).then_some(state.step);
-        let events = settings.log.tensorboard.then(|| EventFile::create(&job.folder, resumed)).transpose()?;
+        let events = settings.log.tensorboard.then(|| EventFile::create(job.folder.join("events"), resumed)).transpose()?;
         let peak_flops = probe::matmul_flops(&job.device)?;
         let last = (state.elapsed_seconds, state.tokens);
         Ok(Run {

@@ -8,7 +8,7 @@ use ttt::batch::Segment;
 use ttt::config::Inner;
 use ttt::device::Device;
 use ttt::device::view::View;
-use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved};
+use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant};
 use ttt::ops::{ttt_linear, ttt_mlp};
 use ttt::tensor::{DType, Tensor};
 
@@ -43,6 +43,7 @@ pub fn close(what: &str, got: &[f64], expected: &[f64], bound: f64) {
 #[derive(Clone, Debug)]
 pub struct Case {
     pub inner: Inner,
+    pub variant: Variant,
     pub heads: usize,
     pub d: usize,
     pub k: usize,
@@ -106,7 +107,17 @@ fn tensor(device: &Device, dtype: DType, shape: &[usize], data: &[f64]) -> Tenso
     Tensor::from_slice(device, shape, data).unwrap().cast(dtype).unwrap()
 }
 
+/// With and without LayerNorm and residual.
+pub fn variants() -> impl Iterator<Item = Variant> {
+    [true, false].into_iter().flat_map(|layer_norm| [true, false].map(|residual| Variant { layer_norm, residual }))
+}
+
 impl Case {
+    pub fn with(mut self, variant: Variant) -> Case {
+        self.variant = variant;
+        self
+    }
+
     pub fn new(inner: Inner, heads: usize, d: usize, k: usize, lens: &[usize]) -> Case {
         let n: usize = lens.iter().sum();
         let wide = n * heads * d;
@@ -114,6 +125,7 @@ impl Case {
         let base = if inner == Inner::Linear { 2.0 } else { 1.0 };
         Case {
             inner,
+            variant: Variant::default(),
             heads,
             d,
             k,
@@ -202,6 +214,7 @@ impl Case {
             tok: placed.tok.view(),
             gamma: placed.gamma.view(),
             beta: placed.beta.view(),
+            variant: self.variant,
             segments,
         }
     }
@@ -339,12 +352,13 @@ impl Case {
                 };
                 let [q, k, v] = [&self.q, &self.k_rows, &self.v].map(|x| pick(x, d));
                 let (lr, mut out) = (pick(&self.lr, 1), vec![0.0; q.len()]);
-                let [gamma, beta] = [&self.gamma, &self.beta].map(|x| &x[head * d..][..d]);
+                let norm = [&self.gamma, &self.beta].map(|x| &x[head * d..][..d]);
                 let w = &mut w[(sequence * h + head) * s..][..s];
-                match self.inner {
-                    Inner::Linear => ttt_linear::reference::primal(&q, &k, &v, &lr, &self.tok, gamma, beta, w, &mut out),
-                    Inner::Mlp => ttt_mlp::reference::primal(&q, &k, &v, &lr, &self.tok, gamma, beta, w, &mut out),
-                }
+                let primal = match self.inner {
+                    Inner::Linear => ttt_linear::reference::primal::<f64>,
+                    Inner::Mlp => ttt_mlp::reference::primal::<f64>,
+                };
+                primal([&q, &k, &v], [&lr, &self.tok], norm, self.variant, w, &mut out);
                 for (row, out) in rows.clone().zip(out.chunks_exact(d)) {
                     z[(row * h + head) * d..][..d].copy_from_slice(out);
                 }

@@ -5,7 +5,7 @@ use ttt::batch::Segment;
 use ttt::config::{Config, Inner};
 use ttt::device::Device;
 use ttt::device::view::View;
-use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads};
+use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
 use ttt::ops::{adamw, conv, cross_entropy, gelu_gate, linear, rms_norm, swiglu, ttt_linear, ttt_mlp};
 use ttt::plan::flops;
 use ttt::tensor::{DType, Tensor};
@@ -133,6 +133,7 @@ fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
         tok: tok.view(),
         gamma: gamma.view(),
         beta: beta.view(),
+        variant: Variant::default(),
         segments,
     };
     let slots = segments.len();

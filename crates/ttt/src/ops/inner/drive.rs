@@ -3,7 +3,8 @@
 
 use rayon::prelude::*;
 
-use super::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, row_widths};
+use super::wrap::Wrap;
+use super::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, row_widths};
 use crate::Result;
 use crate::batch::Segment;
 use crate::config::Inner;
@@ -29,10 +30,16 @@ pub(crate) struct Chunk<'a, E> {
     pub(crate) tok: &'a [E],
     pub(crate) gamma: &'a [E],
     pub(crate) beta: &'a [E],
+    pub(crate) variant: Variant,
     pub(crate) first: usize,
 }
 
-impl<E> Chunk<'_, E> {
+impl<'a, E> Chunk<'a, E> {
+    /// LayerNorm and residual.
+    pub(crate) fn wrap(&self) -> Wrap<'a, E> {
+        Wrap { gamma: self.gamma, beta: self.beta, variant: self.variant }
+    }
+
     /// Number of its tokens, n.
     pub(crate) fn len(&self) -> usize {
         self.q.rows()
@@ -106,6 +113,7 @@ struct Typed<'a, E> {
     tok: &'a [E],
     gamma: Mat<'a, E>,
     beta: Mat<'a, E>,
+    variant: Variant,
     dims: Dims,
 }
 
@@ -119,6 +127,7 @@ impl<'a, E: Element> Typed<'a, E> {
             tok: inputs.tok.as_mat::<E>().row(0),
             gamma: inputs.gamma.as_mat(),
             beta: inputs.beta.as_mat(),
+            variant: inputs.variant,
             dims: Dims { d: inputs.gamma.cols(), k: inputs.tok.cols() },
         }
     }
@@ -134,7 +143,8 @@ impl<'a, E: Element> Typed<'a, E> {
     /// Rows `row..row + n` of one head's inputs, at position `first` of their mini-batch.
     fn chunk(&self, row: usize, n: usize, first: usize) -> Chunk<'a, E> {
         let [q, k, v, lr] = [self.q, self.k, self.v, self.lr].map(|m| m.row_range(row..row + n));
-        Chunk { q, k, v, lr, tok: self.tok, gamma: self.gamma.row(0), beta: self.beta.row(0), first }
+        let [gamma, beta] = [self.gamma, self.beta].map(|m| m.row(0));
+        Chunk { q, k, v, lr, tok: self.tok, gamma, beta, variant: self.variant, first }
     }
 }
 
@@ -424,7 +434,7 @@ pub(crate) fn backward<E: Element, L: Learner<E>>(
 }
 
 /// The squared error of `f(k) - v` summed over the head's columns, for one token under the weights `w`.
-pub(crate) type SquaredError<E> = fn(k: &[E], v: &[E], gamma: &[E], beta: &[E], w: &[E]) -> f64;
+pub(crate) type SquaredError<E> = fn(k: &[E], v: &[E], wrap: Wrap<'_, E>, w: &[E]) -> f64;
 
 /// See the public functions of both learners.
 pub(crate) fn statistics<E: Element>(
@@ -453,7 +463,7 @@ pub(crate) fn statistics<E: Element>(
                 let token = x.chunk(segment.first_row + (m + 1) * k - 1, 1, 0);
                 let after = states.get(m + 1).unwrap_or(&last);
                 for (sum, w) in sum.iter_mut().zip([states[0], states[m], after]) {
-                    *sum += error(token.k.row(0), token.v.row(0), token.gamma, token.beta, w);
+                    *sum += error(token.k.row(0), token.v.row(0), token.wrap(), w);
                 }
             }
         }

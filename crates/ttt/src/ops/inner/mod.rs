@@ -9,7 +9,7 @@
 //! | r | `[n]` | `lr`: base rate * sigmoid(gate) / d |
 //! | τ | `[n]` | `tok` >= 0; the inner learning rate of token j as token i sees it is τ_i r_j |
 //! | G, Ĝ = r ⊙ G | `[n, d]` or `[n, f]` | inner gradients at the weights of the mini-batch's start |
-//! | γ, β | `[d]` | LayerNorm of the head, inside the inner model |
+//! | γ, β | `[d]` | LayerNorm of the head, inside the inner model (see [`Variant`]) |
 
 pub(crate) mod cpu;
 pub(crate) mod drive;
@@ -18,6 +18,7 @@ pub(crate) mod math;
 pub(crate) mod rows;
 #[cfg(test)]
 pub(crate) mod test_lanes;
+pub(crate) mod wrap;
 
 use crate::Result;
 use crate::batch::Segment;
@@ -167,6 +168,22 @@ pub(crate) fn row_widths(inner: Inner, d: usize) -> [usize; 4] {
     }
 }
 
+/// What is around g in the inner model `f(x) = x + LN(g(x))`, where g has the weights: both by default. The paper's ladder from
+/// linear attention to TTT-Linear (its Table 1) begins with neither.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// LayerNorm of g's output. Without it γ and β change nothing and their gradients are 0.
+    pub layer_norm: bool,
+    /// `x +`. Without it the inner model learns v itself, not `v - k`.
+    pub residual: bool,
+}
+
+impl Default for Variant {
+    fn default() -> Variant {
+        Variant { layer_norm: true, residual: true }
+    }
+}
+
 /// What the inner models of a layer read.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
@@ -184,6 +201,8 @@ pub struct Inputs<'a> {
     pub gamma: View<'a>,
     /// Bias of the inner LayerNorm: `[h, d]`.
     pub beta: View<'a>,
+    /// LayerNorm and residual of the inner model. The fast code covers the default alone.
+    pub variant: Variant,
     /// The sequences. Their rows lie one behind the other from row 0 to n, and no two name the same slot.
     pub segments: &'a [Segment],
 }

@@ -3,7 +3,7 @@
 use pulp::{Arch, Scalar, WithSimd};
 
 use super::drive::{self, Learner};
-use super::{FastWeights, InputGrads, Inputs, ParamGrads};
+use super::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
 use crate::batch::Segment;
 use crate::config::Inner;
 use crate::device::Device;
@@ -53,6 +53,7 @@ pub(crate) fn agree<A: Learner<f32>, B: Learner<f32>>(inner: Inner, a: A, b: B) 
         tok: tok.view(),
         gamma: gamma.view(),
         beta: beta.view(),
+        variant: Variant::default(),
         segments: &segments,
     };
     let results = |run: &dyn Fn(&mut FastWeights, &mut Tensor, InputGrads<'_>, ParamGrads<'_>) -> Tensor| {

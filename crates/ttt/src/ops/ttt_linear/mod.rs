@@ -1,5 +1,5 @@
 //! TTT-Linear: `f(x) = x + LN(x W1 + b1)`, trained by mini-batch gradient descent on `½‖f(k) - v‖²` while it reads
-//! (paper 2.3-2.7, spec 2-3).
+//! (paper 2.3-2.7).
 //!
 //! Dual form of one mini-batch (symbols in [`crate::ops::inner`]):
 //! ```text
@@ -11,16 +11,15 @@
 mod cpu;
 pub mod reference;
 
-use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, drive};
+use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::Result;
 use crate::config::Inner;
-use crate::device::Kernels;
 use crate::device::view::View;
-use crate::tensor::{DType, Tensor, with_dtype};
+use crate::tensor::{Tensor, with_dtype};
 
-/// The fast code, where the device wants it and it covers the shape.
+/// The fast code, where the device wants it and it covers the shape and the variant.
 fn fast(inputs: &Inputs<'_>) -> Option<cpu::Fast> {
-    let wanted = inputs.q.dtype() == DType::F32 && inputs.q.device().kernels() == Kernels::Fast;
+    let wanted = super::fast(inputs.q.device(), inputs.q.dtype()) && inputs.variant == Variant::default();
     wanted.then(|| cpu::Fast::new(inputs.gamma.cols(), inputs.tok.cols())).flatten()
 }
 
@@ -67,7 +66,7 @@ pub fn backward(
 }
 
 /// How well the inner model fits: for each full mini-batch index, the mean over the segments that have it, heads and columns of
-/// the squared error of its last token under the initial weights, those of the mini-batch's start and those of its end (spec 9,
+/// the squared error of its last token under the initial weights, those of the mini-batch's start and those of its end (the official JAX code's statistics,
 /// entries 1 to 3). `end` is the state after the pass.
 ///
 /// # Panics

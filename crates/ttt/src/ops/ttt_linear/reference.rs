@@ -1,11 +1,11 @@
-//! The definition of TTT-Linear: plain loops, dual form (backward.md 3) and, as a second reference, primal form (spec 3.3).
+//! The definition of TTT-Linear: plain loops, dual form (backward.md 3) and, as a second reference, primal form (paper 2.5).
 #![allow(clippy::needless_range_loop)] // indices are the notation of the formulas
 
 use crate::device::view::{Mat, MatMut};
+use crate::ops::inner::Variant;
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
-use crate::ops::inner::math::{
-    InnerRow, axpy, dot, fill_rows, inner_gradient, inner_gradient_backward, mm, mm_nt, mm_tn, normalize, normalize_backward,
-};
+use crate::ops::inner::math::{axpy, dot, fill_rows, mm, mm_nt, mm_tn};
+use crate::ops::inner::wrap::{InnerRow, Wrap};
 use crate::tensor::Element;
 
 /// The dual form.
@@ -14,7 +14,7 @@ pub(crate) struct Reference;
 
 impl<E: Element> Learner<E> for Reference {
     fn tape_lens(&self, Dims { d, k }: Dims) -> [usize; 2] {
-        [6 * k * d, 14 * k * d + 2 * k * k + 4 * k]
+        [6 * k * d, 13 * k * d + 2 * k * k + 3 * k]
     }
 
     fn learn(&self, Dims { d, k }: Dims, x: &Chunk<'_, E>, w: &[E], tape: &mut [E]) {
@@ -28,7 +28,7 @@ impl<E: Element> Learner<E> for Reference {
             z.copy_from_slice(bias);
             mm(z, k_row, weight, [1, d, d]);
             let g = &mut ghat[rows];
-            inner_gradient(z, |c| v_row[c] - k_row[c], [x.gamma, x.beta], [&mut xhat[..d], &mut e[..d], g]);
+            x.wrap().inner_gradient(z, [k_row, v_row], [&mut xhat[..d], &mut e[..d], &mut *g]);
             for g in g {
                 *g *= x.lr.row(i)[0];
             }
@@ -49,10 +49,7 @@ impl<E: Element> Learner<E> for Reference {
                 axpy(sum, m, &ghat[j * d..][..d]);
             }
             axpy(zbar, -x.tok[x.first + i], sum);
-            normalize(zbar, xhat);
-            for (c, z) in z.row_mut(i).iter_mut().enumerate() {
-                *z = q_row[c] + x.gamma[c] * xhat[c] + x.beta[c];
-            }
+            x.wrap().output(zbar, q_row, xhat, z.row_mut(i));
         }
     }
 
@@ -89,9 +86,9 @@ impl<E: Element> Learner<E> for Reference {
         let (nd, nn) = (n * d, n * n);
         let (weight, bias) = w.split_at(d * d);
         let (dweight, dbias) = dw.split_at_mut(d * d);
-        let (tiles, tape) = tape.split_at_mut(14 * k * d);
-        let [kk, q, g, ghat, xhat, e, z, xo, dzbar, dghat, dq, dk, dt, p] = carve(tiles, [nd; 14]);
-        let [m, dm, rs, mean, rso, dtok] = carve(tape, [nn, nn, n, n, n, n]);
+        let (tiles, tape) = tape.split_at_mut(13 * k * d);
+        let [kk, q, g, ghat, xhat, e, z, xo, dzbar, dghat, dq, dk, p] = carve(tiles, [nd; 13]);
+        let [m, dm, rs, mean, dtok] = carve(tape, [nn, nn, n, n, n]);
 
         // Forward (3.1).
         fill_rows(z, bias);
@@ -104,7 +101,7 @@ impl<E: Element> Learner<E> for Reference {
             let r = i * d..(i + 1) * d;
             let (k_row, v_row) = (&kk[r.clone()], x.v.row(i));
             let parts = [&mut xhat[r.clone()], &mut e[r.clone()], &mut g[r.clone()]];
-            let row = inner_gradient(&z[r.clone()], |c| v_row[c] - k_row[c], [x.gamma, x.beta], parts);
+            let row = x.wrap().inner_gradient(&z[r.clone()], [k_row, v_row], parts);
             (rs[i], mean[i]) = (row.rs, row.m);
             for c in r {
                 ghat[c] = x.lr.row(i)[0] * g[c];
@@ -125,17 +122,11 @@ impl<E: Element> Learner<E> for Reference {
         }
         mm(z, q, weight, [n, d, d]);
 
-        // (1) output LayerNorm
+        // (1) output LayerNorm and residual
         for i in 0..n {
             let r = i * d..(i + 1) * d;
-            rso[i] = normalize(&z[r.clone()], &mut xo[r.clone()]);
-            for c in 0..d {
-                let dz = dz.row(i)[c];
-                dzbar[i * d + c] = dz * x.gamma[c];
-                grads.dgamma[c] += dz * xo[i * d + c];
-                grads.dbeta[c] += dz;
-            }
-            normalize_backward(&mut dzbar[r.clone()], &xo[r], rso[i]);
+            let outputs = [&mut dzbar[r.clone()], &mut dq[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
+            x.wrap().output_backward(&z[r.clone()], dz.row(i), &mut xo[r], outputs);
         }
 
         // (2) Z̄ = qW + b - τ ⊙ (M Ĝ)
@@ -151,7 +142,6 @@ impl<E: Element> Learner<E> for Reference {
             }
         }
         for i in 0..n {
-            dq[i * d..][..d].copy_from_slice(dz.row(i));
             for c in 0..d {
                 p[i * d + c] = -x.tok[i] * dzbar[i * d + c];
             }
@@ -185,41 +175,46 @@ impl<E: Element> Learner<E> for Reference {
                 *g *= lr;
             }
             let row = InnerRow { rs: rs[i], m: mean[i] };
-            let sums = [&mut dt[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
-            inner_gradient_backward(dg, [&g[r.clone()], &xhat[r.clone()], &e[r], x.gamma], row, sums);
+            let outputs = [grads.dv.row_mut(i), &mut dk[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
+            x.wrap().inner_gradient_backward(dg, [&g[r.clone()], &xhat[r.clone()], &e[r]], row, outputs);
         }
         let dz_inner = dghat;
 
-        // (6) Z = kW + b, t = v - k
+        // (6) Z = kW + b
         mm_nt(dk, dz_inner, weight, [n, d, d]);
         mm_tn(dweight, q, dzbar, [d, n, d]);
         mm_tn(dweight, kk, dz_inner, [d, n, d]);
         for i in 0..n {
             axpy(dbias, E::ONE, &dzbar[i * d..][..d]);
             axpy(dbias, E::ONE, &dz_inner[i * d..][..d]);
-            axpy(&mut dk[i * d..][..d], -E::ONE, &dt[i * d..][..d]);
             grads.dq.row_mut(i).copy_from_slice(&dq[i * d..][..d]);
             grads.dk.row_mut(i).copy_from_slice(&dk[i * d..][..d]);
-            grads.dv.row_mut(i).copy_from_slice(&dt[i * d..][..d]);
             grads.dtok[i] += dtok[i];
         }
     }
 }
 
-/// Squared error of `f(k) - v` over the columns, with the residual: `‖LN(kW + b) - (v - k)‖²`.
-pub(crate) fn squared_error<E: Element>(k: &[E], v: &[E], gamma: &[E], beta: &[E], w: &[E]) -> f64 {
+/// Squared error of `f(k) - v` over the columns.
+pub(crate) fn squared_error<E: Element>(k: &[E], v: &[E], wrap: Wrap<'_, E>, w: &[E]) -> f64 {
     let d = k.len();
     let (mut z, mut buffers) = (w[d * d..].to_vec(), vec![E::ZERO; 3 * d]);
     mm(&mut z, k, &w[..d * d], [1, d, d]);
     let [xhat, e, g] = carve(&mut buffers, [d; 3]);
-    inner_gradient(&z, |c| v[c] - k[c], [gamma, beta], [xhat, &mut *e, g]);
+    wrap.inner_gradient(&z, [k, v], [xhat, &mut *e, g]);
     dot(e, e).to_f64()
 }
 
-/// One head of one sequence from phase 0, token by token with the sums SW, Sb (spec 3.3). `w` `[W1 | b1]` moves to the last
+/// One head of one sequence from phase 0, token by token with the sums SW, Sb (paper 2.5). `w` `[W1 | b1]` moves to the last
 /// mini-batch boundary; `z` is `[t, d]`.
-pub fn primal<E: Element>(q: &[E], k: &[E], v: &[E], lr: &[E], tok: &[E], gamma: &[E], beta: &[E], w: &mut [E], z: &mut [E]) {
-    let d = gamma.len();
+pub fn primal<E: Element>(
+    [q, k, v]: [&[E]; 3],
+    [lr, tok]: [&[E]; 2],
+    [gamma, beta]: [&[E]; 2],
+    variant: Variant,
+    w: &mut [E],
+    z: &mut [E],
+) {
+    let (d, wrap) = (gamma.len(), Wrap { gamma, beta, variant });
     let mut sum = vec![E::ZERO; d * d + d];
     let (mut zrow, mut xhat, mut e, mut g) = (vec![E::ZERO; d], vec![E::ZERO; d], vec![E::ZERO; d], vec![E::ZERO; d]);
     for (t, z) in z.chunks_exact_mut(d).enumerate() {
@@ -227,7 +222,7 @@ pub fn primal<E: Element>(q: &[E], k: &[E], v: &[E], lr: &[E], tok: &[E], gamma:
         let position = t % tok.len();
         zrow.copy_from_slice(&w[d * d..]);
         mm(&mut zrow, k, &w[..d * d], [1, d, d]);
-        inner_gradient(&zrow, |c| v[c] - k[c], [gamma, beta], [&mut xhat, &mut e, &mut g]);
+        wrap.inner_gradient(&zrow, [k, v], [&mut xhat, &mut e, &mut g]);
         for c in &mut g {
             *c *= lr[t];
         }
@@ -237,10 +232,7 @@ pub fn primal<E: Element>(q: &[E], k: &[E], v: &[E], lr: &[E], tok: &[E], gamma:
         axpy(&mut moved, -tok[position], &sum);
         zrow.copy_from_slice(&moved[d * d..]);
         mm(&mut zrow, q, &moved[..d * d], [1, d, d]);
-        normalize(&zrow, &mut xhat);
-        for c in 0..d {
-            z[c] = q[c] + gamma[c] * xhat[c] + beta[c];
-        }
+        wrap.output(&zrow, q, &mut xhat, z);
         if position + 1 == tok.len() {
             w.copy_from_slice(&moved);
             sum.fill(E::ZERO);

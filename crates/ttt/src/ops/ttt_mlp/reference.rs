@@ -1,11 +1,11 @@
-//! The definition of TTT-MLP: plain loops, dual form (backward.md 4) and, as a second reference, primal form (spec 4.2).
+//! The definition of TTT-MLP: plain loops, dual form (backward.md 4) and, as a second reference, primal form (paper 2.5).
 #![allow(clippy::needless_range_loop)] // indices are the notation of the formulas
 
 use crate::device::view::{Mat, MatMut};
+use crate::ops::inner::Variant;
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
-use crate::ops::inner::math::{
-    InnerRow, axpy, dot, fill_rows, gelu, inner_gradient, inner_gradient_backward, mm, mm_nt, mm_tn, normalize, normalize_backward,
-};
+use crate::ops::inner::math::{axpy, dot, fill_rows, gelu, mm, mm_nt, mm_tn};
+use crate::ops::inner::wrap::{InnerRow, Wrap};
 use crate::tensor::Element;
 
 /// The dual form.
@@ -85,7 +85,7 @@ fn through_attention<E: Element>(dghat: &mut [E], m: &[E], dy: &[E], tok: &[E], 
 
 impl<E: Element> Learner<E> for Reference {
     fn tape_lens(&self, Dims { d, k }: Dims) -> [usize; 2] {
-        [10 * k * d + 16 * d, 14 * k * d + 16 * k * 4 * d + 4 * k * k + 4 * k]
+        [10 * k * d + 16 * d, 13 * k * d + 16 * k * 4 * d + 4 * k * k + 4 * k]
     }
 
     fn learn(&self, Dims { d, k }: Dims, x: &Chunk<'_, E>, w: &[E], tape: &mut [E]) {
@@ -105,7 +105,7 @@ impl<E: Element> Learner<E> for Reference {
             z2.copy_from_slice(b2);
             mm(z2, x2, w2, [1, f, d]);
             let g2 = &mut ghat2[j * d..][..d];
-            inner_gradient(z2, |c| v_row[c] - k_row[c], [x.gamma, x.beta], [xhat, e, g2]);
+            x.wrap().inner_gradient(z2, [k_row, v_row], [&mut *xhat, &mut *e, &mut *g2]);
             u.fill(E::ZERO);
             mm_nt(u, g2, w2, [1, d, f]);
             for (c, g1) in ghat1[j * f..][..f].iter_mut().enumerate() {
@@ -128,10 +128,7 @@ impl<E: Element> Learner<E> for Reference {
                 *x = gelu(*x)[0];
             }
             layer_output(j, x.tok[j], xbar2, [w2, b2], [x2, ghat2], zbar2, sum);
-            normalize(zbar2, xhat);
-            for (c, z) in z.row_mut(i).iter_mut().enumerate() {
-                *z = q_row[c] + x.gamma[c] * xhat[c] + x.beta[c];
-            }
+            x.wrap().output(zbar2, q_row, xhat, z.row_mut(i));
         }
     }
 
@@ -158,9 +155,9 @@ impl<E: Element> Learner<E> for Reference {
         let (nd, nf, nn) = (n * d, n * f, n * n);
         let [w1, b1, w2, b2] = parts(w, d);
         let [dw1, db1, dw2, db2] = carve(dw, [d * f, f, f * d, d]);
-        let (narrow, tape) = tape.split_at_mut(14 * nd);
+        let (narrow, tape) = tape.split_at_mut(13 * nd);
         let (wide, tape) = tape.split_at_mut(16 * nf);
-        let [kk, q, g2, ghat2, xhat, e, z2, xo, dzbar2, dghat2, dq, dk, dt, p2] = carve(narrow, [nd; 14]);
+        let [kk, q, g2, ghat2, xhat, e, z2, xo, dzbar2, dghat2, dq, dk, p2] = carve(narrow, [nd; 13]);
         let [z1, x2, d1, d2, u, g1, ghat1, xbar2, dbar1, dxbar2, dx2, dghat1, dzbar1, p1, du, dz1] = carve(wide, [nf; 16]);
         let [m1, m2, dm1, dm2, rs, mean, dtok, _] = carve(tape, [nn, nn, nn, nn, n, n, n, 0]);
 
@@ -180,7 +177,7 @@ impl<E: Element> Learner<E> for Reference {
             let r = i * d..(i + 1) * d;
             let (k_row, v_row) = (&kk[r.clone()], x.v.row(i));
             let outputs = [&mut xhat[r.clone()], &mut e[r.clone()], &mut g2[r.clone()]];
-            let row = inner_gradient(&z2[r.clone()], |c| v_row[c] - k_row[c], [x.gamma, x.beta], outputs);
+            let row = x.wrap().inner_gradient(&z2[r.clone()], [k_row, v_row], outputs);
             (rs[i], mean[i]) = (row.rs, row.m);
             for c in r {
                 ghat2[c] = x.lr.row(i)[0] * g2[c];
@@ -202,18 +199,12 @@ impl<E: Element> Learner<E> for Reference {
         }
         attention(m2, xbar2, x2, [n, f]);
 
-        // (a) output LayerNorm
+        // (a) output LayerNorm and residual
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             layer_output(i, x.tok[i], &xbar2[i * f..][..f], [w2, b2], [x2, ghat2], &mut z2[r.clone()], p2);
-            let rso = normalize(&z2[r.clone()], &mut xo[r.clone()]);
-            for c in 0..d {
-                let dz = dz.row(i)[c];
-                dzbar2[i * d + c] = dz * x.gamma[c];
-                grads.dgamma[c] += dz * xo[i * d + c];
-                grads.dbeta[c] += dz;
-            }
-            normalize_backward(&mut dzbar2[r.clone()], &xo[r], rso);
+            let outputs = [&mut dzbar2[r.clone()], &mut dq[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
+            x.wrap().output_backward(&z2[r.clone()], dz.row(i), &mut xo[r], outputs);
         }
 
         // (b) Z̄2 = X̄2 W2 + b2 - τ ⊙ (M2 Ĝ2)
@@ -234,9 +225,6 @@ impl<E: Element> Learner<E> for Reference {
         // (d) Z̄1 = q W1 + b1 - τ ⊙ (M1 Ĝ1)
         attention_backward(dm1, m1, dzbar1, ghat1, x.tok, dtok, [n, f]);
         through_attention(dghat1, m1, dzbar1, x.tok, p1, [n, f]);
-        for i in 0..n {
-            dq[i * d..][..d].copy_from_slice(dz.row(i));
-        }
         mm_nt(dq, dzbar1, w1, [n, f, d]);
         mm(dq, dm1, kk, [n, n, d]);
         dk.fill(E::ZERO);
@@ -280,8 +268,8 @@ impl<E: Element> Learner<E> for Reference {
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let row = InnerRow { rs: rs[i], m: mean[i] };
-            let sums = [&mut dt[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
-            inner_gradient_backward(&mut dg2[r.clone()], [&g2[r.clone()], &xhat[r.clone()], &e[r], x.gamma], row, sums);
+            let outputs = [grads.dv.row_mut(i), &mut dk[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
+            x.wrap().inner_gradient_backward(&mut dg2[r.clone()], [&g2[r.clone()], &xhat[r.clone()], &e[r]], row, outputs);
         }
         let dz2 = dg2;
 
@@ -291,7 +279,7 @@ impl<E: Element> Learner<E> for Reference {
             dz1[c] = dx2[c] * d1[c] + dg1[c] * u[c] * d2[c];
         }
 
-        // (k) Z1 = k W1 + b1, t = v - k
+        // (k) Z1 = k W1 + b1
         mm_nt(dk, dz1, w1, [n, f, d]);
         mm_tn(dw1, q, dzbar1, [d, n, f]);
         mm_tn(dw1, kk, dz1, [d, n, f]);
@@ -303,17 +291,15 @@ impl<E: Element> Learner<E> for Reference {
             axpy(db1, E::ONE, &dz1[i * f..][..f]);
             axpy(db2, E::ONE, &dzbar2[i * d..][..d]);
             axpy(db2, E::ONE, &dz2[i * d..][..d]);
-            axpy(&mut dk[i * d..][..d], -E::ONE, &dt[i * d..][..d]);
             grads.dq.row_mut(i).copy_from_slice(&dq[i * d..][..d]);
             grads.dk.row_mut(i).copy_from_slice(&dk[i * d..][..d]);
-            grads.dv.row_mut(i).copy_from_slice(&dt[i * d..][..d]);
             grads.dtok[i] += dtok[i];
         }
     }
 }
 
-/// Squared error of `f(k) - v` over the columns, with the residual: `‖LN(gelu(k W1 + b1) W2 + b2) - (v - k)‖²`.
-pub(crate) fn squared_error<E: Element>(k: &[E], v: &[E], gamma: &[E], beta: &[E], w: &[E]) -> f64 {
+/// Squared error of `f(k) - v` over the columns.
+pub(crate) fn squared_error<E: Element>(k: &[E], v: &[E], wrap: Wrap<'_, E>, w: &[E]) -> f64 {
     let d = k.len();
     let [w1, b1, w2, b2] = parts(w, d);
     let (mut z1, mut z2, mut buffers) = (b1.to_vec(), b2.to_vec(), vec![E::ZERO; 3 * d]);
@@ -323,14 +309,21 @@ pub(crate) fn squared_error<E: Element>(k: &[E], v: &[E], gamma: &[E], beta: &[E
     }
     mm(&mut z2, &z1, w2, [1, 4 * d, d]);
     let [xhat, e, g] = carve(&mut buffers, [d; 3]);
-    inner_gradient(&z2, |c| v[c] - k[c], [gamma, beta], [xhat, &mut *e, g]);
+    wrap.inner_gradient(&z2, [k, v], [xhat, &mut *e, g]);
     dot(e, e).to_f64()
 }
 
-/// One head of one sequence from phase 0, token by token with the sums S1, s1, S2, s2 (spec 4.2). `w` `[W1 | b1 | W2 | b2]`
+/// One head of one sequence from phase 0, token by token with the sums S1, s1, S2, s2 (paper 2.5). `w` `[W1 | b1 | W2 | b2]`
 /// moves to the last mini-batch boundary; `z` is `[t, d]`.
-pub fn primal<E: Element>(q: &[E], k: &[E], v: &[E], lr: &[E], tok: &[E], gamma: &[E], beta: &[E], w: &mut [E], z: &mut [E]) {
-    let d = gamma.len();
+pub fn primal<E: Element>(
+    [q, k, v]: [&[E]; 3],
+    [lr, tok]: [&[E]; 2],
+    [gamma, beta]: [&[E]; 2],
+    variant: Variant,
+    w: &mut [E],
+    z: &mut [E],
+) {
+    let (d, wrap) = (gamma.len(), Wrap { gamma, beta, variant });
     let f = 4 * d;
     let mut sums = vec![E::ZERO; w.len()];
     let (mut xhat, mut e, mut g2) = (vec![E::ZERO; d], vec![E::ZERO; d], vec![E::ZERO; d]);
@@ -343,7 +336,7 @@ pub fn primal<E: Element>(q: &[E], k: &[E], v: &[E], lr: &[E], tok: &[E], gamma:
         let x2: Vec<E> = z1.iter().map(|z| gelu(*z)[0]).collect();
         let mut z2 = b2.to_vec();
         mm(&mut z2, &x2, w2, [1, f, d]);
-        inner_gradient(&z2, |c| v[c] - k[c], [gamma, beta], [&mut xhat, &mut e, &mut g2]);
+        wrap.inner_gradient(&z2, [k, v], [&mut xhat, &mut e, &mut g2]);
         let mut g1 = vec![E::ZERO; f];
         mm_nt(&mut g1, &g2, w2, [1, d, f]);
         for (g, z) in g1.iter_mut().zip(&z1) {
@@ -367,10 +360,7 @@ pub fn primal<E: Element>(q: &[E], k: &[E], v: &[E], lr: &[E], tok: &[E], gamma:
         }
         let mut zbar = b2.to_vec();
         mm(&mut zbar, &x, w2, [1, f, d]);
-        normalize(&zbar, &mut xhat);
-        for c in 0..d {
-            z[c] = q[c] + gamma[c] * xhat[c] + beta[c];
-        }
+        wrap.output(&zbar, q, &mut xhat, z);
         if position + 1 == tok.len() {
             w.copy_from_slice(&moved);
             sums.fill(E::ZERO);
