@@ -1,4 +1,4 @@
-//! What TTT is equal to (paper 2.6, Theorems 1 and 2; spec 11): the operation in f64 against plain loops of the other model.
+//! What TTT is equal to (paper 2.6, Theorems 1 and 2): the operation in f64 against plain loops of the other model.
 //!
 //! The inner model is affine, `Z = k W + b`. The paper has no b; here it is as if k and q had one more feature that is always 1, so
 //! q·k reads `q·k + 1`. The first test of Theorem 1 says so, the second takes the 1 away by construction.
