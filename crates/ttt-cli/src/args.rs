@@ -108,7 +108,7 @@ pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
-    /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning, prompt and completion as one text
+    /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
     #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
     pub data: Vec<String>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]

@@ -47,33 +47,36 @@ impl Evaluation {
     }
 }
 
-/// Reads one text from the beginning, in constant memory, and predicts every token but the first. With `context`, the state
-/// starts afresh every so many predictions. `bytes` is what the predicted tokens stand for.
+/// Reads one text from the beginning, in constant memory, and predicts every token from index `from` on (the first cannot be
+/// predicted; a prompt is read but not judged). With `context`, the state starts afresh every so many tokens. `bytes` is what the
+/// predicted tokens stand for.
 ///
 /// # Errors
-/// Fewer than two tokens, a token outside the vocabulary, or memory.
-pub fn evaluate_text(model: &Lm, tokens: &[u32], context: Option<usize>, bytes: f64) -> Result<Evaluation> {
-    if tokens.len() < 2 {
-        return Err(Error::Data(format!("a text of {} tokens has nothing to predict: it needs at least 2", tokens.len())));
+/// Nothing to predict, a token outside the vocabulary, or memory.
+pub fn evaluate_text(model: &Lm, tokens: &[u32], from: usize, context: Option<usize>, bytes: f64) -> Result<Evaluation> {
+    let from = from.max(1);
+    if tokens.len() <= from {
+        return Err(Error::Data(format!("a text of {} tokens has nothing to predict from token {from} on", tokens.len())));
     }
     let mut states = States::new(model, 1)?;
-    let mut sums = Evaluation::default();
-    let predictions = tokens.len() - 1;
-    let window = context.unwrap_or(predictions).max(1);
-    for start in (0..predictions).step_by(window) {
+    let mut nll = 0.0;
+    let inputs = tokens.len() - 1;
+    let window = context.unwrap_or(inputs).max(1);
+    for start in (0..inputs).step_by(window) {
         if start > 0 {
             states.reset(model, 0);
         }
-        let end = (start + window).min(predictions);
+        let end = (start + window).min(inputs);
         for at in (start..end).step_by(CHUNK) {
             let to = (at + CHUNK).min(end);
             let (hidden, _) = model.forward(&Batch::one(&tokens[at..to]), Some(&mut states), Keep::Nothing, 1.0)?;
-            sums.nll += model.nll(hidden.view(), &tokens[at + 1..to + 1])?.iter().sum::<f64>();
+            // Row i predicts token at + i + 1.
+            let judged = from.saturating_sub(at + 1).min(to - at);
+            let rows = hidden.view().row_range(judged..to - at);
+            nll += model.nll(rows, &tokens[at + judged + 1..to + 1])?.iter().sum::<f64>();
         }
     }
-    sums.tokens = predictions as u64;
-    sums.bytes = bytes;
-    Ok(sums)
+    Ok(Evaluation { nll, tokens: (tokens.len() - from) as u64, bytes })
 }
 
 /// Evaluates a batch of sequences that start from the initial weights; only targets with a mask of 1 count, which stand for `bytes`

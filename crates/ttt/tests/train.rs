@@ -17,7 +17,8 @@ use ttt::plan;
 use ttt::tensor::DType;
 use ttt::train::Settings;
 use ttt::train::metrics::{self, Record, Split};
-use ttt::train::run::{Event, Job, Observer, run};
+use ttt::train::observe::{Event, Observer};
+use ttt::train::run::{Job, run};
 use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 
 const ADAMW: adamw::Settings = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };

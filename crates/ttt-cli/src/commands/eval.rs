@@ -73,17 +73,22 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
 }
 
 /// Reads one document from the beginning. Where the tokenizer has a token that begins a text, that is read first, so that the
-/// document's first token is predicted too. `None` when nothing is left to predict.
+/// document's first token is predicted too; a prompt is read and not judged. `None` when nothing is left to predict.
 fn evaluate(lm: &Lm, tokenizer: &Tokenizer, document: &Document, context: Option<u64>) -> Result<Option<Evaluation>> {
-    let ids = tokenizer.encode(&document.text)?;
+    let (ids, prompt) = document.encode(tokenizer)?;
     let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
-    let unseen = if tokens.is_empty() { tokenizer.decode(&ids[..ids.len().min(1)]).len() } else { 0 };
+    let from = (tokens.len() + prompt).max(1);
+    let unseen = match (document.completion_from, tokens.is_empty()) {
+        (Some(at), _) => at,
+        (None, true) => tokenizer.decode(&ids[..ids.len().min(1)]).len(),
+        (None, false) => 0,
+    };
     tokens.extend(ids);
-    if tokens.len() < 2 {
+    if tokens.len() <= from {
         return Ok(None);
     }
     let bytes = document.text.len().saturating_sub(unseen) as f64;
-    Ok(Some(evaluate_text(lm, &tokens, context.map(|n| n as usize), bytes)?))
+    Ok(Some(evaluate_text(lm, &tokens, from, context.map(|n| n as usize), bytes)?))
 }
 
 fn line(e: &Evaluation) -> String {

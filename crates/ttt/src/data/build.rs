@@ -76,11 +76,9 @@ impl Piece {
         let text = &self.document.text[self.range.clone()];
         match self.document.completion_from {
             None => Ok(Encoded { ids: tokenizer.encode(text).map_err(named)?, prompt: None }),
-            Some(at) => {
-                let (mut ids, completion) = cut::encode_pair(tokenizer, &text[..at], &text[at..]).map_err(named)?;
-                let prompt = Some(ids.len());
-                ids.extend(completion);
-                Ok(Encoded { ids, prompt })
+            Some(_) => {
+                let (ids, prompt) = self.document.encode(tokenizer).map_err(named)?;
+                Ok(Encoded { ids, prompt: Some(prompt) })
             }
         }
     }

@@ -10,8 +10,10 @@ use serde_json::Value;
 use crate::{
     Error, Result,
     data::{
+        cut,
         read::{self, Packing},
         source::SourceFile,
+        tokenizer::Tokenizer,
     },
 };
 
@@ -25,6 +27,22 @@ pub struct Document {
     pub text: String,
     /// Byte of `text` where the completion starts; what comes before is a prompt, on which there is no loss.
     pub completion_from: Option<usize>,
+}
+
+impl Document {
+    /// Ids of the text, and how many of the first are the prompt's.
+    ///
+    /// # Errors
+    /// Text that the tokenizer refuses.
+    pub fn encode(&self, tokenizer: &Tokenizer) -> Result<(Vec<u32>, usize)> {
+        let Some(at) = self.completion_from else {
+            return Ok((tokenizer.encode(&self.text)?, 0));
+        };
+        let (mut ids, completion) = cut::encode_pair(tokenizer, &self.text[..at], &self.text[at..])?;
+        let prompt = ids.len();
+        ids.extend(completion);
+        Ok((ids, prompt))
+    }
 }
 
 /// Iterator over the documents of a file. Empty ones are left out. After an error it ends.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::config::Config;
 use crate::data::{Progress, Sources, Split, Store, StoreOptions, Tokenizer, Tokens, default_corpus};
 use crate::train::Settings;
-use crate::train::run::{Event, Observer};
+use crate::train::observe::{Event, Observer};
 use crate::{Error, Result};
 
 /// Folder beside the run folder that keeps tokens for the next run.

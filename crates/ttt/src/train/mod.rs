@@ -5,6 +5,7 @@ mod corpus;
 mod keys;
 pub mod loss;
 pub mod metrics;
+pub mod observe;
 pub mod plot;
 pub mod run;
 pub mod schedule;

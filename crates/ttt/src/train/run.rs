@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::data::{Examples, Progress, Sampler, Tokenizer, Tokens};
+use crate::data::{Examples, Sampler, Tokenizer, Tokens};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
@@ -19,54 +19,12 @@ use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
 use crate::train::corpus::{self, Corpus};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
+use crate::train::observe::{Event, Observer};
 use crate::train::settings::Recompute;
 use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
 use crate::train::{Settings, metrics, plot};
 use crate::{AtPath, Error, Result};
-
-/// What happens during a run, for whoever shows it.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// Where the text comes from.
-    Corpus(&'a str),
-    /// The text is being turned into tokens.
-    Tokenizing(Progress),
-    /// The loop begins.
-    Start {
-        /// The model.
-        config: &'a Config,
-        /// Number of its parameters.
-        parameters: usize,
-        /// Training tokens of the corpus.
-        train_tokens: u64,
-        /// Validation tokens of the corpus.
-        validation_tokens: u64,
-        /// Updates made before, by the part of the run that is resumed.
-        from_step: u64,
-        /// Updates of the whole run.
-        steps: u64,
-    },
-    /// A step was made and is not in `metrics.jsonl`.
-    Step(&'a Record),
-    /// A record was written.
-    Logged(&'a Record),
-    /// The model's continuation of the sample prompt.
-    Sample(&'a str),
-    /// A checkpoint was written.
-    Saved(&'a Path),
-}
-
-/// Shows a run, and may stop it.
-pub trait Observer: Sync {
-    /// Something happened.
-    fn event(&self, event: Event<'_>);
-
-    /// Whether the run should save a checkpoint and stop.
-    fn interrupted(&self) -> bool {
-        false
-    }
-}
 
 /// What to train, where.
 #[derive(Clone, Debug)]
@@ -388,7 +346,8 @@ impl<'j> Run<'j> {
 
     fn plot(&self) -> Result<()> {
         let records = metrics::read(self.job.folder.join("metrics.jsonl"))?;
-        let title = format!("{} parameters, {:?}", self.model.params().table().parameters(), self.config.ttt_layer_type);
+        let millions = self.model.params().table().parameters() as f64 / 1e6;
+        let title = format!("TTT-{:?}, {millions:.1} million parameters", self.config.ttt_layer_type);
         plot::write_loss_svg(self.job.folder.join("loss.svg"), &records, &title)
     }
 }

@@ -12,7 +12,8 @@ use ttt::config::Config;
 use ttt::layer::Keep;
 use ttt::plan;
 use ttt::train::metrics::{Record, Split};
-use ttt::train::run::{Event, Job, Observer};
+use ttt::train::observe::{Event, Observer};
+use ttt::train::run::Job;
 use ttt::train::settings::{Recompute, Settings};
 
 use crate::commands::plan::describe;
