@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Our speed beside the official PyTorch code's on the same machine, measured in turn; prints the median of the ratios.
 
-    pip install torch transformers
+    pip install torch "transformers<5"
     cargo build --release
     python ci/bench_official.py --official ttt.py                # ttt.py of test-time-training/ttt-lm-pytorch
     python ci/bench_official.py --official ttt.py --rounds 1 --only linear-decode

@@ -4,7 +4,6 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 
 use crate::batch::Batch;
-use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::state::States;
 use crate::{Error, Result};
@@ -129,10 +128,11 @@ impl<'m> Generator<'m> {
         for (i, chunk) in tokens.chunks(PREFILL_CHUNK).enumerate() {
             let mut batch = Batch::default();
             batch.push(chunk, slot);
-            let (hidden, _) = self.model.forward(&batch, Some(states), Keep::Nothing, 1.0)?;
+            // Only the last token's prediction is wanted, so most of the last block's work is not.
+            let hidden = self.model.forward_rows(&batch, states, &[chunk.len() - 1])?;
             if i + 1 == chunks {
                 self.logits.clear();
-                let logits = self.model.logits(&hidden, &[chunk.len() - 1])?;
+                let logits = self.model.logits(&hidden, &[0])?;
                 self.logits.extend(logits.to_f64_vec().iter().map(|x| *x as f32));
             }
         }

@@ -9,10 +9,10 @@ use crate::device::Device;
 use crate::device::view::View;
 use crate::hub::ModelFolder;
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
-use crate::ops::{cross_entropy, embedding, linear, rms_norm, rope};
+use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
 use crate::state::States;
-use crate::tensor::{DType, Tensor, with_dtype};
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
 /// A TTT language model.
@@ -188,6 +188,37 @@ impl Lm {
         Ok((hidden, saved))
     }
 
+    /// Reads a batch of which only some rows are wanted, as when a prompt is read: the states move on by all of it, but what the
+    /// last block does after its inner loop is computed for `rows` alone. Returns their final hidden rows `[rows.len(), D]`.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or memory.
+    ///
+    /// # Panics
+    /// As [`Lm::forward`]; when a row does not exist.
+    pub fn forward_rows(&self, batch: &Batch, states: &mut States, rows: &[usize]) -> Result<Tensor> {
+        self.check_tokens(&batch.tokens)?;
+        self.device.install(|| {
+            let segments = states.segments(batch);
+            let keep = Keep::Nothing;
+            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
+            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let last = self.blocks.len() - 1;
+            let few = rows.len() < batch.tokens.len();
+            for (i, (block, state)) in self.blocks.iter().zip(&mut states.layers).enumerate() {
+                x = match i == last && few {
+                    true => block.forward_rows(&pass, x, rows, Some(state))?,
+                    false => block.forward(&pass, x, Some(state))?.0,
+                };
+            }
+            states.advance(batch);
+            if !few {
+                x = add::gather(x.view(), rows)?;
+            }
+            rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)
+        })
+    }
+
     /// Logits `[rows.len(), V]` of some rows of the hidden states.
     ///
     /// # Errors
@@ -202,16 +233,7 @@ impl Lm {
             if all {
                 return linear::forward(hidden.view(), head);
             }
-            let mut some = Tensor::empty(&self.device, &[rows.len(), self.config.hidden_size], self.dtype())?;
-            with_dtype!(self.dtype(), E => {
-                let from = hidden.view().as_mat::<E>();
-                let mut to = some.view_mut();
-                let mut to = to.as_mat::<E>();
-                for (i, row) in rows.iter().enumerate() {
-                    to.row_mut(i).copy_from_slice(from.row(*row));
-                }
-            });
-            linear::forward(some.view(), head)
+            linear::forward(add::gather(hidden.view(), rows)?.view(), head)
         })
     }
 

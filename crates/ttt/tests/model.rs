@@ -288,3 +288,31 @@ fn a_token_outside_the_vocabulary_is_a_readable_error() {
         "token id 40 is outside the model's vocabulary of 40 ids: the text was made with another tokenizer"
     );
 }
+
+/// Wanting some rows only changes what is computed, not the rows or the states.
+#[test]
+fn wanted_rows_are_those_of_the_whole() {
+    let device = Device::cpu().unwrap();
+    for (inner, mamba) in [(Inner::Linear, true), (Inner::Mlp, true), (Inner::Linear, false), (Inner::Mlp, false)] {
+        for (dtype, limit) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
+            let model = shaken_model(&small(inner, mamba, 8), &device, dtype, 6);
+            let mut random = Random::new(6);
+            let (a, b) = (random.tokens(21, 40), random.tokens(6, 40));
+            let mut batch = Batch::default();
+            batch.push(&a, 1);
+            batch.push(&b, 0);
+            let rows = [20, 3, 26];
+            let (mut whole, mut some) = (model.states(2).unwrap(), model.states(2).unwrap());
+            let (hidden, _) = model.forward(&batch, Some(&mut whole), Keep::Nothing, 1.0).unwrap();
+            let theirs = model.logits(&hidden, &rows).unwrap().to_f64_vec();
+            let hidden = model.forward_rows(&batch, &mut some, &rows).unwrap();
+            let ours = model.logits(&hidden, &[0, 1, 2]).unwrap().to_f64_vec();
+            assert!(relative(&ours, &theirs) < limit, "{inner:?} {mamba} {dtype:?}");
+            for slot in 0..2 {
+                assert!(relative(&state_values(&some, slot), &state_values(&whole, slot)) < limit);
+                let next = in_pieces(&model, &mut whole, slot, &[&b]);
+                assert!(relative(&in_pieces(&model, &mut some, slot, &[&b]), &next) < limit);
+            }
+        }
+    }
+}

@@ -6,6 +6,7 @@ use crate::layer::ffn::FeedForward;
 use crate::layer::pre_conv::PreConv;
 use crate::layer::ttt::{InnerStatistics, TttLayer, TttSaved};
 use crate::layer::{Keep, LayerState, Pass};
+use crate::ops::inner::FastWeights;
 use crate::ops::{add, rms_norm};
 use crate::params::{BlockIds, ParamId, Params};
 use crate::tensor::Tensor;
@@ -91,10 +92,7 @@ impl Block {
             let (y, _) = self.forward(&Pass { keep: Keep::Nothing, ..*pass }, x.clone(), state)?;
             return Ok((y, Some(BlockSaved::Input(x))));
         }
-        let (fast, pre_window, qk_window) = match state {
-            Some(s) => (Some(&mut s.fast), s.pre_conv.as_mut(), s.qk_conv.as_mut()),
-            None => (None, None, None),
-        };
+        let (fast, pre_window, qk_window) = parts(state);
         let (input, ttt_input) = match &self.pre_conv {
             Some(conv) => {
                 let y = conv.forward(pass, &x, pre_window)?;
@@ -109,6 +107,22 @@ impl Block {
         let (y, gate_up) = self.ffn.forward(pass, &ffn_input)?;
         let saved = ttt.map(|ttt| BlockSaved::Whole(Box::new(Activations { input, ttt_input, ttt, ffn_input, gate_up })));
         Ok((y, saved))
+    }
+
+    /// [`Block::forward`] of which only some rows are wanted, as of the last block when a prompt is read. Keeps nothing.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn forward_rows(&self, pass: &Pass<'_>, x: Tensor, rows: &[usize], state: Option<&mut LayerState>) -> Result<Tensor> {
+        let (fast, pre_window, qk_window) = parts(state);
+        let ttt_input = match &self.pre_conv {
+            Some(conv) => conv.forward(pass, &x, pre_window)?,
+            None => x,
+        };
+        let normed = rms_norm::forward(ttt_input.view(), pass.weights.view(self.seq_norm), self.eps)?;
+        let mut ffn_input = self.ttt.forward_rows(pass, normed.view(), rows, fast, qk_window)?;
+        add::add_to(ffn_input.view_mut(), add::gather(ttt_input.view(), rows)?.view());
+        Ok(self.ffn.forward(pass, &ffn_input)?.0)
     }
 
     /// Gradient of `x` from the gradient of the output, for a pass without a state; adds the parameters' gradients to `grads`.
@@ -149,5 +163,15 @@ impl Block {
             BlockSaved::Whole(saved) => self.ttt.statistics(pass, &saved.ttt, &end.fast),
             BlockSaved::Input(_) => panic!("statistics need the activations of the block"),
         }
+    }
+}
+
+/// A layer's state: fast weights, window of the convolution before the TTT layer, window of those for q and k.
+type Parts<'s> = (Option<&'s mut FastWeights>, Option<&'s mut Tensor>, Option<&'s mut Tensor>);
+
+fn parts(state: Option<&mut LayerState>) -> Parts<'_> {
+    match state {
+        Some(s) => (Some(&mut s.fast), s.pre_conv.as_mut(), s.qk_conv.as_mut()),
+        None => (None, None, None),
     }
 }

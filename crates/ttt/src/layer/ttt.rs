@@ -42,6 +42,16 @@ pub struct TttSaved {
     inner: inner::Saved,
 }
 
+/// What [`TttSaved`] has, whether or not fast weights were kept.
+struct Learned {
+    projected: Tensor,
+    qk: Option<[Tensor; 2]>,
+    lr: Tensor,
+    tok: Tensor,
+    z: Tensor,
+    inner: Option<inner::Saved>,
+}
+
 /// Squared errors of the inner loop, one value a full mini-batch, each a mean over sequences, heads and channels (the statistics
 /// of the official JAX code).
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -128,8 +138,46 @@ impl TttLayer {
         fast: Option<&mut FastWeights>,
         window: Option<&mut Tensor>,
     ) -> Result<(Tensor, Option<TttSaved>)> {
+        let Learned { projected, qk, lr, tok, z, inner } = self.learn(pass, x, self.last_projection(), fast, window)?;
+        let y = self.output(pass, self.gate(&projected), &z)?;
+        let out = linear::forward(y.view(), pass.weights.view(self.ids.o_proj))?;
+        Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner })))
+    }
+
+    /// [`TttLayer::forward`] of which only some rows are wanted: all tokens are learned from, but gate and output are computed
+    /// for `rows` alone. Keeps nothing.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn forward_rows(
+        &self,
+        pass: &Pass<'_>,
+        x: View<'_>,
+        rows: &[usize],
+        fast: Option<&mut FastWeights>,
+        window: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
+        let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
+        let z = add::gather(learned.z.view(), rows)?;
+        let gate = match self.ids.g_proj {
+            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.view(g_proj))?),
+            None => None,
+        };
+        let y = self.output(pass, gate.as_ref().map(Tensor::view), &z)?;
+        linear::forward(y.view(), pass.weights.view(self.ids.o_proj))
+    }
+
+    /// Everything up to the output of the inner loop; the projections end with `last`.
+    fn learn(
+        &self,
+        pass: &Pass<'_>,
+        x: View<'_>,
+        last: ParamId,
+        fast: Option<&mut FastWeights>,
+        window: Option<&mut Tensor>,
+    ) -> Result<Learned> {
         let (w, ids) = (pass.weights, &self.ids);
-        let mut projected = linear::forward(x, w.fused(ids.q_proj, self.last_projection()))?;
+        let mut projected = linear::forward(x, w.fused(ids.q_proj, last))?;
         let qk = match ids.convs {
             Some(convs) => {
                 let shared = self.block(&projected, 0);
@@ -161,7 +209,7 @@ impl TttLayer {
             super::Keep::Saved { group } => Some(group),
             _ => None,
         };
-        let (z, kept) = {
+        let (z, inner) = {
             let inputs = self.inputs(pass, &projected, &qk, &lr, &tok);
             match fast {
                 Some(fast) => self.inner_forward(&inputs, fast, group)?,
@@ -174,9 +222,7 @@ impl TttLayer {
                 }
             }
         };
-        let y = self.output(pass, &projected, &z)?;
-        let out = linear::forward(y.view(), w.view(ids.o_proj))?;
-        Ok((out, kept.map(|inner| TttSaved { projected, qk, lr, tok, z, inner })))
+        Ok(Learned { projected, qk, lr, tok, z, inner })
     }
 
     /// Gradient of `x` from the gradient of the output, for a pass without a state.
@@ -190,7 +236,7 @@ impl TttLayer {
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
         // Output projection, gate, post-norm.
-        let y = self.output(pass, &projected, &z)?;
+        let y = self.output(pass, self.gate(&projected), &z)?;
         linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
         drop(y);
         let dy = linear::backward_input(dout, w.view(ids.o_proj))?;
@@ -346,12 +392,17 @@ impl TttLayer {
         }
     }
 
+    /// The gate's projection, when there is one.
+    fn gate<'a>(&self, projected: &'a Tensor) -> Option<View<'a>> {
+        self.ids.g_proj.map(|_| self.block(projected, self.v_block() + 1))
+    }
+
     /// Post-norm and gate: input of the output projection.
-    fn output(&self, pass: &Pass<'_>, projected: &Tensor, z: &Tensor) -> Result<Tensor> {
+    fn output(&self, pass: &Pass<'_>, gate: Option<View<'_>>, z: &Tensor) -> Result<Tensor> {
         let (weight, bias) = self.ids.post_norm;
         let normed = layer_norm::forward(z.view(), pass.weights.view(weight), pass.weights.view(bias), LAYER_NORM_EPS)?;
-        match self.ids.g_proj {
-            Some(_) => gelu_gate::forward(self.block(projected, self.v_block() + 1), normed.view()),
+        match gate {
+            Some(gate) => gelu_gate::forward(gate, normed.view()),
             None => Ok(normed),
         }
     }

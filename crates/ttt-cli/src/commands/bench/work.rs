@@ -92,16 +92,18 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     let mut states = lm.states(batch.slots())?;
     let last: Vec<usize> = batch.seqs.iter().map(|s| s.first_row + s.len - 1).collect();
     let rows: Vec<usize> = if args.all_logits { (0..n).collect() } else { last };
-    let head = 2.0 * (config.hidden_size * config.vocab_size) as f64;
-    let arithmetic = flops(config).forward() - head * (1.0 - rows.len() as f64 / n as f64);
+    // Head, and gate, output and feed-forward of the last block, are computed for the wanted rows alone.
+    let (d, i) = (config.hidden_size, config.intermediate_size);
+    let of_rows = 2.0 * (d * (config.vocab_size + (1 + usize::from(config.use_gate)) * d + 3 * i)) as f64;
+    let arithmetic = flops(config).forward() - of_rows * (1.0 - rows.len() as f64 / n as f64);
     let cost = [arithmetic, 4.0 * lm.params().table().parameters() as f64 / n as f64];
     let logits = if args.all_logits { "all logits" } else { "last logits" };
     measure(format!("prefill {} x {}, {logits}", args.batch, args.length), device, args.repeat, n as f64, cost, || {
         for slot in 0..states.slots() {
             states.reset(&lm, slot);
         }
-        let (hidden, _) = lm.forward(&batch, Some(&mut states), Keep::Nothing, 1.0)?;
-        lm.logits(&hidden, &rows)?;
+        let hidden = lm.forward_rows(&batch, &mut states, &rows)?;
+        lm.logits(&hidden, &(0..rows.len()).collect::<Vec<_>>())?;
         Ok(())
     })
 }

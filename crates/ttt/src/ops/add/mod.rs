@@ -1,11 +1,12 @@
-//! Addition and copying in place: residual streams, and gradients that meet or go to a block of columns.
+//! Addition and copying: residual streams, gradients that meet or go to a block of columns, chosen rows.
 
 mod cpu;
 mod reference;
 
+use crate::Result;
 use crate::device::view::{View, ViewMut};
 use crate::ops::{expect_shape, fast};
-use crate::tensor::with_dtype;
+use crate::tensor::{Tensor, with_dtype};
 
 /// `y += x`.
 ///
@@ -27,4 +28,17 @@ pub fn add_to(y: ViewMut, x: View) {
 pub fn copy_to(y: ViewMut, x: View) {
     expect_shape("x", x.shape(), y.shape());
     with_dtype!(x.dtype(), E => reference::copy_to::<E>(y.into_mat(), x.as_mat()));
+}
+
+/// Some rows of `x`, in the order given.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When a row does not exist.
+pub fn gather(x: View, rows: &[usize]) -> Result<Tensor> {
+    let mut y = Tensor::empty(x.device(), &[rows.len(), x.cols()], x.dtype())?;
+    with_dtype!(x.dtype(), E => reference::gather::<E>(y.view_mut().into_mat(), x.as_mat(), rows));
+    Ok(y)
 }

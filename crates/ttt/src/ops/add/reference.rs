@@ -18,3 +18,10 @@ pub(crate) fn copy_to<E: Element>(mut y: MatMut<E>, x: Mat<E>) {
         y.row_mut(i).copy_from_slice(x.row(i));
     }
 }
+
+/// `y[i] = x[rows[i]]`.
+pub(crate) fn gather<E: Element>(mut y: MatMut<E>, x: Mat<E>, rows: &[usize]) {
+    for (i, row) in rows.iter().enumerate() {
+        y.row_mut(i).copy_from_slice(x.row(*row));
+    }
+}
