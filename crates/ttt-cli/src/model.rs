@@ -23,10 +23,13 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
         bail!("{} is a file; a model is a folder with config.json and model.safetensors", path.display());
     }
     let last = path.join("final");
-    if last.join("config.json").exists() {
+    let newest = Checkpoints::new(path, 1, 0).latest()?;
+    let written = |folder: &Path| std::fs::metadata(folder.join("config.json")).and_then(|m| m.modified()).ok();
+    // A run that was finished and then continued has checkpoints that are newer than its final model.
+    if written(&last).is_some() && newest.as_deref().and_then(written) <= written(&last) {
         return Ok(last);
     }
-    match Checkpoints::new(path, 1, 0).latest()? {
+    match newest {
         Some(checkpoint) => Ok(checkpoint),
         None if path.join("settings.toml").exists() => {
             bail!("the run in {} has not saved a model yet", path.display())

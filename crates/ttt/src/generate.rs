@@ -104,7 +104,7 @@ pub struct Generator<'m> {
 }
 
 /// Tokens read at once while a prompt is learned: long enough for full speed, short enough to bound memory.
-const PREFILL_CHUNK: usize = 2048;
+pub const PREFILL_CHUNK: usize = 2048;
 
 impl<'m> Generator<'m> {
     /// A generator that has read nothing yet.

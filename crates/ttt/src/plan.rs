@@ -5,12 +5,13 @@
 
 use crate::config::{Config, Inner};
 use crate::device::memory::size_class;
+use crate::generate::PREFILL_CHUNK;
 use crate::layer::Keep;
 use crate::ops::inner::FastWeights;
 use crate::params::ParamTable;
 
-/// Logits that the loss holds at once: 8 MiB of them.
-const LOGITS: usize = 2 << 20;
+/// Logits that the loss holds at once: 16 MiB of them.
+const LOGITS: usize = 4 << 20;
 
 /// Floating-point operations for one token (a multiply-add counts as two).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -313,8 +314,9 @@ pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
     }
 }
 
-/// Memory of reading `tokens` tokens at once in each of `slots` sequences.
+/// Memory of reading `tokens` tokens in each of `slots` sequences, at most [`PREFILL_CHUNK`] of each at once.
 pub fn inference_memory(config: &Config, slots: usize, tokens: usize) -> Memory {
+    let tokens = tokens.min(PREFILL_CHUNK);
     let lens = vec![tokens; slots];
     let shape = Shape { config, n: slots * tokens, lens: &lens };
     let windows = usize::from(config.pre_conv) + usize::from(config.share_qk);

@@ -10,7 +10,7 @@ use crate::tensor::{Tensor, with_dtype};
 /// position. Its size does not depend on how much has been read.
 ///
 /// A fork is a copy of a slot ([`States::copy_slot`]) or of all of them ([`States::fork`]).
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct States {
     pub(crate) layers: Vec<LayerState>,
     positions: Vec<u64>,
@@ -96,7 +96,7 @@ impl States {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn fork(&self) -> Result<States> {
-        let mut copy = self.clone();
+        let mut copy = States { layers: self.layers.clone(), positions: self.positions.clone(), mini_batch: self.mini_batch };
         for layer in &mut copy.layers {
             layer.unshare()?;
         }

@@ -72,6 +72,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
     if let Some(saved) = saved {
         model.backward(&batch, saved, dhidden, &mut grads)?;
         let table = model.params().table().clone();
+        let flat = grads.data().to_f64_vec();
         for name in grad_names {
             let parameter = name.strip_prefix("grad.").expect("filtered by prefix");
             let unknown = || Error::format(path, format!("`{name}` is the gradient of no parameter of this model"));
@@ -81,7 +82,6 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
                 let ours = &table.entry(id).shape;
                 return Err(Error::format(path, format!("`{name}` has shape {shape:?}, but the parameter's is {ours:?}")));
             }
-            let flat = grads.data().to_f64_vec();
             all.push(compare(&name, &flat[table.entry(id).range()], &reference));
         }
     }

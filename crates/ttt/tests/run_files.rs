@@ -196,7 +196,7 @@ fn impossible_runs_are_refused_in_words() {
         (&["model.preset=huge"], "no preset is called `huge`; there are tiny"),
         (&["model.num_attention_heads=7"], "hidden_size 192 is not divisible by num_attention_heads 7"),
         (&["model.mini_batch_size=0"], "mini_batch_size is 0; it must be from 1 to 64"),
-        (&["model.folder=/does/not/exist"], "/does/not/exist/config.json"),
+        (&["model.folder=/does/not/exist"], "/does/not/exist: No such file"),
     ] {
         let message = refused(assignments);
         assert!(message.contains(part), "{assignments:?}: {message}");
@@ -223,7 +223,7 @@ fn a_model_folder_replaces_the_preset_and_overrides_win() {
     assert_eq!(config, Config { rope_theta: 1e5, max_position_embeddings: 256, ..saved });
     fs::write(folder.path().join("config.json"), "{").unwrap();
     let error = overridden(&[&set]).unwrap().model_config().unwrap_err().to_string();
-    assert!(error.contains("config.json: EOF"), "{error}");
+    assert!(error.contains("config.json: not a JSON object: EOF"), "{error}");
 }
 
 #[test]

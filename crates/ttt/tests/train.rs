@@ -298,3 +298,49 @@ fn kept_fast_weights_follow_the_formula() {
         assert_eq!(saved.unwrap().fast_weight_bytes(), 2 * 4 * heads * states * (8 * d * d + 5 * d));
     }
 }
+
+/// What would stop a run later stops it before anything is written.
+#[test]
+fn a_run_that_cannot_be_made_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let device = Device::cpu().unwrap();
+    for (assignments, message) in [
+        (&["data.validation_fraction=0"][..], "validation part"),
+        (&["model.vocab_size=256", "sample.every=5", "sample.prompt="], "sample.prompt is empty"),
+    ] {
+        let mut settings = settings(folder.path(), "linear");
+        assignments.iter().for_each(|a| settings.apply_override(a).unwrap());
+        let job = Job { settings, folder: out.clone(), resume: false, device: device.clone() };
+        let error = run(&job, &never()).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+        assert!(!out.exists(), "{message}");
+    }
+    let finished = Job { settings: settings(folder.path(), "linear"), folder: out.clone(), resume: false, device };
+    run(&finished, &never()).unwrap();
+    let mut shorter = Job { resume: true, ..finished };
+    shorter.settings.apply_override("train.tokens=1024").unwrap();
+    let before = std::fs::read(out.join("settings.toml")).unwrap();
+    let error = run(&shorter, &never()).unwrap_err().to_string();
+    assert!(error.contains("the run has made 12 steps, but train.tokens 1024 are 2 steps"), "{error}");
+    assert_eq!(std::fs::read(out.join("settings.toml")).unwrap(), before);
+}
+
+/// A run that started from another model goes on when that model is gone; how much is kept may change on the way.
+#[test]
+fn a_run_outlives_the_model_it_started_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::cpu().unwrap();
+    let first =
+        Job { settings: settings(folder.path(), "linear"), folder: folder.path().join("a"), resume: false, device: device.clone() };
+    let trained = run(&first, &never()).unwrap();
+    let out = folder.path().join("b");
+    let mut next = settings(folder.path(), "linear");
+    next.apply_override(&format!("model.folder={}", trained.model.display())).unwrap();
+    let job = Job { settings: next, folder: out.clone(), resume: false, device: device.clone() };
+    assert!(matches!(run(&job, &StopAfter { steps: 4, seen: AtomicU64::new(0) }), Err(Error::Interrupted)));
+    std::fs::remove_dir_all(folder.path().join("a")).unwrap();
+    let mut resumed = Settings::of_run(&out).unwrap();
+    resumed.apply_override("train.checkpoint_group=8").unwrap();
+    run(&Job { settings: resumed, folder: out, resume: true, device }, &never()).unwrap();
+}

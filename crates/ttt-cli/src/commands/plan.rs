@@ -18,6 +18,7 @@ use crate::{Usage, model, units};
 /// Runs the command.
 pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     let settings = settings(&args.settings)?;
+    settings.validate()?;
     let config = settings.model_config()?;
     let batch = args.batch.map_or(settings.micro_batch(), |n| n as usize);
     let length = args.length.map_or(settings.train.sequence_length, |n| n as usize);

@@ -54,7 +54,7 @@ impl<'a, E> Mat<'a, E> {
     /// # Panics
     /// When the slice has another length.
     pub fn new(data: &'a [E], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols, "a slice of {} elements is no matrix of {rows} x {cols}", data.len());
+        assert!(rows.checked_mul(cols) == Some(data.len()), "a slice of {} elements is no matrix of {rows} x {cols}", data.len());
         Mat { ptr: data.as_ptr(), rows, cols, stride: cols, marker: PhantomData }
     }
 
@@ -130,7 +130,7 @@ impl<'a, E> MatMut<'a, E> {
     /// # Panics
     /// When the slice has another length.
     pub fn new(data: &'a mut [E], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols, "a slice of {} elements is no matrix of {rows} x {cols}", data.len());
+        assert!(rows.checked_mul(cols) == Some(data.len()), "a slice of {} elements is no matrix of {rows} x {cols}", data.len());
         MatMut { ptr: data.as_mut_ptr(), rows, cols, stride: cols, marker: PhantomData }
     }
 
@@ -230,7 +230,12 @@ impl<'a, E> MatMut<'a, E> {
     /// When they do not, or their number differs.
     pub fn reshape(self, rows: usize, cols: usize) -> MatMut<'a, E> {
         assert!(self.stride == self.cols || self.rows <= 1, "rows of {} columns lie {} apart", self.cols, self.stride);
-        assert_eq!(self.rows * self.cols, rows * cols, "{} x {} elements are no matrix of {rows} x {cols}", self.rows, self.cols);
+        assert!(
+            rows.checked_mul(cols) == Some(self.rows * self.cols),
+            "{} x {} elements are no matrix of {rows} x {cols}",
+            self.rows,
+            self.cols
+        );
         MatMut { rows, cols, stride: cols, ..self }
     }
 }
@@ -321,7 +326,12 @@ impl<'a> View<'a> {
     pub fn reshape(&self, rows: usize, cols: usize) -> Self {
         let mat = self.mat;
         assert!(mat.stride == mat.cols || mat.rows <= 1, "rows of {} columns lie {} apart", mat.cols, mat.stride);
-        assert_eq!(mat.rows * mat.cols, rows * cols, "{} x {} elements are no matrix of {rows} x {cols}", mat.rows, mat.cols);
+        assert!(
+            rows.checked_mul(cols) == Some(mat.rows * mat.cols),
+            "{} x {} elements are no matrix of {rows} x {cols}",
+            mat.rows,
+            mat.cols
+        );
         View { mat: Mat { rows, cols, stride: cols, ..mat }, ..*self }
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
 use crate::data::Tokenizer;
 use crate::hub::safetensors::{self, Dtype, File};
 use crate::hub::{self, ModelFolder, SaveOptions, weights, write_atomic, write_folder};
@@ -149,7 +150,9 @@ pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<
         return Err(Error::format(path, format!("it has version {}; this program reads version {VERSION}", state.version)));
     }
     let saved = ModelFolder::open(folder)?;
-    if saved.config() != model.config() {
+    // How much is kept for the backward pass, and how long sequences are, is the run's affair.
+    let settled = |config: &Config| Config { scan_checkpoint_group_size: 0, max_position_embeddings: 0, ..config.clone() };
+    if settled(saved.config()) != settled(model.config()) {
         return Err(Error::format(folder.join("config.json"), "the checkpoint's model differs from the run's settings"));
     }
     *model.params_mut() = saved.load_params(model.params().table(), model.device(), model.dtype())?;

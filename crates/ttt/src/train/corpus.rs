@@ -93,12 +93,13 @@ fn beside(run: &Path) -> PathBuf {
     }
 }
 
-/// The run's tokenizer: the one of the model that it starts from, or the one that the settings name.
+/// The run's tokenizer: the one of its newest checkpoint, or of the model that it starts from, or the one that the settings name.
 ///
 /// # Errors
 /// A file that cannot be read; a tokenizer with more ids than the model.
-pub fn tokenizer(settings: &Settings, config: &Config) -> Result<Tokenizer> {
-    let of_model = settings.model.folder.as_ref().map(Tokenizer::from_folder).transpose()?.flatten();
+pub fn tokenizer(settings: &Settings, config: &Config, checkpoint: Option<&Path>) -> Result<Tokenizer> {
+    let folder = checkpoint.or(settings.model.folder.as_deref());
+    let of_model = folder.map(Tokenizer::from_folder).transpose()?.flatten();
     let tokenizer = match (of_model, settings.data.tokenizer.as_str()) {
         (Some(tokenizer), _) => tokenizer,
         (None, "bytes") => Tokenizer::bytes(config.vocab_size),

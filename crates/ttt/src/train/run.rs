@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::batch::Batch;
@@ -80,6 +80,20 @@ fn check_folder(job: &Job) -> Result<()> {
     Ok(())
 }
 
+/// Ids that samples begin with. They are made before anything is trained, so that a sample never stops a run.
+fn sample_prompt(settings: &Settings, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let mut prompt: Vec<u32> = tokenizer.bos().into_iter().collect();
+    if settings.sample.every > 0 {
+        let advice = "choose another sample.prompt, or no samples with sample.every=0";
+        let text = tokenizer.encode(&settings.sample.prompt);
+        prompt.extend(text.map_err(|e| Error::Config(format!("sample.prompt: {e}; {advice}")))?);
+        if prompt.is_empty() {
+            return Err(Error::Config(format!("sample.prompt is empty and the tokenizer has no id that begins a text; {advice}")));
+        }
+    }
+    Ok(prompt)
+}
+
 /// Everything that lives as long as the run.
 struct Run<'j> {
     job: &'j Job,
@@ -89,6 +103,10 @@ struct Run<'j> {
     tokenizer: Tokenizer,
     corpus: Corpus,
     sampler: Sampler,
+    /// Windows of the validation text.
+    validation: Sampler,
+    /// Ids of the sample prompt.
+    prompt: Vec<u32>,
     checkpoints: Checkpoints,
     state: TrainerState,
     metrics: Metrics,
@@ -96,26 +114,33 @@ struct Run<'j> {
     /// Floating-point operations a second that the device reaches in a matrix product.
     peak_flops: f64,
     started: Instant,
-    /// Time and tokens of the last record, for the speed.
-    last: (f64, u64),
+    /// Seconds in steps, and tokens, since the last record of a step.
+    since_record: (f64, u64),
 }
 
 impl<'j> Run<'j> {
     fn new(job: &'j Job, observer: &dyn Observer) -> Result<Run<'j>> {
+        let checkpoints = Checkpoints::new(&job.folder, job.settings.checkpoint.keep, job.settings.checkpoint.milestone_every);
+        let newest = if job.resume { checkpoints.latest()? } else { None };
         let settings = &job.settings;
         let config = settings.model_config()?;
-        let tokenizer = corpus::tokenizer(settings, &config)?;
+        let tokenizer = corpus::tokenizer(settings, &config, newest.as_deref())?;
+        let prompt = sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
+        let validation = Sampler::new(corpus.validation().len(), settings.train.sequence_length, 0).map_err(|e| match e {
+            Error::Data(message) => {
+                Error::Data(format!("validation part: {message}, name data.validation_paths, or raise data.validation_fraction"))
+            }
+            other => other,
+        })?;
 
         let mut model = match &settings.model.folder {
             Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
         let mut optimizer = Optimizer::new(&model)?;
-        let checkpoints = Checkpoints::new(&job.folder, settings.checkpoint.keep, settings.checkpoint.milestone_every);
         let fingerprint = corpus.fingerprint();
-        let newest = if job.resume { checkpoints.latest()? } else { None };
         let state = match newest {
             Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
             None => TrainerState::new(fingerprint.clone()),
@@ -126,8 +151,22 @@ impl<'j> Run<'j> {
                 job.folder.display()
             )));
         }
-        // Only now is it known that the run can be made.
-        std::fs::create_dir_all(&job.folder).at(&job.folder)?;
+        if state.step > settings.steps() {
+            return Err(Error::Config(format!(
+                "the run has made {} steps, but train.tokens {} are {} steps; raise train.tokens to go on",
+                state.step,
+                settings.train.tokens,
+                settings.steps()
+            )));
+        }
+        // Only now is it known that the run can be made. Of two runs that want the folder at once, one gets it.
+        if let Some(parent) = job.folder.parent().filter(|p| *p != Path::new("")) {
+            std::fs::create_dir_all(parent).at(parent)?;
+        }
+        if std::fs::create_dir(&job.folder).is_err() {
+            check_folder(job)?;
+            std::fs::create_dir_all(&job.folder).at(&job.folder)?;
+        }
         let text = settings.to_toml();
         write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
         let path = job.folder.join("metrics.jsonl");
@@ -135,7 +174,6 @@ impl<'j> Run<'j> {
         let resumed = (state.step > 0).then_some(state.step);
         let events = settings.log.tensorboard.then(|| EventFile::create(job.folder.join("events"), resumed)).transpose()?;
         let peak_flops = probe::matmul_flops(&job.device)?;
-        let last = (state.elapsed_seconds, state.tokens);
         Ok(Run {
             job,
             config,
@@ -144,13 +182,15 @@ impl<'j> Run<'j> {
             tokenizer,
             corpus,
             sampler,
+            validation,
+            prompt,
             checkpoints,
             state,
             metrics,
             events,
             peak_flops,
             started: Instant::now(),
-            last,
+            since_record: (0.0, 0),
         })
     }
 
@@ -178,6 +218,9 @@ impl<'j> Run<'j> {
             if due(step, settings.eval.every) || step == 0 {
                 let record = self.evaluate()?;
                 self.log(&record, observer)?;
+                if !record.loss.is_finite() {
+                    return Err(Error::NotFinite { step, tensor: "validation loss".into(), element: 0 });
+                }
                 let better = self.state.best_loss.is_none_or(|best| record.loss < best);
                 if better && step > 0 {
                     self.state.best_loss = Some(record.loss);
@@ -209,13 +252,16 @@ impl<'j> Run<'j> {
             }
             // Step.
             let lr = settings.learning_rate().at(step);
+            let start = Instant::now();
             let report = self.step(lr)?;
+            self.since_record.0 += start.elapsed().as_secs_f64();
+            self.since_record.1 += settings.train.batch_tokens;
             // Log.
             self.state.step += 1;
             self.state.tokens += settings.train.batch_tokens;
             let record = self.train_record(&report, lr, earlier);
             if due(self.state.step, settings.log.every) || self.state.step == 1 {
-                self.last = (record.elapsed_seconds.unwrap_or(0.0), self.state.tokens);
+                self.since_record = (0.0, 0);
                 self.log(&record, observer)?;
             } else {
                 observer.event(Event::Step(&record));
@@ -261,20 +307,24 @@ impl<'j> Run<'j> {
     fn evaluate(&self) -> Result<Record> {
         let settings = &self.job.settings;
         let tokens = self.corpus.validation();
-        let sampler = Sampler::new(tokens.len(), settings.train.sequence_length, 0)?;
+        let sampler = &self.validation;
         let all = sampler.windows_per_epoch() as usize;
         let wanted = (settings.eval.tokens as usize / settings.train.sequence_length).clamp(1, all);
         let chosen: Vec<usize> = (0..wanted).map(|i| i * all / wanted).collect();
         let mut sums = Evaluation::default();
         let mut inner = None;
         for windows in chosen.chunks(settings.micro_batch()) {
-            let m = self.micro_batch(tokens, &sampler, windows);
+            let m = self.micro_batch(tokens, sampler, windows);
             let targets = |window: &usize| tokens.bytes_in(sampler.range(*window).start + 1..sampler.range(*window).end);
             let bytes = windows.iter().map(targets).sum();
             sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes)?);
             if inner.is_none() {
-                inner = Some(self.inner_losses(&m.batch)?);
+                // Of one sequence: every mini-batch's weights are held for it.
+                inner = Some(self.inner_losses(&Batch::one(&m.batch.tokens[..sampler.seq_len()]))?);
             }
+        }
+        if sums.tokens == 0 {
+            return Err(Error::Data("the validation part has no target that counts: all of it is prompts".into()));
         }
         Ok(Record {
             bits_per_byte: Some(sums.bits_per_byte()),
@@ -299,11 +349,11 @@ impl<'j> Run<'j> {
 
     fn train_record(&self, report: &StepReport, lr: f64, earlier: f64) -> Record {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
-        let speed = (self.state.tokens - self.last.1) as f64 / (elapsed - self.last.0).max(1e-9);
+        let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
-            bits_per_byte: Some(report.nll / std::f64::consts::LN_2 / bytes),
+            bits_per_byte: (bytes > 0.0).then(|| report.nll / std::f64::consts::LN_2 / bytes),
             lr: Some(lr),
             grad_norm: Some(report.grad_norm),
             tokens_per_second: Some(speed),
@@ -325,12 +375,10 @@ impl<'j> Run<'j> {
 
     fn sample(&self) -> Result<String> {
         let sample = &self.job.settings.sample;
-        let mut prompt: Vec<u32> = self.tokenizer.bos().into_iter().collect();
-        prompt.extend(self.tokenizer.encode(&sample.prompt)?);
         let sampling = Sampling { temperature: 0.8, top_p: 0.95, seed: self.state.step, ..Sampling::default() };
         let mut generator = Generator::new(&self.model, sampling)?;
         let mut states = States::new(&self.model, 1)?;
-        generator.read(&mut states, 0, &prompt)?;
+        generator.read(&mut states, 0, &self.prompt)?;
         let mut text = self.tokenizer.stream();
         let mut shown = sample.prompt.clone();
         for _ in 0..sample.tokens {

@@ -8,12 +8,14 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::{
+    checkpoint::Checkpoints,
     keys,
     schedule::{InnerLearningRate, LearningRate},
 };
 use crate::{
     AtPath, Error, Result,
     config::{Backbone, Config, Inner},
+    hub::ModelFolder,
 };
 
 /// The default run, with a comment on every setting.
@@ -282,9 +284,9 @@ impl Settings {
     pub fn model_config(&self) -> Result<Config> {
         let mut config = match &self.model.folder {
             Some(folder) => {
-                let path = folder.join("config.json");
-                let text = std::fs::read_to_string(&path).at(&path)?;
-                serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?
+                let config = ModelFolder::open(folder)?.config().clone();
+                config.validate()?;
+                config
             }
             None => Config::preset(&self.model.preset, self.model.inner)?.with_backbone(self.model.backbone),
         };
@@ -297,7 +299,7 @@ impl Settings {
 
     /// Sequences of a step.
     pub fn sequences_per_step(&self) -> usize {
-        self.train.batch_tokens as usize / self.train.sequence_length
+        self.train.batch_tokens as usize / self.train.sequence_length.max(1)
     }
 
     /// Sequences computed at once: the largest number up to `train.micro_batch` that divides those of a step, so that all micro-batches
@@ -331,6 +333,20 @@ impl Settings {
             Inner::Mlp => self.warmup_steps(),
         });
         InnerLearningRate { init: self.train.inner_lr_init, base: config.ttt_base_lr, warmup }
+    }
+
+    /// Settings of a run folder, to go on with. A run that started from another model goes on from its own newest checkpoint, so
+    /// that other model may be gone.
+    ///
+    /// # Errors
+    /// The folder holds no readable `settings.toml`.
+    pub fn of_run(folder: &Path) -> Result<Settings> {
+        let mut settings = Settings::load(folder.join("settings.toml"))?;
+        let newest = Checkpoints::new(folder, 1, 0).latest()?;
+        if settings.model.folder.is_some() && newest.is_some() {
+            settings.model.folder = newest;
+        }
+        Ok(settings)
     }
 
     /// Checks that the run can be made.

@@ -25,7 +25,7 @@ pub fn resolve(args: &Train) -> Result<(Settings, PathBuf)> {
             if !file.exists() {
                 bail!("{} is no run folder: there is no settings.toml in it", run.display());
             }
-            (Settings::load(file)?, run.clone())
+            (Settings::of_run(run)?, run.clone())
         }
         (None, Some(config)) => {
             let name = Path::new(config).file_stem().unwrap_or_default().to_string_lossy().into_owned();
