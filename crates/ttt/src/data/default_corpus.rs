@@ -130,7 +130,7 @@ mod tests {
     fn sources_are_sorted_and_limited() {
         let home = tempfile::tempdir().unwrap();
         let (name, version) = packages(CARGO_LOCK).into_iter().find(|(name, _)| name == "glob").unwrap();
-        let package = home.path().join(format!("registry/src/index.crates.io-1/{name}-{version}"));
+        let package = home.path().join(format!("registry/src/registry-1/{name}-{version}"));
         fs::create_dir_all(package.join("src/a")).unwrap();
         for (path, contents) in [
             ("src/lib.rs", b"fn a() {}".to_vec()),
