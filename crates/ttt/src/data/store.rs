@@ -18,6 +18,7 @@ use crate::{
         tokens::{Cut, TokenFile, Tokens},
         writer::{Built, Counts},
     },
+    hub::write_atomic,
 };
 
 /// Changes whenever the same inputs would give other files.
@@ -164,7 +165,7 @@ impl Store {
         std::fs::create_dir(&temporary.0).at(&temporary.0)?;
         let built = build::build(&temporary.0, options, tokenizer, progress)?;
         let meta = serde_json::to_string_pretty(&Meta { built, key: key.clone() }).expect("meta data can be written as JSON");
-        tokenizer::replace(&temporary.0.join("meta.json"), meta.as_bytes())?;
+        write_atomic(temporary.0.join("meta.json"), |w| w.write_all(meta.as_bytes()))?;
         if folder.exists() {
             // It could not be opened, so it is damaged.
             std::fs::remove_dir_all(&folder).at(&folder)?;

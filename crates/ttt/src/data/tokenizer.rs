@@ -8,7 +8,7 @@ use std::{
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::{AtPath, Error, Result, data::stream::TextStream};
+use crate::{AtPath, Error, Result, data::stream::TextStream, hub::write_atomic};
 
 /// Class name in `tokenizer_config.json` that says that ids are bytes.
 const BYTE_CLASS: &str = "ByteTokenizer";
@@ -210,7 +210,7 @@ impl Tokenizer {
             }),
             Kind::HuggingFace(hf) => {
                 let file = hf.inner.to_string(true).map_err(|e| Error::Tokenizer(e.to_string()))?;
-                replace(&folder.join("tokenizer.json"), file.as_bytes())?;
+                write_atomic(folder.join("tokenizer.json"), |w| w.write_all(file.as_bytes()))?;
                 let mut config = hf.config.clone();
                 config.entry("tokenizer_class").or_insert_with(|| json!("PreTrainedTokenizerFast"));
                 for (name, id) in [("bos_token", self.bos), ("eos_token", self.eos)] {
@@ -221,7 +221,7 @@ impl Tokenizer {
             }
         };
         let text = serde_json::to_string_pretty(&config).expect("a JSON value can be written");
-        replace(&folder.join("tokenizer_config.json"), text.as_bytes())
+        write_atomic(folder.join("tokenizer_config.json"), |w| w.write_all(text.as_bytes()))
     }
 }
 
@@ -296,19 +296,6 @@ fn byte_config(config: &Map<String, Value>, path: &Path) -> Result<Tokenizer> {
 /// Lower-case hexadecimal SHA-256 of `bytes`.
 pub(super) fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Replaces the file `path` by `bytes` all at once.
-pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let write = || {
-        let mut file = std::fs::File::create(&temporary)?;
-        std::io::Write::write_all(&mut file, bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
-    };
-    write().inspect_err(|_| _ = std::fs::remove_file(&temporary)).at(path)
 }
 
 #[cfg(test)]
