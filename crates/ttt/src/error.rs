@@ -49,6 +49,24 @@ pub enum Error {
         /// Bytes held by tensors at that moment.
         in_use: usize,
     },
+    /// A GPU has not enough memory.
+    #[error(
+        "out of GPU memory: {wanted} bytes were asked for with {in_use} in use; {free} of {total} are free; a smaller micro-batch, \
+         shorter sequences or `--recompute block` need less (`ttt plan` says how much)"
+    )]
+    OutOfGpuMemory {
+        /// Bytes of the request that failed.
+        wanted: usize,
+        /// Bytes held by this program's tensors at that moment.
+        in_use: usize,
+        /// Bytes that nobody holds.
+        free: usize,
+        /// Bytes of the GPU.
+        total: usize,
+    },
+    /// A GPU, its driver or its libraries cannot be used.
+    #[error("{0}")]
+    Device(String),
     /// A number became infinite or not-a-number.
     #[error(
         "step {step}: `{tensor}` is not finite (first at element {element}); lower the learning rate, or resume from an earlier checkpoint"

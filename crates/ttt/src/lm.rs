@@ -112,7 +112,7 @@ impl Lm {
 
     /// Type of its numbers.
     pub fn dtype(&self) -> DType {
-        self.params.data().dtype()
+        self.params.dtype()
     }
 
     /// Its blocks.
@@ -172,7 +172,7 @@ impl Lm {
             None => fresh_segments(batch),
         };
         let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
-        let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+        let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
         let mut saved = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let state = states.as_mut().map(|s| &mut s.layers[i]);
@@ -202,7 +202,7 @@ impl Lm {
             let segments = states.segments(batch);
             let keep = Keep::Nothing;
             let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
             let last = self.blocks.len() - 1;
             let few = rows.len() < batch.tokens.len();
             for (i, (block, state)) in self.blocks.iter().zip(&mut states.layers).enumerate() {
@@ -229,7 +229,7 @@ impl Lm {
     pub fn logits(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
         let all: bool = rows.len() == hidden.view().rows() && rows.iter().enumerate().all(|(i, r)| i == *r);
         self.device.install(|| {
-            let head = self.params.view(self.ids.head);
+            let head = self.params.operand(self.ids.head, self.ids.head);
             if all {
                 return linear::forward(hidden.view(), head);
             }
@@ -243,7 +243,7 @@ impl Lm {
     /// A target outside the vocabulary, or memory.
     pub fn nll(&self, hidden: View<'_>, targets: &[u32]) -> Result<Vec<f64>> {
         self.check_tokens(targets)?;
-        self.device.install(|| cross_entropy::forward(hidden, self.params.view(self.ids.head), targets))
+        self.device.install(|| cross_entropy::forward(hidden, self.params.operand(self.ids.head, self.ids.head), targets))
     }
 
     /// Negative log likelihoods, and the gradient of `sum_t weights[t] * nll[t]` with respect to the hidden rows; the output
@@ -253,7 +253,7 @@ impl Lm {
     /// A target outside the vocabulary, or memory.
     pub fn loss(&self, hidden: &Tensor, targets: &[u32], weights: &[f64], grads: &mut Params) -> Result<(Vec<f64>, Tensor)> {
         self.check_tokens(targets)?;
-        let head = self.params.view(self.ids.head);
+        let head = self.params.operand(self.ids.head, self.ids.head);
         self.device
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
@@ -272,8 +272,7 @@ impl Lm {
             for (block, saved) in self.blocks.iter().zip(blocks).rev() {
                 dx = block.backward(&pass, saved, dx, grads)?;
             }
-            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
-            Ok(())
+            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed))
         })
     }
 
@@ -288,7 +287,7 @@ impl Lm {
             let segments = states.segments(batch);
             let keep = Keep::Saved { group: 1 };
             let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
             let mut all = Vec::with_capacity(self.blocks.len());
             for (block, state) in self.blocks.iter().zip(&mut states.layers) {
                 let state: &mut LayerState = state;
@@ -309,7 +308,7 @@ impl Lm {
         self.device.install(|| {
             let segments = fresh_segments(batch);
             let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep: Keep::Nothing };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
             for (i, block) in self.blocks.iter().enumerate() {
                 x = block.forward(&pass, x, None)?.0;
                 if let Some(element) = x.to_f64_vec().iter().position(|x| !x.is_finite()) {

@@ -14,6 +14,8 @@ pub enum DType {
     F32,
     /// 64-bit floating point: a check mode that runs every operation's reference.
     F64,
+    /// 16-bit floating point with f32's range: activations and operands of products on a GPU.
+    Bf16,
 }
 
 impl DType {
@@ -22,6 +24,7 @@ impl DType {
         match self {
             DType::F32 => 4,
             DType::F64 => 8,
+            DType::Bf16 => 2,
         }
     }
 }
@@ -115,6 +118,7 @@ macro_rules! with_dtype {
                 type $e = f64;
                 $body
             }
+            $crate::tensor::DType::Bf16 => panic!("bf16 lives in a GPU's memory only; the CPU has no loops for it"),
         }
     };
 }
@@ -134,12 +138,22 @@ impl Tensor {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// For f64 on a GPU.
     pub fn empty(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        assert!(dtype != DType::F64 || device.as_cuda().is_none(), "f64 is computed on the CPU only");
         let elements: usize = shape.iter().product();
         let buffer = device.memory().take(elements * dtype.size())?;
         let mut tensor = Tensor { buffer: Arc::new(buffer), device: device.clone(), shape: shape.to_vec(), dtype };
-        if cfg!(debug_assertions) {
-            with_dtype!(dtype, E => tensor.as_mut_slice::<E>().fill(E::from_f64(f64::NAN)));
+        match device.as_cuda() {
+            // All bits set is a NaN in every type.
+            Some(cuda) if cuda.poisons() => cuda.context().fill(tensor.address(), 0xff, tensor.bytes()),
+            Some(_) => {}
+            None if cfg!(debug_assertions) => {
+                with_dtype!(dtype, E => tensor.as_mut_slice::<E>().fill(E::from_f64(f64::NAN)));
+            }
+            None => {}
         }
         Ok(tensor)
     }
@@ -164,7 +178,10 @@ impl Tensor {
     pub fn from_slice<E: Element>(device: &Device, shape: &[usize], data: &[E]) -> Result<Tensor> {
         let mut tensor = Tensor::empty(device, shape, E::DTYPE)?;
         assert_eq!(tensor.len(), data.len(), "{} elements for a tensor of shape {shape:?}", data.len());
-        tensor.as_mut_slice::<E>().copy_from_slice(data);
+        match device.as_cuda() {
+            Some(cuda) => cuda.context().upload(tensor.address(), data),
+            None => tensor.as_mut_slice::<E>().copy_from_slice(data),
+        }
         Ok(tensor)
     }
 
@@ -173,6 +190,11 @@ impl Tensor {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn copy(&self) -> Result<Tensor> {
+        if let Some(cuda) = self.device.as_cuda() {
+            let copy = Tensor::empty(&self.device, &self.shape, self.dtype)?;
+            cuda.context().copy(copy.address(), self.address(), self.bytes());
+            return Ok(copy);
+        }
         with_dtype!(self.dtype, E => Tensor::from_slice::<E>(&self.device, &self.shape, self.as_slice::<E>()))
     }
 
@@ -180,14 +202,59 @@ impl Tensor {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// For bf16 on a CPU, or f64 on a GPU.
     pub fn cast(&self, dtype: DType) -> Result<Tensor> {
         let mut out = Tensor::empty(&self.device, &self.shape, dtype)?;
+        if self.device.as_cuda().is_some() {
+            crate::ops::add::convert(out.view_mut(), self.view());
+            return Ok(out);
+        }
         with_dtype!(self.dtype, A => with_dtype!(dtype, B => {
             for (y, x) in out.as_mut_slice::<B>().iter_mut().zip(self.as_slice::<A>()) {
                 *y = B::from_f64(x.to_f64());
             }
         }));
         Ok(out)
+    }
+
+    /// A copy on another device. To and from a GPU it waits for what is queued there.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn to(&self, device: &Device) -> Result<Tensor> {
+        let copy = |bytes: &[u8]| -> Result<Tensor> {
+            let mut tensor = Tensor::empty(device, &self.shape, self.dtype)?;
+            match device.as_cuda() {
+                Some(cuda) => cuda.context().upload(tensor.address(), bytes),
+                None => with_dtype!(self.dtype, E => {
+                    tensor.as_mut_slice::<E>().copy_from_slice(bytemuck::cast_slice(bytes));
+                }),
+            }
+            Ok(tensor)
+        };
+        match self.device.as_cuda() {
+            Some(cuda) => match self.dtype {
+                DType::Bf16 if device.as_cuda().is_none() => self.cast(DType::F32)?.to(device),
+                _ => {
+                    // Eight bytes at a time, so that they are aligned for every type.
+                    let mut bytes = vec![0u64; self.bytes().div_ceil(8)];
+                    let bytes = &mut bytemuck::cast_slice_mut::<u64, u8>(&mut bytes)[..self.bytes()];
+                    cuda.context().download(bytes, self.address());
+                    copy(bytes)
+                }
+            },
+            None => with_dtype!(self.dtype, E => copy(bytemuck::cast_slice(self.as_slice::<E>()))),
+        }
+    }
+
+    /// Address in the GPU's memory.
+    ///
+    /// # Panics
+    /// When the tensor lies in main memory.
+    pub(crate) fn address(&self) -> u64 {
+        self.buffer.address()
     }
 
     /// Number of elements.
@@ -238,8 +305,14 @@ impl Tensor {
         }
     }
 
-    /// The elements as f64, whatever their type.
+    /// The elements as f64, whatever their type and wherever they lie.
+    ///
+    /// # Panics
+    /// When there is no memory for the copy of a GPU's elements.
     pub fn to_f64_vec(&self) -> Vec<f64> {
+        if self.device.as_cuda().is_some() {
+            return self.to(&self.device.cpu_beside()).expect("memory for a copy").to_f64_vec();
+        }
         with_dtype!(self.dtype, E => self.as_slice::<E>().iter().map(|x| x.to_f64()).collect())
     }
 
@@ -248,12 +321,20 @@ impl Tensor {
     /// # Panics
     /// When another handle to the tensor exists.
     pub fn fill_zero(&mut self) {
+        if let Some(cuda) = self.device.as_cuda() {
+            assert!(Arc::get_mut(&mut self.buffer).is_some(), "writing to a tensor of shape {:?} that is shared", self.shape);
+            cuda.context().fill(self.buffer.address(), 0, self.bytes());
+            return;
+        }
         with_dtype!(self.dtype, E => self.as_mut_slice::<E>().fill(E::ZERO));
     }
 
     /// As a matrix: all axes but the last are rows.
     pub fn view(&self) -> View<'_> {
         let [rows, cols] = self.matrix_shape();
+        if self.device.as_cuda().is_some() {
+            return View::on_gpu(self.address(), [rows, cols], self.dtype, &self.device);
+        }
         with_dtype!(self.dtype, E => View::new(Mat::<E>::new(self.as_slice(), rows, cols), &self.device))
     }
 
@@ -267,6 +348,9 @@ impl Tensor {
         let Some(buffer) = Arc::get_mut(&mut self.buffer) else {
             panic!("writing to a tensor of shape {:?} that is shared", self.shape);
         };
+        if self.device.as_cuda().is_some() {
+            return ViewMut::on_gpu(buffer.address(), [rows, cols], self.dtype, &self.device);
+        }
         with_dtype!(self.dtype, E => ViewMut::new(MatMut::<E>::new(buffer.slice_mut(len), rows, cols), &self.device))
     }
 

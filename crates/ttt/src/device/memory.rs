@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
+use crate::device::cuda::context::Context;
 use crate::tensor::Element;
 use crate::{Error, Result};
 
@@ -16,7 +17,18 @@ pub const ALIGNMENT: usize = 256;
 /// Size classes are an eighth of a power of two apart, so at most an eighth of a buffer is unused.
 #[derive(Default)]
 pub struct Pool {
+    source: Source,
     state: Mutex<PoolState>,
+}
+
+/// Where a pool's memory comes from.
+#[derive(Default)]
+enum Source {
+    /// Main memory.
+    #[default]
+    Host,
+    /// A GPU. Its one stream orders all work, so memory may be handed out again while a kernel still uses it.
+    Gpu(Arc<Context>),
 }
 
 #[derive(Default)]
@@ -49,6 +61,11 @@ pub fn size_class(bytes: usize) -> usize {
 }
 
 impl Pool {
+    /// A pool of a GPU's memory.
+    pub(crate) fn of_gpu(context: &Arc<Context>) -> Pool {
+        Pool { source: Source::Gpu(context.clone()), state: Mutex::default() }
+    }
+
     /// Memory of at least `bytes` bytes, initialised but with arbitrary contents.
     pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
         let capacity = size_class(bytes);
@@ -57,12 +74,13 @@ impl Pool {
         let ptr = match reused {
             Some(ptr) => ptr,
             None => {
-                let layout = Layout::from_size_align(capacity, ALIGNMENT)
-                    .map_err(|_| Error::OutOfMemory { wanted: bytes, in_use: state.in_use })?;
-                // SAFETY: the layout's size is at least ALIGNMENT, so not zero. Zeroing makes every later read of stale contents defined.
-                let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
                 state.system_allocations += 1;
-                NonNull::new(ptr).ok_or(Error::OutOfMemory { wanted: bytes, in_use: state.in_use })?
+                let ptr = self.source.allocate(capacity).or_else(|| {
+                    // What lies unused in other size classes may be enough.
+                    self.source.give_back(&mut state);
+                    self.source.allocate(capacity)
+                });
+                ptr.ok_or_else(|| self.source.out_of_memory(bytes, state.in_use))?
             }
         };
         state.in_use += capacity;
@@ -84,12 +102,7 @@ impl Pool {
 
     /// Gives unused memory back to the system.
     pub fn trim(&self) {
-        let mut state = self.state.lock().expect("memory pool");
-        for (capacity, buffers) in std::mem::take(&mut state.free) {
-            for ptr in buffers {
-                free(ptr, capacity);
-            }
-        }
+        self.source.give_back(&mut self.state.lock().expect("memory pool"));
     }
 }
 
@@ -99,9 +112,43 @@ impl Drop for Pool {
     }
 }
 
-fn free(ptr: NonNull<u8>, capacity: usize) {
-    // SAFETY: `ptr` came from `alloc_zeroed` with this layout (`Pool::take`) and is owned by the caller.
-    unsafe { std::alloc::dealloc(ptr.as_ptr(), Layout::from_size_align_unchecked(capacity, ALIGNMENT)) }
+impl Source {
+    fn allocate(&self, capacity: usize) -> Option<NonNull<u8>> {
+        let ptr = match self {
+            Source::Host => {
+                let layout = Layout::from_size_align(capacity, ALIGNMENT).ok()?;
+                // SAFETY: the layout's size is at least ALIGNMENT, so not zero. Zeroing makes every later read of stale contents defined.
+                unsafe { std::alloc::alloc_zeroed(layout) }
+            }
+            Source::Gpu(context) => context.allocate(capacity)? as *mut u8,
+        };
+        NonNull::new(ptr)
+    }
+
+    /// Gives the memory in the free lists back to the system.
+    fn give_back(&self, state: &mut PoolState) {
+        for (capacity, buffers) in std::mem::take(&mut state.free) {
+            for ptr in buffers {
+                match self {
+                    // SAFETY: `ptr` came from `alloc_zeroed` with this layout (`allocate`) and was in the free list, so nobody has it.
+                    Source::Host => unsafe {
+                        std::alloc::dealloc(ptr.as_ptr(), Layout::from_size_align_unchecked(capacity, ALIGNMENT))
+                    },
+                    Source::Gpu(context) => context.free(ptr.as_ptr() as u64),
+                }
+            }
+        }
+    }
+
+    fn out_of_memory(&self, wanted: usize, in_use: usize) -> Error {
+        match self {
+            Source::Host => Error::OutOfMemory { wanted, in_use },
+            Source::Gpu(context) => {
+                let (free, total) = context.memory();
+                Error::OutOfGpuMemory { wanted, in_use, free, total }
+            }
+        }
+    }
 }
 
 /// A piece of pooled memory; dropping it returns it to its pool.
@@ -117,11 +164,26 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
+    /// Address of a buffer in a GPU's memory.
+    ///
+    /// # Panics
+    /// When it lies in main memory.
+    pub(crate) fn address(&self) -> u64 {
+        assert!(matches!(self.pool.source, Source::Gpu(_)), "memory of the CPU where a GPU's was expected");
+        self.ptr.as_ptr() as u64
+    }
+
+    #[track_caller]
+    fn expect_host(&self) {
+        assert!(matches!(self.pool.source, Source::Host), "memory of a GPU where the CPU's was expected");
+    }
+
     /// The first `len` elements.
     ///
     /// # Panics
-    /// When the buffer is too small for them.
+    /// When the buffer is too small for them, or in a GPU's memory.
     pub(crate) fn slice<E: Element>(&self, len: usize) -> &[E] {
+        self.expect_host();
         assert!(len * size_of::<E>() <= self.capacity, "{len} elements in a buffer of {} bytes", self.capacity);
         // SAFETY: the memory is initialised (zeroed when it came from the system), large enough, aligned to ALIGNMENT, and any
         // bit pattern is an `E` (`Pod`).
@@ -131,8 +193,9 @@ impl Buffer {
     /// The first `len` elements, to write.
     ///
     /// # Panics
-    /// When the buffer is too small for them.
+    /// When the buffer is too small for them, or in a GPU's memory.
     pub(crate) fn slice_mut<E: Element>(&mut self, len: usize) -> &mut [E] {
+        self.expect_host();
         assert!(len * size_of::<E>() <= self.capacity, "{len} elements in a buffer of {} bytes", self.capacity);
         // SAFETY: as in `slice`, and the buffer is mutably borrowed.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), len) }

@@ -265,6 +265,25 @@ impl<'a> View<'a> {
         View { mat: Mat { ptr: ptr.cast(), rows, cols, stride, marker: PhantomData }, dtype: E::DTYPE, device }
     }
 
+    /// A contiguous matrix in a GPU's memory.
+    pub(crate) fn on_gpu(address: u64, [rows, cols]: [usize; 2], dtype: DType, device: &'a Device) -> Self {
+        View { mat: Mat { ptr: address as *const u8, rows, cols, stride: cols, marker: PhantomData }, dtype, device }
+    }
+
+    /// Address in the GPU's memory.
+    ///
+    /// # Panics
+    /// When the matrix lies in main memory.
+    pub(crate) fn address(&self) -> u64 {
+        assert!(self.device.as_cuda().is_some(), "a matrix of the CPU where a GPU's was expected");
+        self.mat.ptr as u64
+    }
+
+    /// Elements from one row to the next.
+    pub fn stride(&self) -> usize {
+        self.mat.stride
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.mat.rows
@@ -293,8 +312,9 @@ impl<'a> View<'a> {
     /// The matrix with its element type.
     ///
     /// # Panics
-    /// When the elements are not `E`.
+    /// When the elements are not `E`, or lie in a GPU's memory.
     pub fn as_mat<E: Element>(&self) -> Mat<'a, E> {
+        assert!(self.device.as_cuda().is_none(), "a matrix of a GPU where the CPU's was expected");
         assert_eq!(self.dtype, E::DTYPE, "the elements are {:?}, not {:?}", self.dtype, E::DTYPE);
         Mat { ptr: self.mat.ptr.cast(), rows: self.mat.rows, cols: self.mat.cols, stride: self.mat.stride, marker: PhantomData }
     }
@@ -343,6 +363,11 @@ impl<'a> ViewMut<'a> {
         ViewMut { mat: MatMut { ptr: ptr.cast(), rows, cols, stride, marker: PhantomData }, dtype: E::DTYPE, device }
     }
 
+    /// A contiguous matrix in a GPU's memory.
+    pub(crate) fn on_gpu(address: u64, [rows, cols]: [usize; 2], dtype: DType, device: &'a Device) -> Self {
+        ViewMut { mat: MatMut { ptr: address as *mut u8, rows, cols, stride: cols, marker: PhantomData }, dtype, device }
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.mat.rows
@@ -379,8 +404,9 @@ impl<'a> ViewMut<'a> {
     /// The matrix with its element type.
     ///
     /// # Panics
-    /// When the elements are not `E`.
+    /// When the elements are not `E`, or lie in a GPU's memory.
     pub fn into_mat<E: Element>(self) -> MatMut<'a, E> {
+        assert!(self.device.as_cuda().is_none(), "a matrix of a GPU where the CPU's was expected");
         assert_eq!(self.dtype, E::DTYPE, "the elements are {:?}, not {:?}", self.dtype, E::DTYPE);
         MatMut { ptr: self.mat.ptr.cast(), rows: self.mat.rows, cols: self.mat.cols, stride: self.mat.stride, marker: PhantomData }
     }

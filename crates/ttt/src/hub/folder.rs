@@ -178,7 +178,8 @@ pub fn save(dir: impl AsRef<Path>, config: &Config, params: &Params, options: Sa
 
 fn save_with(dir: &Path, config: &Config, extra: &Map<String, Value>, params: &Params, options: SaveOptions) -> Result<()> {
     fs::create_dir_all(dir).at(dir)?;
-    let shards = split(weights::sources(params, "", options.dtype.dtype()), options.max_shard_bytes);
+    let params = params.on_cpu()?;
+    let shards = split(weights::sources(&params, "", options.dtype.dtype()), options.max_shard_bytes);
     let count = shards.len();
     let mut written = BTreeSet::new();
     let mut weight_map = Map::new();

@@ -9,8 +9,12 @@ use crate::tensor::with_dtype;
 ///
 /// It depends on the weights alone: not on how files are sharded, on gaps in the flat buffer or on the device. Weights rounded to
 /// half precision are other weights.
+///
+/// # Panics
+/// When there is no memory for a copy of a GPU's weights.
 pub fn model_hash(params: &Params) -> String {
     use crate::tensor::Element;
+    let params = params.on_cpu().expect("memory for a copy of the weights");
     let mut hash = Sha256::new();
     let mut bytes = Vec::new();
     for (index, entry) in params.table().entries().iter().enumerate() {

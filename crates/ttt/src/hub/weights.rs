@@ -86,6 +86,12 @@ pub fn sources<'a>(params: &'a Params, prefix: &str, dtype: Dtype) -> Vec<Source
 /// # Errors
 /// [`Error::Format`] for a tensor that is missing or has another shape or type.
 pub fn read_into(params: &mut Params, file: &File, prefix: &str) -> Result<()> {
+    if params.data().device().as_cuda().is_some() {
+        let mut read = params.on_cpu()?.into_owned();
+        read_into(&mut read, file, prefix)?;
+        *params = read.to(params.data().device(), params.dtype())?;
+        return Ok(());
+    }
     let table = params.table().clone();
     for (index, entry) in table.entries().iter().enumerate() {
         let tensor = file.tensor(&format!("{prefix}{}", entry.name))?;
@@ -118,6 +124,9 @@ pub fn load(files: &[File], path: &Path, table: &Arc<ParamTable>, device: &Devic
     }
     if !wrong.is_empty() {
         return Err(Error::format(path, some(&wrong, "; ")));
+    }
+    if device.as_cuda().is_some() {
+        return load(files, path, table, &device.cpu_beside(), DType::F32)?.to(device, dtype);
     }
     let mut params = Params::zeros(table, device, dtype)?;
     device.install(|| {

@@ -140,7 +140,7 @@ impl TttLayer {
     ) -> Result<(Tensor, Option<TttSaved>)> {
         let Learned { projected, qk, lr, tok, z, inner } = self.learn(pass, x, self.last_projection(), fast, window)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
-        let out = linear::forward(y.view(), pass.weights.view(self.ids.o_proj))?;
+        let out = linear::forward(y.view(), pass.weights.operand(self.ids.o_proj, self.ids.o_proj))?;
         Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner })))
     }
 
@@ -160,11 +160,11 @@ impl TttLayer {
         let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
-            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.view(g_proj))?),
+            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.operand(g_proj, g_proj))?),
             None => None,
         };
         let y = self.output(pass, gate.as_ref().map(Tensor::view), &z)?;
-        linear::forward(y.view(), pass.weights.view(self.ids.o_proj))
+        linear::forward(y.view(), pass.weights.operand(self.ids.o_proj, self.ids.o_proj))
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
@@ -177,7 +177,7 @@ impl TttLayer {
         window: Option<&mut Tensor>,
     ) -> Result<Learned> {
         let (w, ids) = (pass.weights, &self.ids);
-        let mut projected = linear::forward(x, w.fused(ids.q_proj, last))?;
+        let mut projected = linear::forward(x, w.operand(ids.q_proj, last))?;
         let qk = match ids.convs {
             Some(convs) => {
                 let shared = self.block(&projected, 0);
@@ -202,7 +202,7 @@ impl TttLayer {
             }
         };
         let lr_bias = w.view(ids.lr_bias).reshape(1, self.heads);
-        let lr = inner_lr::forward(x, w.view(ids.lr_weight), lr_bias, self.lr_scale(pass))?;
+        let lr = inner_lr::forward(x, w.operand(ids.lr_weight, ids.lr_weight), lr_bias, self.lr_scale(pass))?;
         let tok = token_scale::forward(w.view(ids.token_idx))?;
 
         let group = match pass.keep {
@@ -239,7 +239,7 @@ impl TttLayer {
         let y = self.output(pass, self.gate(&projected), &z)?;
         linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
         drop(y);
-        let dy = linear::backward_input(dout, w.view(ids.o_proj))?;
+        let dy = linear::backward_input(dout, w.operand(ids.o_proj, ids.o_proj))?;
         let (post_w, post_b) = ids.post_norm;
         let dnormed = match ids.g_proj {
             Some(_) => {
@@ -256,9 +256,9 @@ impl TttLayer {
 
         // The inner loop.
         let state_len = FastWeights::state_len(self.inner, self.head_dim);
-        let mut dstate = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], dtype)?;
-        let mut dlr = Tensor::empty(device, lr.shape(), dtype)?;
-        let mut dtok = Tensor::zeros(device, tok.shape(), dtype)?;
+        let mut dstate = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], w.data().dtype())?;
+        let mut dlr = Tensor::empty(device, lr.shape(), lr.dtype())?;
+        let mut dtok = Tensor::zeros(device, tok.shape(), tok.dtype())?;
         let mut dqk = match &qk {
             Some(_) => Some([Tensor::empty(device, &[n, d], dtype)?, Tensor::empty(device, &[n, d], dtype)?]),
             None => None,
@@ -313,10 +313,11 @@ impl TttLayer {
         // The projections and the learning-rate gate read the same input.
         let (first, last) = (ids.q_proj, self.last_projection());
         linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
-        let mut dx = linear::backward_input(dprojected.view(), w.fused(first, last))?;
+        let mut dx = linear::backward_input(dprojected.view(), w.operand(first, last))?;
         let [dlr_weight, dlr_bias] = grads.views_mut([ids.lr_weight, ids.lr_bias]);
         let dlr_bias = dlr_bias.reshape(1, self.heads);
-        let dx_lr = inner_lr::backward(dlr.view(), lr.view(), x, w.view(ids.lr_weight), self.lr_scale(pass), dlr_weight, dlr_bias)?;
+        let lr_weight = w.operand(ids.lr_weight, ids.lr_weight);
+        let dx_lr = inner_lr::backward(dlr.view(), lr.view(), x, lr_weight, self.lr_scale(pass), dlr_weight, dlr_bias)?;
         add::add_to(dx.view_mut(), dx_lr.view());
         Ok(dx)
     }

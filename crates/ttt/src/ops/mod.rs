@@ -1,7 +1,8 @@
 //! Operations: a small set of functions on tensors, each with an explicit forward and backward.
 //!
 //! Every operation has a folder: `mod.rs` is the public door (one function per direction; it checks shapes and picks the
-//! implementation once), `reference.rs` the definition (plain loops, generic over f32 and f64), `cpu.rs` the fast f32 version.
+//! implementation once), `reference.rs` the definition (plain loops, generic over f32 and f64), `cpu.rs` the fast f32 version,
+//! `cuda.rs` and `kernel.cu` that of GPUs (f32 and bf16).
 //! f64 always runs the reference; f32 runs it when the device says so ([`crate::device::Kernels`]).
 //!
 //! Rules that hold for all of them:
@@ -34,6 +35,21 @@ pub(crate) mod simd;
 
 use crate::device::{Device, Kernels};
 use crate::tensor::DType;
+
+/// The kernels of all operations.
+pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
+    &adamw::cuda::SOURCE,
+    &add::cuda::SOURCE,
+    &conv::cuda::SOURCE,
+    &cross_entropy::cuda::SOURCE,
+    &embedding::cuda::SOURCE,
+    &gelu_gate::cuda::SOURCE,
+    &inner_lr::cuda::SOURCE,
+    &layer_norm::cuda::SOURCE,
+    &rms_norm::cuda::SOURCE,
+    &rope::cuda::SOURCE,
+    &swiglu::cuda::SOURCE,
+];
 
 /// Whether the fast f32 version of an operation runs, not the reference.
 pub(crate) fn fast(device: &Device, dtype: DType) -> bool {

@@ -22,3 +22,14 @@ pub(crate) fn add_up(sums: Mat<f32>, cols: Range<usize>, to: &mut [f32]) {
         }
     }
 }
+
+/// On a GPU: rows of a block, and the number of blocks, so that few partial sums are to be added up and the GPU is full.
+pub(crate) fn gpu_rows(rows: usize) -> [usize; 2] {
+    let per_block = rows.div_ceil(528).max(1);
+    [per_block, rows.div_ceil(per_block)]
+}
+
+/// On a GPU: threads of a block that works on a row of `cols` elements, `width` a thread.
+pub(crate) fn gpu_threads(cols: usize, width: usize) -> usize {
+    (cols / width).next_multiple_of(32).clamp(32, 256)
+}

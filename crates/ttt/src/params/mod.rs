@@ -6,6 +6,7 @@
 mod init;
 mod table;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ pub use table::{BlockIds, Entry, ModelIds, ParamId, ParamTable, TttIds};
 
 use crate::Result;
 use crate::device::Device;
-use crate::device::view::{Mat, View, ViewMut};
+use crate::device::view::{View, ViewMut};
 use crate::tensor::{DType, Tensor, with_dtype};
 
 /// One number for every parameter of a model, in one flat buffer.
@@ -24,15 +25,52 @@ use crate::tensor::{DType, Tensor, with_dtype};
 pub struct Params {
     table: Arc<ParamTable>,
     data: Tensor,
+    /// In mixed precision on a GPU, the same numbers in bf16 for products.
+    operands: Option<Tensor>,
 }
 
 impl Params {
-    /// All zeros.
+    /// All zeros. `Bf16` means mixed precision: numbers in f32, and copies in bf16 for products.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn zeros(table: &Arc<ParamTable>, device: &Device, dtype: DType) -> Result<Params> {
-        Ok(Params { table: table.clone(), data: Tensor::zeros(device, &[table.len()], dtype)? })
+        let zeros = |dtype| Tensor::zeros(device, &[table.len()], dtype);
+        Ok(match dtype {
+            DType::Bf16 => Params { table: table.clone(), data: zeros(DType::F32)?, operands: Some(zeros(dtype)?) },
+            _ => Params { table: table.clone(), data: zeros(dtype)?, operands: None },
+        })
+    }
+
+    /// A copy on another device, in another precision (see [`Params::zeros`]).
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn to(&self, device: &Device, dtype: DType) -> Result<Params> {
+        let mut data = self.data.to(device)?;
+        let stored = if dtype == DType::Bf16 { DType::F32 } else { dtype };
+        if data.dtype() != stored {
+            data = data.cast(stored)?;
+        }
+        let operands = if dtype == DType::Bf16 { Some(data.cast(dtype)?) } else { None };
+        Ok(Params { table: self.table.clone(), data, operands })
+    }
+
+    /// A copy on the CPU when they lie in a GPU's memory, otherwise themselves: what files are written from.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn on_cpu(&self) -> Result<Cow<'_, Params>> {
+        let device = self.data.device();
+        match device.as_cuda() {
+            Some(_) => Ok(Cow::Owned(self.to(&device.cpu_beside(), self.data.dtype())?)),
+            None => Ok(Cow::Borrowed(self)),
+        }
+    }
+
+    /// Type of the activations of a model with these weights: that of the products' operands.
+    pub fn dtype(&self) -> DType {
+        self.operands.as_ref().unwrap_or(&self.data).dtype()
     }
 
     /// Initial values. Each parameter's depend on the seed and its name alone.
@@ -40,6 +78,9 @@ impl Params {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn init(table: &Arc<ParamTable>, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
+        if device.as_cuda().is_some() {
+            return Params::init(table, &device.cpu_beside(), DType::F32, seed)?.to(device, dtype);
+        }
         let mut params = Params::zeros(table, device, dtype)?;
         let ids: Vec<ParamId> = (0..table.entries().len()).map(ParamId).collect();
         let values: Vec<Vec<f64>> = ids.par_iter().map(|id| init::initial_values(table.entry(*id), seed)).collect();
@@ -65,9 +106,15 @@ impl Params {
         &self.data
     }
 
-    /// The whole buffer, to write.
+    /// The whole buffer, to write. In mixed precision the copies for products must be written too
+    /// ([`Params::data_and_operands_mut`]).
     pub fn data_mut(&mut self) -> &mut Tensor {
         &mut self.data
+    }
+
+    /// The whole buffer and, in mixed precision, its copy for products, both to write.
+    pub fn data_and_operands_mut(&mut self) -> (&mut Tensor, Option<&mut Tensor>) {
+        (&mut self.data, self.operands.as_mut())
     }
 
     /// Elements of one parameter.
@@ -102,8 +149,20 @@ impl Params {
     /// # Panics
     /// When they do not lie one behind the other with equal numbers of columns.
     pub fn fused(&self, first: ParamId, last: ParamId) -> View<'_> {
+        self.matrix(&self.data, first, last)
+    }
+
+    /// [`Params::fused`] as products read it: in bf16 in mixed precision.
+    ///
+    /// # Panics
+    /// When they do not lie one behind the other with equal numbers of columns.
+    pub fn operand(&self, first: ParamId, last: ParamId) -> View<'_> {
+        self.matrix(self.operands.as_ref().unwrap_or(&self.data), first, last)
+    }
+
+    fn matrix<'a>(&self, buffer: &'a Tensor, first: ParamId, last: ParamId) -> View<'a> {
         let (range, [rows, cols]) = self.span(first, last);
-        with_dtype!(self.data.dtype(), E => View::new(Mat::<E>::new(&self.data.as_slice()[range], rows, cols), self.data.device()))
+        buffer.view().reshape(buffer.len(), 1).row_range(range).reshape(rows, cols)
     }
 
     /// The parameters from `first` to `last` as one matrix, to write.

@@ -91,8 +91,9 @@ impl Checkpoints {
         let path = folder.join(&name);
         write_folder(&path, |tmp| {
             write_model(tmp, model, tokenizer)?;
-            let mut moments = weights::sources(&optimizer.m, "m.", Dtype::F32);
-            moments.extend(weights::sources(&optimizer.v, "v.", Dtype::F32));
+            let (m, v) = (optimizer.m.on_cpu()?, optimizer.v.on_cpu()?);
+            let mut moments = weights::sources(&m, "m.", Dtype::F32);
+            moments.extend(weights::sources(&v, "v.", Dtype::F32));
             safetensors::write(tmp.join("optimizer.safetensors"), &[], moments)?;
             let json = serde_json::to_string_pretty(state).expect("a trainer state is plain data");
             write_atomic(tmp.join("trainer_state.json"), |w| w.write_all(json.as_bytes()))

@@ -71,12 +71,12 @@ impl Optimizer {
     /// Zero moments for a model.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], or a model that is not in f32.
+    /// [`Error::OutOfMemory`], or a model in f64.
     pub fn new(model: &Lm) -> Result<Optimizer> {
-        if model.dtype() != DType::F32 {
-            return Err(Error::Config("training runs in f32 on a CPU".into()));
+        if model.dtype() == DType::F64 {
+            return Err(Error::Config("training runs in f32 on a CPU, in f32 or bf16 on a GPU".into()));
         }
-        let zeros = || Params::zeros(model.params().table(), model.device(), model.dtype());
+        let zeros = || Params::zeros(model.params().table(), model.device(), DType::F32);
         Ok(Optimizer { m: zeros()?, v: zeros()?, grads: zeros()?, step: 0 })
     }
 
@@ -94,8 +94,8 @@ impl Optimizer {
         let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
         device.install(|| {
             let (m, v) = (self.m.data_mut(), self.v.data_mut());
-            let params = model.params_mut().data_mut();
-            adamw::step(params, self.grads.data(), m, v, self.step, settings.lr, scale, &settings.adamw);
+            let (params, operands) = model.params_mut().data_and_operands_mut();
+            adamw::step(params, operands, self.grads.data(), m, v, self.step, settings.lr, scale, &settings.adamw);
         });
         self.step += 1;
         Ok(StepReport { loss, nll, counted, grad_norm })
@@ -126,7 +126,8 @@ impl Optimizer {
         let at = |tensor: String, element| Error::NotFinite { step: self.step, tensor, element };
         let first_in = |params: &Params, what: &str| {
             params.table().entries().iter().find_map(|e| {
-                let element = params.data().as_slice::<f32>()[e.range()].iter().position(|x| !x.is_finite())?;
+                let id = params.table().find(&e.name)?;
+                let element = grad_norm::first_non_finite(params.view(id))?;
                 Some(at(format!("{what}{}", e.name), element))
             })
         };

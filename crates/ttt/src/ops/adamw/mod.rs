@@ -2,6 +2,7 @@
 //! times the current learning rate, no parameter excluded.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::ops::{expect_shape, fast};
@@ -46,10 +47,13 @@ impl Factors {
 /// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`,
 /// `params −= lr ((m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + eps) + weight_decay · params)`.
 ///
+/// `operands` are copies of the parameters in bf16 (mixed precision on a GPU), written too.
+///
 /// # Panics
-/// When the four tensors differ in their number of elements.
+/// When the tensors differ in their number of elements; on a CPU, when there are `operands`.
 pub fn step(
     params: &mut Tensor,
+    operands: Option<&mut Tensor>,
     grads: &Tensor,
     m: &mut Tensor,
     v: &mut Tensor,
@@ -62,6 +66,11 @@ pub fn step(
         expect_shape(name, [tensor.len(), 1], [params.len(), 1]);
     }
     let factors = Factors::new(step, lr, grad_scale, settings);
+    let device = params.device().clone();
+    if let Some(gpu) = device.as_cuda() {
+        return cuda::step(gpu, params, operands, grads, [m, v], factors);
+    }
+    assert!(operands.is_none(), "copies for products are a GPU's");
     if fast(params.device(), params.dtype()) {
         cpu::step(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors);
     } else {

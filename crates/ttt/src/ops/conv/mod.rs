@@ -5,6 +5,7 @@
 //! Letters: n rows, c channels. A window tensor is `[slots, taps − 1, c]`; each segment has a slot of its own.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -28,7 +29,9 @@ pub fn forward(x: View, w: View, bias: View, segments: &[Segment], window: Optio
         expect_window(window, segments, w.cols() - 1, x.cols());
     }
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::forward(gpu, cuda::Inputs { x, segments, window }, w, bias, &y.view_mut())?;
+    } else if fast(x.device(), x.dtype()) {
         let inputs = cpu::Inputs { x: x.as_mat(), segments, window: window.map(|t| t.view().as_mat()) };
         cpu::forward(x.device(), inputs, w.as_mat(), bias.as_mat(), y.view_mut().into_mat())?;
     } else {
@@ -48,6 +51,9 @@ pub fn advance(x: View, segments: &[Segment], window: &mut Tensor) {
     expect_segments(segments, x.rows());
     let memory = window_rows(window);
     expect_window(window, segments, memory, x.cols());
+    if let Some(gpu) = x.device().as_cuda() {
+        return cuda::advance(gpu, x, segments, window).expect("memory for the segments of a batch");
+    }
     with_dtype!(x.dtype(), E => reference::advance::<E>(x.as_mat(), segments, memory, window.view_mut().into_mat()));
 }
 
@@ -78,6 +84,13 @@ pub fn backward(
         expect_window(window, segments, w.cols() - 1, x.cols());
     }
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::backward(gpu, dy, cuda::Inputs { x, segments, window }, w, [&dw, &dbias], &dx.view_mut())?;
+        if let Some(dwindow) = dwindow {
+            cuda::backward_window(gpu, dy, w, segments, dwindow)?;
+        }
+        return Ok(dx);
+    }
     if fast(x.device(), x.dtype()) {
         let inputs = cpu::Inputs { x: x.as_mat(), segments, window: window.map(|t| t.view().as_mat()) };
         let (dw, dbias, dx) = (dw.into_mat(), dbias.into_mat(), dx.view_mut().into_mat());
@@ -107,6 +120,10 @@ pub fn backward_advance(dwindow_final: &Tensor, segments: &[Segment], dx: ViewMu
     let memory = window_rows(dwindow);
     expect_window(dwindow_final, segments, memory, dx.cols());
     expect_window(dwindow, segments, memory, dx.cols());
+    if let Some(gpu) = dwindow_final.device().as_cuda() {
+        let done = cuda::backward_advance(gpu, dwindow_final, segments, &dx, dwindow);
+        return done.expect("memory for the segments of a batch");
+    }
     with_dtype!(dx.dtype(), E => {
         let (from, to) = (dwindow_final.view().as_mat(), dwindow.view_mut().into_mat());
         reference::backward_advance::<E>(from, segments, memory, dx.into_mat(), to)

@@ -3,6 +3,7 @@
 //! Letters: n rows, d hidden size, v vocabulary.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -20,6 +21,9 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(hidden: View, w: View, targets: &[u32]) -> Result<Vec<f64>> {
     expect_inputs(hidden, w, targets);
     expect_targets(targets, w);
+    if let Some(gpu) = hidden.device().as_cuda() {
+        return cuda::forward(gpu, hidden, w, targets);
+    }
     if fast(hidden.device(), hidden.dtype()) {
         return cpu::forward(hidden.device(), hidden.as_mat(), w.as_mat(), targets);
     }
@@ -42,6 +46,10 @@ pub fn forward_backward(hidden: View, w: View, targets: &[u32], weights: &[f64],
     assert!(weights.len() == targets.len(), "{} weights for {} targets", weights.len(), targets.len());
     expect_targets(targets.iter().zip(weights).filter(|(_, weight)| **weight != 0.0).map(|(target, _)| target), w);
     let mut dhidden = Tensor::empty(hidden.device(), &hidden.shape(), hidden.dtype())?;
+    if let Some(gpu) = hidden.device().as_cuda() {
+        let nll = cuda::forward_backward(gpu, hidden, w, targets, weights, &dw, &mut dhidden)?;
+        return Ok((nll, dhidden));
+    }
     let nll = if fast(hidden.device(), hidden.dtype()) {
         let (dw, dhidden) = (dw.into_mat(), dhidden.view_mut().into_mat());
         cpu::forward_backward(hidden.device(), hidden.as_mat(), w.as_mat(), targets, weights, dw, dhidden)?

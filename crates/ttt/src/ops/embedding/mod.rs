@@ -1,6 +1,7 @@
 //! Token embeddings: rows of a table.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -18,7 +19,9 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(ids: &[u32], table: View) -> Result<Tensor> {
     expect_ids(ids, table.rows());
     let mut y = Tensor::empty(table.device(), &[ids.len(), table.cols()], table.dtype())?;
-    if fast(table.device(), table.dtype()) {
+    if let Some(gpu) = table.device().as_cuda() {
+        cuda::forward(gpu, ids, table, &y.view_mut())?;
+    } else if fast(table.device(), table.dtype()) {
         cpu::forward(ids, table.as_mat(), y.view_mut().into_mat());
     } else {
         with_dtype!(table.dtype(), E => reference::forward::<E>(ids, table.as_mat(), y.view_mut().into_mat()));
@@ -26,18 +29,24 @@ pub fn forward(ids: &[u32], table: View) -> Result<Tensor> {
     Ok(y)
 }
 
-/// `dtable[ids[i]] += dy[i]`, in the order of i.
+/// `dtable[ids[i]] += dy[i]`, in the order of i on a CPU and in an order that depends on the ids alone on a GPU.
+///
+/// # Errors
+/// [`crate::Error::OutOfGpuMemory`].
 ///
 /// # Panics
 /// When `dy` is not `[ids.len(), d]`, or an id is not below `v`.
-pub fn backward(ids: &[u32], dy: View, dtable: ViewMut) {
+pub fn backward(ids: &[u32], dy: View, dtable: ViewMut) -> Result<()> {
     expect_ids(ids, dtable.rows());
     expect_shape("dy", dy.shape(), [ids.len(), dtable.cols()]);
-    if fast(dy.device(), dy.dtype()) {
+    if let Some(gpu) = dy.device().as_cuda() {
+        cuda::backward(gpu, ids, dy, &dtable)?;
+    } else if fast(dy.device(), dy.dtype()) {
         cpu::backward(ids, dy.as_mat(), dtable.into_mat());
     } else {
         with_dtype!(dy.dtype(), E => reference::backward::<E>(ids, dy.as_mat(), dtable.into_mat()));
     }
+    Ok(())
 }
 
 fn expect_ids(ids: &[u32], rows: usize) {

@@ -1,6 +1,7 @@
 //! LayerNorm over a row of D: `y = (x − mean(x)) / √(var(x) + eps) ⊙ w + b`, biased variance.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -19,7 +20,9 @@ pub fn forward(x: View, w: View, b: View, eps: f64) -> Result<Tensor> {
     expect_shape("w", w.shape(), [1, x.cols()]);
     expect_shape("b", b.shape(), [1, x.cols()]);
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::forward(gpu, x, [w, b], eps, &y.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::forward(x.as_mat(), w.as_mat(), b.as_mat(), eps, y.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), b.as_mat(), eps, y.view_mut().into_mat()));
@@ -41,7 +44,9 @@ pub fn backward(dy: View, x: View, w: View, eps: f64, dw: ViewMut, db: ViewMut) 
     expect_shape("dw", dw.shape(), [1, x.cols()]);
     expect_shape("db", db.shape(), [1, x.cols()]);
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::backward(gpu, dy, x, w, eps, [&dw, &db], &dx.view_mut())?;
+    } else if fast(x.device(), x.dtype()) {
         let (dw, db, dx) = (dw.into_mat(), db.into_mat(), dx.view_mut().into_mat());
         cpu::backward(x.device(), dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw, db, dx)?;
     } else {

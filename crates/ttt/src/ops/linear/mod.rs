@@ -3,13 +3,14 @@
 //! Letters: n rows (tokens), i inputs, o outputs. Weights are `[o, i]`, as in the model files.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 mod few_rows;
 pub(crate) mod reference;
 
 use crate::Result;
 use crate::device::view::{View, ViewMut};
 use crate::ops::{expect_shape, fast};
-use crate::tensor::{Tensor, with_dtype};
+use crate::tensor::{DType, Tensor, with_dtype};
 
 /// `y [n, o] = x [n, i] wᵀ`, w `[o, i]`.
 ///
@@ -19,9 +20,22 @@ use crate::tensor::{Tensor, with_dtype};
 /// # Panics
 /// When `w` has not as many columns as `x`.
 pub fn forward(x: View, w: View) -> Result<Tensor> {
+    forward_as(x, w, x.dtype())
+}
+
+/// [`forward`] with `y` in another type: f32 of bf16 operands, on a GPU.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` has not as many columns as `x`; on a CPU, for another type than that of `x`.
+pub fn forward_as(x: View, w: View, dtype: DType) -> Result<Tensor> {
     expect_shape("w", w.shape(), [w.rows(), x.cols()]);
-    let mut y = Tensor::empty(x.device(), &[x.rows(), w.rows()], x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    let mut y = Tensor::empty(x.device(), &[x.rows(), w.rows()], dtype)?;
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::forward(gpu, x, w, &y.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::forward(x.as_mat(), w.as_mat(), y.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), y.view_mut().into_mat()));
@@ -39,7 +53,9 @@ pub fn forward(x: View, w: View) -> Result<Tensor> {
 pub fn backward_input(dy: View, w: View) -> Result<Tensor> {
     expect_shape("w", w.shape(), [dy.cols(), w.cols()]);
     let mut dx = Tensor::empty(dy.device(), &[dy.rows(), w.cols()], dy.dtype())?;
-    if fast(dy.device(), dy.dtype()) {
+    if let Some(gpu) = dy.device().as_cuda() {
+        cuda::backward_input(gpu, dy, w, &dx.view_mut());
+    } else if fast(dy.device(), dy.dtype()) {
         cpu::backward_input(dy.as_mat(), w.as_mat(), dx.view_mut().into_mat());
     } else {
         with_dtype!(dy.dtype(), E => reference::backward_input::<E>(dy.as_mat(), w.as_mat(), dx.view_mut().into_mat()));
@@ -54,7 +70,9 @@ pub fn backward_input(dy: View, w: View) -> Result<Tensor> {
 pub fn backward_weight(dy: View, x: View, dw: ViewMut) {
     expect_shape("x", x.shape(), [dy.rows(), x.cols()]);
     expect_shape("dw", dw.shape(), [dy.cols(), x.cols()]);
-    if fast(dy.device(), dy.dtype()) {
+    if let Some(gpu) = dy.device().as_cuda() {
+        cuda::backward_weight(gpu, dy, x, &dw);
+    } else if fast(dy.device(), dy.dtype()) {
         cpu::backward_weight(dy.as_mat(), x.as_mat(), dw.into_mat());
     } else {
         with_dtype!(dy.dtype(), E => reference::backward_weight::<E>(dy.as_mat(), x.as_mat(), dw.into_mat()));

@@ -1,6 +1,7 @@
 //! Root-mean-square norm over a row of D: `y = x / √(mean(x²) + eps) ⊙ w`.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -18,7 +19,9 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(x: View, w: View, eps: f64) -> Result<Tensor> {
     expect_shape("w", w.shape(), [1, x.cols()]);
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::forward(gpu, x, w, eps, &y.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::forward(x.as_mat(), w.as_mat(), eps, y.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), eps, y.view_mut().into_mat()));
@@ -39,7 +42,9 @@ pub fn backward(dy: View, x: View, w: View, eps: f64, dw: ViewMut) -> Result<Ten
     expect_shape("w", w.shape(), [1, x.cols()]);
     expect_shape("dw", dw.shape(), [1, x.cols()]);
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::backward(gpu, dy, x, w, eps, &dw, &dx.view_mut())?;
+    } else if fast(x.device(), x.dtype()) {
         let (dw, dx) = (dw.into_mat(), dx.view_mut().into_mat());
         cpu::backward(x.device(), dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw, dx)?;
     } else {

@@ -2,6 +2,7 @@
 //! modulo the mini-batch size K: the paper's layer sees positions only within a mini-batch.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -39,6 +40,10 @@ impl Table {
     /// When `head_dim` is odd.
     pub fn new(device: &Device, dtype: DType, mini_batch: usize, head_dim: usize, theta: f64) -> Result<Table> {
         assert!(head_dim.is_multiple_of(2), "rotary positions need an even head size, not {head_dim}");
+        if device.as_cuda().is_some() {
+            let Table { cos, sin } = Table::new(&device.cpu_beside(), DType::F32, mini_batch, head_dim, theta)?;
+            return Ok(Table { cos: cos.to(device)?, sin: sin.to(device)? });
+        }
         let mut cos = Tensor::empty(device, &[mini_batch, head_dim], dtype)?;
         let mut sin = Tensor::empty(device, &[mini_batch, head_dim], dtype)?;
         with_dtype!(dtype, E => reference::fill::<E>(cos.view_mut().into_mat(), sin.view_mut().into_mat(), theta));
@@ -59,11 +64,15 @@ impl Table {
 /// Turns each head of `x [n, heads·d]` in place; row i of a segment is at position `(phase + i) mod K`.
 ///
 /// # Panics
-/// When `x` has not `heads·d` columns, or `segments` do not cover its rows one behind the other.
+/// When `x` has not `heads·d` columns, or `segments` do not cover its rows one behind the other; on a GPU, when there is no memory
+/// for the segments.
 pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, direction: Direction) {
     expect_segments(segments, x.rows());
     expect_shape("x", x.shape(), [x.rows(), heads * table.head_dim()]);
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        let tables = [table.cos.view(), table.sin.view()];
+        cuda::rotate(gpu, &x, tables, segments, direction).expect("memory for the segments of a batch");
+    } else if fast(x.device(), x.dtype()) {
         cpu::rotate(x.into_mat(), table.cos.view().as_mat(), table.sin.view().as_mat(), segments, direction);
     } else {
         with_dtype!(x.dtype(), E => {

@@ -1,6 +1,7 @@
 //! The activation of the feed-forward block: `y = silu(gate) ⊙ up`, `silu(a) = a / (1 + e^−a)`.
 
 mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod reference;
 
 use crate::Result;
@@ -18,7 +19,9 @@ use crate::tensor::{Tensor, with_dtype};
 pub fn forward(gate_up: View) -> Result<Tensor> {
     let width = half_width(gate_up);
     let mut y = Tensor::empty(gate_up.device(), &[gate_up.rows(), width], gate_up.dtype())?;
-    if fast(gate_up.device(), gate_up.dtype()) {
+    if let Some(gpu) = gate_up.device().as_cuda() {
+        cuda::forward(gpu, gate_up, &y.view_mut());
+    } else if fast(gate_up.device(), gate_up.dtype()) {
         cpu::forward(gate_up.as_mat(), y.view_mut().into_mat());
     } else {
         with_dtype!(y.dtype(), E => reference::forward::<E>(gate_up.as_mat(), y.view_mut().into_mat()));
@@ -37,7 +40,9 @@ pub fn forward(gate_up: View) -> Result<Tensor> {
 pub fn backward(dy: View, gate_up: View) -> Result<Tensor> {
     expect_shape("dy", dy.shape(), [gate_up.rows(), half_width(gate_up)]);
     let mut dx = Tensor::empty(gate_up.device(), &gate_up.shape(), gate_up.dtype())?;
-    if fast(gate_up.device(), gate_up.dtype()) {
+    if let Some(gpu) = gate_up.device().as_cuda() {
+        cuda::backward(gpu, dy, gate_up, &dx.view_mut());
+    } else if fast(gate_up.device(), gate_up.dtype()) {
         cpu::backward(dy.as_mat(), gate_up.as_mat(), dx.view_mut().into_mat());
     } else {
         with_dtype!(dx.dtype(), E => reference::backward::<E>(dy.as_mat(), gate_up.as_mat(), dx.view_mut().into_mat()));

@@ -1,0 +1,279 @@
+//! The driver's context of one GPU: one stream that orders everything, memory, copies, launches.
+
+use std::ffi::c_void;
+
+use cudarc::driver::{result, sys};
+
+use crate::device::cuda::libraries::libraries;
+use crate::{Error, Result};
+
+/// A GPU and the one stream that all work on it goes through, so that memory given back may be handed out again at once: whoever
+/// gets it runs later. No events are recorded.
+pub struct Context {
+    ordinal: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+}
+
+// SAFETY: the driver's handles may be used from any thread; every call first makes the context current on its thread.
+unsafe impl Send for Context {}
+// SAFETY: as above; the driver locks what it shares.
+unsafe impl Sync for Context {}
+
+/// What a GPU is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Info {
+    /// Its name.
+    pub name: String,
+    /// Compute capability.
+    pub compute: (i32, i32),
+    /// Multiprocessors.
+    pub multiprocessors: usize,
+    /// Bytes of shared memory that a block may have.
+    pub shared_bytes: usize,
+    /// Bytes of memory in all.
+    pub memory: usize,
+    /// Bytes of memory free when this program opened the device.
+    pub free: usize,
+    /// Newest CUDA version that the driver knows, as `13.0`.
+    pub driver: String,
+}
+
+/// A driver error as ours.
+pub(crate) fn failed(what: &str, e: result::DriverError) -> Error {
+    Error::Device(format!("{what}: {e}"))
+}
+
+impl Context {
+    /// Opens GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// No driver, no such GPU, or what the driver says.
+    pub fn open(ordinal: usize) -> Result<Context> {
+        if libraries().driver.is_none() {
+            return Err(Error::Device(
+                "there is no CUDA driver: libcuda.so.1 is not known to the system's loader; install NVIDIA's driver, or use \
+                 --device cpu (`ttt doctor` shows what was looked for)"
+                    .into(),
+            ));
+        }
+        result::init().map_err(|e| failed("the CUDA driver does not start", e))?;
+        let count = result::device::get_count().map_err(|e| failed("counting GPUs", e))? as usize;
+        if ordinal >= count {
+            return Err(Error::Device(format!("there is no GPU number {ordinal}: the driver shows {count}, counted from 0")));
+        }
+        let open = || -> std::result::Result<Context, result::DriverError> {
+            let device = result::device::get(ordinal as i32)?;
+            // SAFETY: the device comes from the driver; the context is released in `drop`.
+            let context = unsafe { result::primary_ctx::retain(device)? };
+            // SAFETY: the context was just retained.
+            unsafe { result::ctx::set_current(context)? };
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)?;
+            Ok(Context { ordinal, device, context, stream })
+        };
+        open().map_err(|e| failed(&format!("opening GPU {ordinal}"), e))
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// What the GPU is.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn info(&self) -> Result<Info> {
+        use sys::CUdevice_attribute as A;
+        self.bind();
+        let read = || -> std::result::Result<Info, result::DriverError> {
+            // SAFETY: the device comes from the driver.
+            let attribute = |which| unsafe { result::device::get_attribute(self.device, which) };
+            let (free, memory) = result::mem_get_info()?;
+            let mut driver = 0;
+            // SAFETY: the pointer is to an integer of this frame.
+            unsafe { sys::cuDriverGetVersion(&mut driver).result()? };
+            Ok(Info {
+                name: result::device::get_name(self.device)?,
+                compute: (
+                    attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                    attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+                ),
+                multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+                shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+                memory,
+                free,
+                driver: format!("{}.{}", driver / 1000, driver % 1000 / 10),
+            })
+        };
+        read().map_err(|e| failed("asking the driver about the GPU", e))
+    }
+
+    /// Makes the context current on this thread.
+    ///
+    /// # Panics
+    /// When the driver refuses, which it only does to a context that is gone.
+    pub(crate) fn bind(&self) {
+        // SAFETY: the context is held until `drop`.
+        unsafe { result::ctx::set_current(self.context) }.expect("the GPU's context");
+    }
+
+    /// The stream.
+    pub(crate) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Bytes free and in all.
+    pub(crate) fn memory(&self) -> (usize, usize) {
+        self.bind();
+        result::mem_get_info().unwrap_or((0, 0))
+    }
+
+    /// Memory of the GPU, or `None` when there is not enough.
+    pub(crate) fn allocate(&self, bytes: usize) -> Option<u64> {
+        self.bind();
+        // SAFETY: a plain allocation; it is freed by `free`.
+        unsafe { result::malloc_sync(bytes) }.ok()
+    }
+
+    /// Gives memory of [`Context::allocate`] back, after everything that may use it.
+    pub(crate) fn free(&self, pointer: u64) {
+        self.bind();
+        // SAFETY: the caller owns the memory. The driver waits for work that uses it.
+        let _ = unsafe { result::free_sync(pointer) };
+    }
+
+    /// Sets `bytes` bytes to one value.
+    ///
+    /// # Panics
+    /// When the driver refuses.
+    pub(crate) fn fill(&self, pointer: u64, value: u8, bytes: usize) {
+        if bytes > 0 {
+            self.bind();
+            // SAFETY: the caller owns `bytes` bytes at `pointer`.
+            expect("filling memory", unsafe { result::memset_d8_async(pointer, value, bytes, self.stream) });
+        }
+    }
+
+    /// Copies to the GPU; the host's memory may be used again at once.
+    ///
+    /// # Panics
+    /// When the driver refuses.
+    pub(crate) fn upload<T: bytemuck::Pod>(&self, pointer: u64, from: &[T]) {
+        if !from.is_empty() {
+            self.bind();
+            // SAFETY: the caller owns that much at `pointer`. From pageable memory the driver stages the copy before it returns.
+            expect("copying to the GPU", unsafe { result::memcpy_htod_async(pointer, from, self.stream) });
+        }
+    }
+
+    /// Copies from the GPU, after everything queued before.
+    ///
+    /// # Panics
+    /// When the driver refuses, or a kernel before has failed.
+    pub(crate) fn download<T: bytemuck::Pod>(&self, to: &mut [T], pointer: u64) {
+        if !to.is_empty() {
+            self.bind();
+            // SAFETY: the caller owns that much at `pointer`; the host's memory is not touched before the stream is done.
+            expect("copying from the GPU", unsafe { result::memcpy_dtoh_async(to, pointer, self.stream) });
+            self.synchronize();
+        }
+    }
+
+    /// Copies inside the GPU's memory.
+    ///
+    /// # Panics
+    /// When the driver refuses.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) {
+        if bytes > 0 {
+            self.bind();
+            // SAFETY: the caller owns both ranges, which do not overlap.
+            expect("copying on the GPU", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) });
+        }
+    }
+
+    /// Waits until everything queued is done.
+    ///
+    /// # Panics
+    /// When a kernel has failed.
+    pub fn synchronize(&self) {
+        self.bind();
+        // SAFETY: the stream lives until `drop`.
+        expect("waiting for the GPU", unsafe { result::stream::synchronize(self.stream) });
+    }
+
+    /// Queues a kernel.
+    ///
+    /// # Panics
+    /// When the driver refuses: a grid that is too large, or a kernel before has failed.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, and what they point to is as large as it believes.
+    pub(crate) unsafe fn launch(&self, function: sys::CUfunction, grid: [usize; 3], block: usize, shared: usize, args: &[Arg]) {
+        self.bind();
+        let mut pointers: Vec<*mut c_void> = args.iter().map(|arg| std::ptr::from_ref(&arg.0).cast_mut().cast()).collect();
+        let grid = grid.map(|n| n as u32);
+        // SAFETY: the caller's promise; the arguments are copied before the call returns.
+        expect("starting a kernel", unsafe {
+            result::launch_kernel(
+                function,
+                (grid[0], grid[1], grid[2]),
+                (block as u32, 1, 1),
+                shared as u32,
+                self.stream,
+                &mut pointers,
+            )
+        });
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: nobody uses the stream or the context any more.
+        unsafe {
+            let _ = result::ctx::set_current(self.context);
+            let _ = result::stream::synchronize(self.stream);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// A result of the driver that only a bug or a lost GPU makes an error.
+#[track_caller]
+fn expect(what: &str, result: std::result::Result<(), result::DriverError>) {
+    if let Err(e) = result {
+        panic!("{what}: {e}");
+    }
+}
+
+/// An argument of a kernel: a pointer, an `int` or a `float`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arg(u64);
+
+impl From<u64> for Arg {
+    fn from(pointer: u64) -> Arg {
+        Arg(pointer)
+    }
+}
+
+impl From<usize> for Arg {
+    fn from(n: usize) -> Arg {
+        Arg(u64::from(u32::try_from(n).ok().filter(|n| *n <= i32::MAX as u32).expect("sizes of kernels are below 2^31")))
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(x: f32) -> Arg {
+        Arg(u64::from(x.to_bits()))
+    }
+}
+
+/// A list of kernel arguments.
+macro_rules! args {
+    ($($x:expr),* $(,)?) => {
+        &[$($crate::device::cuda::context::Arg::from($x)),*]
+    };
+}
+pub(crate) use args;

@@ -1,0 +1,189 @@
+//! The kernels: which there are, and how their machine code is found.
+//!
+//! Sources are part of the program. For each the loader takes, in this order: the disk cache
+//! (`TTT_KERNEL_CACHE`, otherwise `ttt/kernels` in the user's cache folder), the folder named by `TTT_KERNEL_CUBINS` (written by
+//! `ttt kernels build`), and NVRTC. `TTT_KERNEL_DIR` names a folder whose files replace sources of the same name, so that a kernel
+//! can be changed without building this program again.
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use crate::device::cuda::compile::{self, Compiled};
+use crate::hub::write_atomic;
+use crate::tensor::DType;
+use crate::{AtPath, Error, Result};
+
+/// A file of kernels.
+#[derive(Debug)]
+pub struct Source {
+    /// Name; also of the file, with `.cu`.
+    pub name: &'static str,
+    /// CUDA C++ that includes no header but those of [`HEADERS`].
+    pub text: &'static str,
+    /// Types of activations that it is compiled for, as `T`; `[F32]` for a source that does not mention `T`.
+    pub types: &'static [DType],
+    /// Its kernels.
+    pub kernels: &'static [Entry],
+}
+
+/// A kernel of a [`Source`].
+#[derive(Debug)]
+pub struct Entry {
+    /// Name of the function.
+    pub name: &'static str,
+    /// The most registers that a thread may take, on any architecture.
+    pub registers: u32,
+}
+
+/// What sources may include.
+pub const HEADERS: &[(&str, &str)] = &[("rows.cuh", include_str!("rows.cuh"))];
+
+/// A source for one type of activations and one architecture, `sm_90a` say.
+#[derive(Clone, Debug)]
+pub struct Unit {
+    /// The source.
+    pub source: &'static Source,
+    /// Type of activations.
+    pub dtype: DType,
+    /// The architecture.
+    pub arch: String,
+}
+
+/// The architecture's name of a GPU of this compute capability. On Hopper the one with its own instructions.
+pub fn architecture((major, minor): (i32, i32)) -> String {
+    let suffix = if (major, minor) == (9, 0) { "a" } else { "" };
+    format!("sm_{major}{minor}{suffix}")
+}
+
+/// Every unit that a GPU of an architecture needs.
+pub fn units(arch: &str) -> Vec<Unit> {
+    let of = |source: &&'static Source| {
+        let source = *source;
+        source.types.iter().map(move |dtype| Unit { source, dtype: *dtype, arch: arch.to_owned() })
+    };
+    crate::ops::KERNELS.iter().flat_map(of).collect()
+}
+
+impl Unit {
+    /// Its name in caches and messages.
+    pub fn name(&self) -> String {
+        format!("{}-{}-{}", self.source.name, format!("{:?}", self.dtype).to_lowercase(), self.arch)
+    }
+
+    fn options(&self) -> Vec<String> {
+        let mut options = vec![format!("--gpu-architecture={}", self.arch), "--std=c++17".into(), "-Xptxas=-v".into()];
+        if self.dtype == DType::Bf16 {
+            options.push("-DTTT_BF16".into());
+        }
+        options
+    }
+
+    /// The text to compile and the headers, from `TTT_KERNEL_DIR` where it has them.
+    fn texts(&self) -> Result<(String, Vec<(&'static str, String)>)> {
+        let folder = std::env::var_os("TTT_KERNEL_DIR").map(PathBuf::from);
+        let text = |file: &str, embedded: &str| -> Result<String> {
+            match folder.as_ref().map(|folder| folder.join(file)).filter(|path| path.exists()) {
+                Some(path) => std::fs::read_to_string(&path).at(&path),
+                None => Ok(embedded.to_owned()),
+            }
+        };
+        let headers = HEADERS.iter().map(|(name, embedded)| Ok((*name, text(name, embedded)?)));
+        Ok((text(&format!("{}.cu", self.source.name), self.source.text)?, headers.collect::<Result<_>>()?))
+    }
+
+    /// Hash of everything that decides the machine code but the compiler.
+    fn hash(&self) -> Result<String> {
+        let (text, headers) = self.texts()?;
+        let mut hash = Sha256::new();
+        let parts = self.options().into_iter().chain([text]).chain(headers.into_iter().flat_map(|(n, t)| [n.to_owned(), t]));
+        for part in parts {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+        Ok(hash.finalize()[..12].iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Compiles it.
+    ///
+    /// # Errors
+    /// No compiler, or its messages.
+    pub fn compile(&self) -> Result<Compiled> {
+        let (text, headers) = self.texts()?;
+        compile::compile(&self.name(), &text, &headers, &self.options())
+    }
+
+    /// Machine code from the cache, from a folder of built kernels, or from the compiler.
+    ///
+    /// # Errors
+    /// When none of them has it.
+    fn find(&self) -> Result<Vec<u8>> {
+        let (hash, version) = (self.hash()?, compile::version());
+        let file = format!("{}-{hash}-{}.cubin", self.name(), version.as_deref().unwrap_or("*"));
+        let cached = cache().and_then(|cache| last(&cache, &file));
+        let built = || last(Path::new(&std::env::var_os("TTT_KERNEL_CUBINS")?), &format!("{}-{hash}-*.cubin", self.name()));
+        if let Some(path) = cached.or_else(built) {
+            return std::fs::read(&path).at(&path);
+        }
+        if version.is_none() {
+            return Err(Error::Device(format!(
+                "there is no machine code for the kernels {}: NVRTC was not found, nor a file in the cache or in TTT_KERNEL_CUBINS; \
+                 install NVRTC (`pip install nvidia-cuda-nvrtc`), or run `ttt kernels build DIR` with this program where NVRTC is \
+                 and set TTT_KERNEL_CUBINS=DIR",
+                self.name()
+            )));
+        }
+        let cubin = self.compile()?.cubin;
+        if let Some(cache) = cache() {
+            // A cache that cannot be written costs time, not the run.
+            let _ = std::fs::create_dir_all(&cache).at(&cache).and_then(|()| write_atomic(cache.join(&file), |w| w.write_all(&cubin)));
+        }
+        Ok(cubin)
+    }
+}
+
+/// Machine code of all units, compiled side by side where it must be.
+///
+/// # Errors
+/// When one is nowhere to be had.
+pub(crate) fn find_all(units: &[Unit]) -> Result<Vec<Vec<u8>>> {
+    units.par_iter().map(Unit::find).collect()
+}
+
+/// Compiles all kernels for some architectures into `folder`, with a manifest; returns the number of files.
+///
+/// # Errors
+/// No compiler, its messages, or a folder that cannot be written.
+pub fn build(folder: &Path, architectures: &[String]) -> Result<usize> {
+    let version = compile::version().ok_or_else(|| Error::Device("NVRTC was not found (see `ttt doctor`)".into()))?;
+    std::fs::create_dir_all(folder).at(folder)?;
+    let units: Vec<Unit> = architectures.iter().flat_map(|arch| units(arch)).collect();
+    let write = |unit: &Unit| -> Result<serde_json::Value> {
+        let file = format!("{}-{}-{version}.cubin", unit.name(), unit.hash()?);
+        let compiled = unit.compile()?;
+        write_atomic(folder.join(&file), |w| w.write_all(&compiled.cubin))?;
+        let kernels: Vec<serde_json::Value> = compile::resources(&compiled.log)
+            .iter()
+            .map(|r| serde_json::json!({"name": r.kernel, "registers": r.registers, "shared_bytes": r.shared, "spill_bytes": r.spills}))
+            .collect();
+        Ok(serde_json::json!({"file": file, "architecture": unit.arch, "kernels": kernels}))
+    };
+    let files = units.par_iter().map(write).collect::<Result<Vec<_>>>()?;
+    let manifest = serde_json::json!({"version": env!("CARGO_PKG_VERSION"), "compiler": version, "files": files});
+    write_atomic(folder.join("manifest.json"), |w| serde_json::to_writer_pretty(w, &manifest).map_err(std::io::Error::other))?;
+    Ok(files.len())
+}
+
+/// The disk cache's folder.
+pub fn cache() -> Option<PathBuf> {
+    let named = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache"))).map(|cache| cache.join("ttt/kernels"));
+    named("TTT_KERNEL_CACHE").or_else(user)
+}
+
+/// The last file of a folder, by name, that a pattern describes.
+fn last(folder: &Path, pattern: &str) -> Option<PathBuf> {
+    let folder = glob::Pattern::escape(&folder.to_string_lossy());
+    glob::glob(&format!("{folder}/{pattern}")).ok()?.flatten().last()
+}

@@ -1,0 +1,263 @@
+//! NVIDIA's GPUs: driver, memory, kernels and matrix products, all found at run time.
+//!
+//! The program is built without CUDA. [`libraries`] looks for the driver, NVRTC and cuBLASLt; [`kernels`] has the sources of all
+//! kernels and finds or makes their machine code; one stream ([`context::Context`]) orders everything that is queued.
+
+mod blas;
+pub mod compile;
+pub mod context;
+pub mod kernels;
+pub mod libraries;
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::{result, sys};
+
+pub use blas::version as cublaslt_version;
+pub(crate) use blas::Operand;
+pub(crate) use context::args;
+use context::{Arg, Context, Info, failed};
+use kernels::{Source, Unit};
+
+use crate::batch::Segment;
+use crate::device::memory::{Buffer, Pool};
+use crate::device::view::{View, ViewMut};
+use crate::device::{Device, Kernels};
+use crate::tensor::DType;
+use crate::{Error, Result};
+
+/// How to open a GPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Its number, counted from 0.
+    pub ordinal: usize,
+    /// Whether new tensors are filled with NaN, so that an element nobody wrote is noticed. For tests.
+    pub poison: bool,
+}
+
+/// A GPU.
+pub struct Cuda {
+    // Dropped in this order: what lies in its memory, then the products, then the context.
+    segments: Mutex<Option<(Vec<Segment>, Arc<Uploaded>)>>,
+    memory: Arc<Pool>,
+    blas: blas::Blas,
+    functions: HashMap<(&'static str, DType, &'static str), Function>,
+    info: Info,
+    host: Device,
+    poison: bool,
+    context: Arc<Context>,
+}
+
+/// A kernel of a loaded module. Modules stay loaded as long as the process.
+struct Function(sys::CUfunction);
+
+// SAFETY: a function handle may be used from any thread that has made the context current.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// The segments of a batch in the GPU's memory.
+pub(crate) struct Uploaded {
+    buffer: Buffer,
+    rows: usize,
+    count: usize,
+}
+
+impl Uploaded {
+    /// For each segment four ints: first row, length, slot, phase.
+    pub(crate) fn segments(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    /// For each row the index of its segment.
+    pub(crate) fn of_row(&self) -> u64 {
+        self.buffer.address() + 16 * self.count as u64
+    }
+
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of segments.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+}
+
+impl Cuda {
+    /// Opens a GPU and loads all kernels; what is not in the cache is compiled.
+    ///
+    /// # Errors
+    /// When driver, libraries, kernels or the GPU are missing: what was looked for.
+    pub fn open(options: Options) -> Result<Cuda> {
+        let context = Arc::new(Context::open(options.ordinal)?);
+        let info = context.info()?;
+        if info.compute < (8, 0) {
+            return Err(Error::Device(format!(
+                "{} has compute capability {}.{}; this program needs 8.0 (Ampere) or newer; use --device cpu",
+                info.name, info.compute.0, info.compute.1
+            )));
+        }
+        let blas = blas::Blas::new(&context)?;
+        let host = Device::cpu_with(0, Kernels::Fast)?;
+        let units = kernels::units(&kernels::architecture(info.compute));
+        let images = host.install(|| kernels::find_all(&units))?;
+        context.bind();
+        let mut functions = HashMap::new();
+        for (unit, image) in units.iter().zip(&images) {
+            load(unit, image, &mut functions)?;
+        }
+        let memory = Arc::new(Pool::of_gpu(&context));
+        Ok(Cuda { segments: Mutex::default(), memory, blas, functions, info, host, poison: options.poison, context })
+    }
+
+    /// The context.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// What the GPU is.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// The memory that tensors come from.
+    pub fn memory(&self) -> &Arc<Pool> {
+        &self.memory
+    }
+
+    /// The CPU beside it.
+    pub(crate) fn host(&self) -> &Device {
+        &self.host
+    }
+
+    pub(crate) fn poisons(&self) -> bool {
+        self.poison
+    }
+
+    /// `y = a b`, or `y += a b`.
+    pub(crate) fn product(&self, a: Operand, b: Operand, y: Operand, add: bool) {
+        self.blas.product(a, b, y, add);
+    }
+
+    /// Queues a kernel of `source`, compiled for activations of `dtype`, unless the grid is empty.
+    ///
+    /// # Panics
+    /// When there is no such kernel, or the driver refuses.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, and what they point to is as large as it believes.
+    pub(crate) unsafe fn launch(
+        &self,
+        source: &'static Source,
+        (dtype, kernel): (DType, &'static str),
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        args: &[Arg],
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        let Some(function) = self.functions.get(&(source.name, dtype, kernel)) else {
+            panic!("there is no kernel {kernel} of {} for {dtype:?}", source.name);
+        };
+        if shared > 48 << 10 {
+            assert!(shared <= self.info.shared_bytes, "{kernel} needs {shared} bytes of shared memory of {}", self.info.shared_bytes);
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            self.context.bind();
+            // SAFETY: the function is loaded.
+            unsafe { result::function::set_function_attribute(function.0, attribute, shared as i32) }
+                .unwrap_or_else(|e| panic!("{kernel}: {shared} bytes of shared memory: {e}"));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.context.launch(function.0, grid, block, shared, args) };
+    }
+
+    /// Numbers in the GPU's memory.
+    ///
+    /// # Errors
+    /// [`Error::OutOfGpuMemory`].
+    pub(crate) fn upload<T: bytemuck::Pod>(&self, data: &[T]) -> Result<Buffer> {
+        let buffer = self.memory.take(size_of_val(data))?;
+        self.context.upload(buffer.address(), data);
+        Ok(buffer)
+    }
+
+    /// Segments in the GPU's memory. Those of the last batch are kept: all layers ask for the same.
+    ///
+    /// # Errors
+    /// [`Error::OutOfGpuMemory`].
+    pub(crate) fn segments(&self, segments: &[Segment]) -> Result<Arc<Uploaded>> {
+        let mut kept = self.segments.lock().expect("uploaded segments");
+        if let Some((of, uploaded)) = &*kept
+            && of == segments
+        {
+            return Ok(uploaded.clone());
+        }
+        let rows: usize = segments.iter().map(|s| s.len).sum();
+        let mut data: Vec<u32> = Vec::with_capacity(4 * segments.len() + rows);
+        data.extend(segments.iter().flat_map(|s| [s.first_row, s.len, s.slot, s.phase].map(|n| n as u32)));
+        for (i, segment) in segments.iter().enumerate() {
+            data.resize(data.len() + segment.len, i as u32);
+        }
+        let uploaded = Arc::new(Uploaded { buffer: self.upload(&data)?, rows, count: segments.len() });
+        *kept = Some((segments.to_vec(), uploaded.clone()));
+        Ok(uploaded)
+    }
+}
+
+/// Loads a module and adds its kernels.
+fn load(unit: &Unit, image: &[u8], functions: &mut HashMap<(&'static str, DType, &'static str), Function>) -> Result<()> {
+    // SAFETY: the image is machine code that the compiler made, and longer than its header says nothing is read.
+    let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) };
+    let module = module.map_err(|e| failed(&format!("loading the kernels {}", unit.name()), e))?;
+    for entry in unit.source.kernels {
+        let name = CString::new(entry.name).expect("names of kernels have no zero byte");
+        // SAFETY: the module was just loaded.
+        let function = unsafe { result::module::get_function(module, name) };
+        let function = function.map_err(|e| failed(&format!("finding `{}` among the kernels {}", entry.name, unit.name()), e))?;
+        functions.insert((unit.source.name, unit.dtype, entry.name), Function(function));
+    }
+    Ok(())
+}
+
+/// A matrix as an operand of a product.
+impl From<View<'_>> for Operand {
+    fn from(view: View<'_>) -> Operand {
+        let [rows, cols] = view.shape();
+        Operand { pointer: view.address(), rows, cols, stride: view.stride(), dtype: view.dtype(), transposed: false }
+    }
+}
+
+impl From<&ViewMut<'_>> for Operand {
+    fn from(view: &ViewMut<'_>) -> Operand {
+        Operand::from(view.as_view())
+    }
+}
+
+impl Operand {
+    /// The same matrix, read transposed.
+    pub(crate) fn transposed(self) -> Operand {
+        Operand { transposed: !self.transposed, ..self }
+    }
+}
+
+/// Threads of a block of a kernel over elements.
+pub(crate) const THREADS: usize = 256;
+
+/// 8 when all matrices can be read and written 8 elements at a time (16-byte alignment), else 1.
+pub(crate) fn width(views: &[View<'_>]) -> usize {
+    let wide = |view: &View<'_>| {
+        view.cols() % 8 == 0 && (view.stride() % 8 == 0 || view.rows() <= 1) && view.address() % 16 == 0
+    };
+    if views.iter().all(wide) { 8 } else { 1 }
+}
+
+/// Blocks of [`THREADS`] threads with one thread for each of `work` pieces.
+pub(crate) fn blocks(work: usize) -> [usize; 3] {
+    [work.div_ceil(THREADS), 1, 1]
+}

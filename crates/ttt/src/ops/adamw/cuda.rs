@@ -1,0 +1,93 @@
+//! On a GPU; here also [`crate::ops::grad_norm`].
+
+use super::Factors;
+use crate::device::cuda::kernels::{Entry, Source};
+use crate::device::cuda::{Cuda, args, blocks};
+use crate::device::view::View;
+use crate::tensor::{DType, Tensor};
+
+/// The kernels.
+pub(crate) static SOURCE: Source = Source {
+    name: "adamw",
+    text: include_str!("kernel.cu"),
+    types: &[DType::F32, DType::Bf16],
+    kernels: &[
+        Entry { name: "adamw", registers: 64 },
+        Entry { name: "sum_of_squares", registers: 48 },
+        Entry { name: "first_non_finite", registers: 40 },
+    ],
+};
+
+/// Blocks that share a sum of squares.
+const SUMS: usize = 1024;
+
+fn quarter(x: &Tensor) -> usize {
+    assert!(x.len().is_multiple_of(4) && x.dtype() == DType::F32, "{x:?}: flat buffers are f32 and multiples of 4 long");
+    x.len() / 4
+}
+
+/// One update; `operands` gets the new parameters in bf16.
+pub(crate) fn step(
+    cuda: &Cuda,
+    params: &mut Tensor,
+    operands: Option<&mut Tensor>,
+    grads: &Tensor,
+    [m, v]: [&mut Tensor; 2],
+    f: Factors,
+) {
+    let quarter = quarter(params);
+    let operands = operands.map_or(0, |o| {
+        assert!(o.len() == params.len() && o.dtype() == DType::Bf16, "{o:?} are no copies of {params:?}");
+        o.view_mut().as_view().address()
+    });
+    let list = args![
+        params.view_mut().as_view().address(),
+        grads.address(),
+        m.view_mut().as_view().address(),
+        v.view_mut().as_view().address(),
+        operands,
+        quarter,
+        f.beta1 as f32,
+        (1.0 - f.beta1) as f32,
+        f.beta2 as f32,
+        (1.0 - f.beta2) as f32,
+        f.unbias1 as f32,
+        f.unbias2 as f32,
+        f.eps as f32,
+        f.weight_decay as f32,
+        f.lr as f32,
+        f.grad_scale as f32
+    ];
+    // SAFETY: all buffers have 4 * quarter elements (checked by the caller and above); all but `grads` are mutably borrowed.
+    unsafe { cuda.launch(&SOURCE, (DType::F32, "adamw"), blocks(quarter), 256, 0, list) };
+}
+
+/// Sum of squares.
+///
+/// # Panics
+/// When there is no memory for 8 KiB.
+pub(crate) fn sum_of_squares(cuda: &Cuda, x: &Tensor) -> f64 {
+    let quarter = quarter(x);
+    let count = quarter.div_ceil(256).clamp(1, SUMS);
+    let sums = cuda.memory().take(8 * count).expect("memory for sums of squares");
+    let list = args![sums.address(), x.address(), quarter];
+    // SAFETY: `x` has 4 * quarter elements, `sums` a number for each block.
+    unsafe { cuda.launch(&SOURCE, (DType::F32, "sum_of_squares"), [count, 1, 1], 256, 0, list) };
+    let mut host = vec![0f64; count];
+    cuda.context().download(&mut host, sums.address());
+    host.iter().sum()
+}
+
+/// Index of the first element that is infinite or not a number.
+///
+/// # Panics
+/// When there is no memory for a number.
+pub(crate) fn first_non_finite(cuda: &Cuda, x: View) -> Option<usize> {
+    let first = cuda.upload(&[u32::MAX]).expect("memory for a number");
+    let list = args![first.address(), x.address(), x.stride(), x.rows(), x.cols()];
+    // SAFETY: `x` is borrowed; `first` is one number.
+    unsafe { cuda.launch(&SOURCE, (x.dtype(), "first_non_finite"), blocks(x.rows() * x.cols()), 256, 0, list) };
+    let mut host = [0u32];
+    cuda.context().download(&mut host, first.address());
+    (host[0] != u32::MAX).then_some(host[0] as usize)
+}

@@ -1,0 +1,86 @@
+//! On a GPU.
+
+use crate::Result;
+use crate::device::cuda::kernels::{Entry, Source};
+use crate::device::cuda::{Cuda, args, blocks, width};
+use crate::device::view::{View, ViewMut};
+use crate::tensor::DType;
+
+/// The kernels.
+pub(crate) static SOURCE: Source = Source {
+    name: "add",
+    text: include_str!("kernel.cu"),
+    types: &[DType::F32, DType::Bf16],
+    kernels: &[
+        Entry { name: "copy1", registers: 40 },
+        Entry { name: "copy8", registers: 40 },
+        Entry { name: "add1", registers: 40 },
+        Entry { name: "add8", registers: 48 },
+        Entry { name: "gather1", registers: 40 },
+        Entry { name: "gather8", registers: 40 },
+        Entry { name: "scatter1", registers: 40 },
+        Entry { name: "scatter8", registers: 40 },
+        Entry { name: "to_bf16_1", registers: 40 },
+        Entry { name: "to_bf16_8", registers: 40 },
+        Entry { name: "to_f32_1", registers: 40 },
+        Entry { name: "to_f32_8", registers: 40 },
+        Entry { name: "add_up", registers: 48 },
+    ],
+};
+
+/// A kernel from matrix to matrix, one thread for `width` elements.
+fn elements(cuda: &Cuda, names: [&'static str; 2], dtype: DType, y: &ViewMut, x: View) {
+    let [rows, cols] = x.shape();
+    let wide = width(&[y.as_view(), x]);
+    let kernel = names[usize::from(wide == 8)];
+    let args = args![y.as_view().address(), y.as_view().stride(), x.address(), x.stride(), rows, cols];
+    // SAFETY: both matrices are rows x cols (checked by the caller) and borrowed; `y` mutably.
+    unsafe { cuda.launch(&SOURCE, (dtype, kernel), blocks(rows * cols / wide), 256, 0, args) };
+}
+
+/// `y += x`.
+pub(crate) fn add_to(cuda: &Cuda, y: &ViewMut, x: View) {
+    elements(cuda, ["add1", "add8"], x.dtype(), y, x);
+}
+
+/// `y = x`.
+pub(crate) fn copy_to(cuda: &Cuda, y: &ViewMut, x: View) {
+    elements(cuda, ["copy1", "copy8"], x.dtype(), y, x);
+}
+
+/// `y = x` in another type.
+pub(crate) fn convert(cuda: &Cuda, y: &ViewMut, x: View) {
+    match (x.dtype(), y.as_view().dtype()) {
+        (from, to) if from == to => copy_to(cuda, y, x),
+        (DType::F32, DType::Bf16) => elements(cuda, ["to_bf16_1", "to_bf16_8"], DType::F32, y, x),
+        (DType::Bf16, DType::F32) => elements(cuda, ["to_f32_1", "to_f32_8"], DType::F32, y, x),
+        (from, to) => panic!("{from:?} to {to:?} on a GPU"),
+    }
+}
+
+/// `y[i] = x[rows[i]]`, or with `scatter` `y[rows[i]] = x[i]`.
+pub(crate) fn rows(cuda: &Cuda, y: &ViewMut, x: View, index: &[u32], scatter: bool) -> Result<()> {
+    let index_buffer = cuda.upload(index)?;
+    let wide = width(&[y.as_view(), x]);
+    let kernel = match (scatter, wide) {
+        (false, 1) => "gather1",
+        (false, _) => "gather8",
+        (true, 1) => "scatter1",
+        (true, _) => "scatter8",
+    };
+    let (rows, cols) = (index.len(), x.cols());
+    let args = args![y.as_view().address(), y.as_view().stride(), x.address(), x.stride(), index_buffer.address(), rows, cols];
+    // SAFETY: the matrices have `cols` columns, and the rows that are named (checked by the caller).
+    unsafe { cuda.launch(&SOURCE, (x.dtype(), kernel), blocks(rows * cols / wide), 256, 0, args) };
+    Ok(())
+}
+
+/// `y[c] += Σ_i partials[i, first + c]`, `y` contiguous, in an order that depends on `count` alone.
+pub(crate) fn add_up(cuda: &Cuda, y: &ViewMut, partials: u64, [count, width]: [usize; 2], first: usize) {
+    let y = y.as_view();
+    let cols = y.rows() * y.cols();
+    assert!(y.stride() == y.cols() || y.rows() <= 1, "sums go into a contiguous matrix");
+    let args = args![y.address(), partials, count, width, first, cols];
+    // SAFETY: `partials` is [count, width], and first + cols is at most width (the callers lay it out so).
+    unsafe { cuda.launch(&SOURCE, (DType::F32, "add_up"), [cols.div_ceil(32), 1, 1], 256, 0, args) };
+}
