@@ -1,0 +1,84 @@
+// What the TTT-Linear kernels are launched with; `repr(C)` twins are in `cuda.rs`. Strides are in elements and are the distance
+// from one token to the next: q, k, v, z and their gradients may be column blocks of wider matrices. Column `head * d + i` of a
+// row is component i of that head. "element" is bf16 or, in the `_f32` kernels, f32; the fast kernels need the rows of every element
+// matrix 16-byte aligned (pointer, and stride a multiple of 8).
+#pragma once
+#include "prelude.cuh"
+
+// A sequence of the batch. Rows of all segments lie one behind the other; no two name the same slot.
+struct Segment {
+    u32 first_row;        // row of its first token
+    u32 len;              // tokens; may be 0
+    u32 slot;             // in `weights` and `rows`
+    u32 phase;            // tokens of its open mini-batch already consumed, < K; 0 when something is kept for a backward
+    u32 first_checkpoint; // checkpoints (of one head) of all earlier segments: the sum of ceil(ceil(len / K) / group)
+};
+
+// S = d * d + d fast weights of a head: [W row-major [in, out] | b].
+struct ForwardParams {
+    const void* q;           // [tokens, H d] element, rotated
+    const void* k;           // [tokens, H d] element, rotated
+    const void* v;           // [tokens, H d] element
+    const float* lr;         // [tokens, H]: base rate * sigmoid(gate) / d
+    const float* tok;        // [K] >= 0
+    const float* gamma;      // [H, d]
+    const float* beta;       // [H, d]
+    const Segment* segments; // [segments]
+    void* z;                 // [tokens, H d] element, written
+    float* weights;          // [slots, H, S]: weights at the start of the open mini-batch, moved on
+    float* rows;             // [slots, H, K - 1, 2 d]: [k | scaled inner gradient] of the open mini-batch's tokens, read below the
+                             // phase and written behind it. Null: every phase is 0 and an open tail is dropped (training)
+    void* ghat;              // [tokens, H d] element, written: scaled inner gradients for the backward. Null: not kept
+    float* checkpoints;      // for each segment, for each head, [ceil(ceil(len / K) / group), S], written: the weights after the last
+                             // complete mini-batch of each group of `group`. Null: not kept
+    float* scratch;          // plain kernels: forward_scratch(d, K) f32 for each block, which is (segment, head); fast: unused
+    i64 q_stride, k_stride, v_stride, z_stride, lr_stride, ghat_stride;
+    u32 heads;      // H
+    u32 head_dim;   // d; in the fast kernels that of the compilation
+    u32 mini_batch; // K <= 64; <= 16 in the fast kernels
+    u32 group;      // mini-batches of a checkpoint group, >= 1
+};
+
+// All phases are 0; an update by a tail shorter than K was dropped.
+struct BackwardParams {
+    const void* q; // as in the forward
+    const void* k;
+    const void* v;
+    const float* lr;
+    const float* tok;
+    const float* gamma;
+    const float* beta;
+    const Segment* segments;
+    const void* ghat;         // what the forward wrote
+    const float* checkpoints; // what the forward wrote
+    const void* dz;           // [tokens, H d] element
+    void* dq;                 // [tokens, H d] element, written
+    void* dk;
+    void* dv;
+    float* dlr;      // [tokens, H], written
+    float* dstate;   // [segments, H, S]: gradient of the final weights, becomes that of the initial ones
+    float* partials; // [segments, H, K + 2 d], written: [dtok | dgamma | dbeta] of each block; `ttt_linear_reduce` adds them up
+    float* scratch;  // plain kernels: backward_scratch(d, K) f32 for each block; fast: unused
+    i64 q_stride, k_stride, v_stride, lr_stride, ghat_stride, dz_stride, dq_stride, dk_stride, dv_stride, dlr_stride;
+    u32 heads;
+    u32 head_dim;
+    u32 mini_batch;
+    u32 group;
+};
+
+struct ReduceParams {
+    const float* partials; // [segments, H, K + 2 d]
+    float* dtok;           // [K], added to
+    float* dgamma;         // [H, d], added to
+    float* dbeta;          // [H, d], added to
+    u32 segments;
+    u32 heads;
+    u32 head_dim;
+    u32 mini_batch;
+};
+
+// f32 numbers of scratch for a block of the plain kernels.
+DEVICE u32 forward_scratch(u32 d, u32 k) { return 3 * k * d + k * k; }
+DEVICE u32 backward_scratch(u32 d, u32 k) { return d * d + d + 9 * k * d + 2 * k * k + 4 * k; }
+
+constexpr float EPS = 1e-6f;
