@@ -48,6 +48,9 @@ pub enum Command {
     Bench(Bench),
     /// Check this machine and this program
     Doctor(Doctor),
+    /// Compile the GPU kernels for machines without a compiler
+    #[command(subcommand)]
+    Kernels(Kernels),
     /// Print a shell's completion script
     #[command(after_help = "Example:\n  ttt completions bash > ~/.local/share/bash-completion/completions/ttt")]
     Completions(Completions),
@@ -126,9 +129,9 @@ pub struct Eval {
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Precision of the arithmetic: f32, f64 (the plain reference loops) or, on a GPU, bf16 [default: f32; on a GPU bf16]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<Precision>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -175,9 +178,9 @@ pub struct Generate {
     /// Print one JSON object with the new `tokens`, their `text` (null without a tokenizer) and `logprobs`, when all is done
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Precision of the arithmetic: f32, f64 (the plain reference loops) or, on a GPU, bf16 [default: f32; on a GPU bf16]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<Precision>,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Say how fast it was, on the standard error
@@ -203,7 +206,7 @@ pub struct Verify {
     /// Largest relative error that is accepted
     #[arg(long, value_name = "X", default_value_t = 1e-4)]
     pub tolerance: f64,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
+    /// Precision of the arithmetic; f64 runs the plain reference loops, bf16 needs a GPU
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: Precision,
     #[command(flatten)]
@@ -269,6 +272,24 @@ pub enum Tokenizer {
     Decode(TokenizerDecode),
     /// Describe a tokenizer
     Info(TokenizerName),
+}
+
+/// The commands of `ttt kernels`.
+#[derive(Debug, Subcommand)]
+pub enum Kernels {
+    /// Compile all kernels into a folder; set TTT_KERNEL_CUBINS to it where there is no NVRTC
+    Build(KernelsBuild),
+}
+
+/// Arguments of `ttt kernels build`.
+#[derive(Debug, clap::Args)]
+pub struct KernelsBuild {
+    /// Folder for the machine code and manifest.json
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Architectures: sm_80 is Ampere, sm_89 Ada, sm_90a Hopper
+    #[arg(long, value_name = "SM", value_delimiter = ',', default_value = "sm_80,sm_89,sm_90a")]
+    pub arch: Vec<String>,
 }
 
 /// Arguments of `ttt tokenizer train`.
@@ -421,22 +442,41 @@ pub struct DeviceArgs {
     /// Processor threads; 0 means all [default: 0]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Where to compute: `reference` runs the slow loops that define every operation
-    #[arg(long, value_name = "NAME", default_value = "auto")]
+    /// Where to compute: auto, cpu, cuda (an NVIDIA GPU; cuda:1 is the second), or reference (the slow loops that define every
+    /// operation)
+    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = DeviceName::parse)]
     pub device: DeviceName,
 }
 
 // In the enums below the comments on values are no documentation comments: those would turn the table of flags into paragraphs.
 
 /// A device by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceName {
-    // The fastest that there is
+    /// A GPU that there is and that runs the model, otherwise the processor.
     Auto,
-    // The processor
+    /// The processor.
     Cpu,
-    // The processor, with the plain loops that define every operation
+    /// The processor, with the plain loops that define every operation.
     Reference,
+    /// A GPU, by number.
+    Cuda(usize),
+}
+
+impl DeviceName {
+    fn parse(text: &str) -> Result<DeviceName, String> {
+        let number = |n: &str| n.parse().map_err(|_| format!("`{n}` is no number of a GPU; they are counted from 0"));
+        match text {
+            "auto" => Ok(DeviceName::Auto),
+            "cpu" => Ok(DeviceName::Cpu),
+            "reference" => Ok(DeviceName::Reference),
+            "cuda" => Ok(DeviceName::Cuda(0)),
+            _ => match text.strip_prefix("cuda:") {
+                Some(n) => number(n).map(DeviceName::Cuda),
+                None => Err("it is none of auto, cpu, cuda, cuda:N and reference".into()),
+            },
+        }
+    }
 }
 
 /// Precision of the arithmetic.
@@ -446,6 +486,8 @@ pub enum Precision {
     F32,
     // 64 bits, to check results
     F64,
+    // 16 bits for activations and products, 32 for the rest; on a GPU
+    Bf16,
 }
 
 /// What the backward pass computes again.

@@ -44,6 +44,7 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Command::Tokenizer(command) => commands::tokenizer::run(command, out),
         Command::Bench(args) => commands::bench::run(args, out),
         Command::Doctor(args) => commands::doctor::run(args, out),
+        Command::Kernels(command) => commands::kernels::run(command, out),
         Command::Completions(args) => commands::completions::run(args, out),
     }
 }

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ttt::config::Config;
 use ttt::data::Tokenizer;
-use ttt::device::{Device, Kernels};
+use ttt::device::{Device, Kernels, cuda};
+use ttt::hub::ModelFolder;
 use ttt::lm::Lm;
 use ttt::tensor::DType;
 use ttt::train::checkpoint::Checkpoints;
 
-use crate::args::{DeviceName, Precision};
+use crate::args::{DeviceArgs, DeviceName, Precision};
 
 /// The model folder that a path means: the path itself, or the final model of a run folder, or else its newest checkpoint.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
@@ -41,10 +43,11 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The model that a path means.
-pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<Lm> {
-    let folder = resolve(path)?;
-    Lm::load(&folder, device, dtype).context("cannot load the model")
+/// The model that a path means, on the device that was named.
+pub fn load(path: &Path, args: &DeviceArgs, dtype: Option<Precision>) -> Result<Lm> {
+    let folder = ModelFolder::open(resolve(path)?).context("cannot load the model")?;
+    let device = device(args.device, args.threads.unwrap_or(0), folder.config())?;
+    Lm::from_folder(&folder, folder.config(), &device, self::dtype(dtype, &device)).context("cannot load the model")
 }
 
 /// The tokenizer that was named, or else the model folder's own, if there is one; checked to fit the model.
@@ -60,13 +63,33 @@ pub fn tokenizer(named: Option<&str>, folder: &Path, vocab_size: usize) -> Resul
     Ok(tokenizer)
 }
 
-/// Starts the device; 0 threads means all processors.
-pub fn device(name: DeviceName, threads: usize) -> Result<Device> {
-    let kernels = match name {
-        DeviceName::Auto | DeviceName::Cpu => Kernels::Fast,
-        DeviceName::Reference => Kernels::Reference,
-    };
-    Ok(Device::cpu_with(threads, kernels)?)
+/// Starts the device for a model; 0 threads means all processors. A GPU that `auto` finds but cannot use is named on the standard
+/// error.
+pub fn device(name: DeviceName, threads: usize, config: &Config) -> Result<Device> {
+    match name {
+        DeviceName::Auto if cuda::libraries::libraries().driver.is_some() && cuda::supports(config).is_ok() => {
+            Device::cuda(0).or_else(|e| {
+                eprintln!("no GPU is used: {e}");
+                Ok(Device::cpu_with(threads, Kernels::Fast)?)
+            })
+        }
+        DeviceName::Auto | DeviceName::Cpu => Ok(Device::cpu_with(threads, Kernels::Fast)?),
+        DeviceName::Reference => Ok(Device::cpu_with(threads, Kernels::Reference)?),
+        DeviceName::Cuda(ordinal) => {
+            cuda::supports(config)?;
+            Ok(Device::cuda(ordinal)?)
+        }
+    }
+}
+
+/// The processor, all of it.
+pub fn cpu() -> Result<Device> {
+    Ok(Device::cpu()?)
+}
+
+/// The precision that was asked for, or else the device's own.
+pub fn dtype(asked: Option<Precision>, device: &Device) -> DType {
+    asked.map_or(if device.as_cuda().is_some() { DType::Bf16 } else { DType::F32 }, DType::from)
 }
 
 impl From<Precision> for DType {
@@ -74,6 +97,7 @@ impl From<Precision> for DType {
         match precision {
             Precision::F32 => DType::F32,
             Precision::F64 => DType::F64,
+            Precision::Bf16 => DType::Bf16,
         }
     }
 }

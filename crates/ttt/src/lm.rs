@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
-use crate::device::Device;
+use crate::device::{Device, cuda};
 use crate::device::view::View;
 use crate::hub::ModelFolder;
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
@@ -58,7 +58,7 @@ impl Lm {
     /// # Errors
     /// An impossible configuration, or memory.
     pub fn new(config: &Config, device: &Device, dtype: DType, seed: u64) -> Result<Lm> {
-        config.validate()?;
+        check(config, device, dtype)?;
         let table = Arc::new(ParamTable::new(config).0);
         let params = device.install(|| Params::init(&table, device, dtype, seed))?;
         Lm::from_params(config, params)
@@ -72,7 +72,7 @@ impl Lm {
     /// # Panics
     /// When the weights are laid out for another configuration.
     pub fn from_params(config: &Config, params: Params) -> Result<Lm> {
-        config.validate()?;
+        check(config, params.data().device(), params.dtype())?;
         let (table, ids) = ParamTable::new(config);
         assert_eq!(table.len(), params.table().len(), "weights of another configuration");
         let device = params.data().device().clone();
@@ -95,7 +95,7 @@ impl Lm {
     /// # Errors
     /// Weights that cannot be read or do not fit, or memory.
     pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, dtype: DType) -> Result<Lm> {
-        config.validate()?;
+        check(config, device, dtype)?;
         let table = Arc::new(ParamTable::new(config).0);
         Lm::from_params(config, device.install(|| folder.load_params(&table, device, dtype))?)
     }
@@ -110,7 +110,7 @@ impl Lm {
         &self.device
     }
 
-    /// Type of its numbers.
+    /// Type of its activations; `Bf16` is mixed precision on a GPU, with weights in f32.
     pub fn dtype(&self) -> DType {
         self.params.dtype()
     }
@@ -219,7 +219,7 @@ impl Lm {
         })
     }
 
-    /// Logits `[rows.len(), V]` of some rows of the hidden states.
+    /// Logits `[rows.len(), V]` of some rows of the hidden states; in f32 in mixed precision.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -230,10 +230,11 @@ impl Lm {
         let all: bool = rows.len() == hidden.view().rows() && rows.iter().enumerate().all(|(i, r)| i == *r);
         self.device.install(|| {
             let head = self.params.operand(self.ids.head, self.ids.head);
+            let dtype = if hidden.dtype() == DType::Bf16 { DType::F32 } else { hidden.dtype() };
             if all {
-                return linear::forward(hidden.view(), head);
+                return linear::forward_as(hidden.view(), head, dtype);
             }
-            linear::forward(add::gather(hidden.view(), rows)?.view(), head)
+            linear::forward_as(add::gather(hidden.view(), rows)?.view(), head, dtype)
         })
     }
 
@@ -327,6 +328,17 @@ impl Lm {
             ))),
             None => Ok(()),
         }
+    }
+}
+
+/// Checks that a model can be made on a device.
+fn check(config: &Config, device: &Device, dtype: DType) -> Result<()> {
+    config.validate()?;
+    match (device, dtype) {
+        (Device::Cpu(_), DType::Bf16) => Err(Error::Config("bf16 needs a GPU; use f32 on a CPU".into())),
+        (Device::Cuda(_), DType::F64) => Err(Error::Config("f64 needs a CPU; use --device cpu, or bf16 or f32 on a GPU".into())),
+        (Device::Cuda(_), _) => cuda::supports(config),
+        (Device::Cpu(_), _) => Ok(()),
     }
 }
 

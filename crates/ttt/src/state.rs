@@ -4,7 +4,7 @@ use crate::Result;
 use crate::batch::{Batch, Segment};
 use crate::layer::LayerState;
 use crate::lm::Lm;
-use crate::tensor::{Tensor, with_dtype};
+use crate::tensor::Tensor;
 
 /// The states of a number of slots, each of which holds one sequence: fast weights, open mini-batch, convolution windows and
 /// position. Its size does not depend on how much has been read.
@@ -49,7 +49,8 @@ impl States {
         self.positions[slot] = 0;
         for (block, layer) in model.blocks().iter().zip(&mut self.layers) {
             for tensor in layer.tensors_mut() {
-                with_dtype!(tensor.dtype(), E => slot_mut::<E>(tensor, slot).fill(0.0 as E));
+                let per_slot = tensor.len() / tensor.shape()[0];
+                tensor.fill_zero_range(slot * per_slot..(slot + 1) * per_slot);
             }
             block.ttt().start(model.params(), &mut layer.fast, slot);
         }
@@ -83,10 +84,8 @@ impl States {
         self.positions[to] = self.positions[from];
         for layer in &mut self.layers {
             for tensor in layer.tensors_mut() {
-                with_dtype!(tensor.dtype(), E => {
-                    let per_slot = tensor.len() / tensor.shape()[0];
-                    tensor.as_mut_slice::<E>().copy_within(from * per_slot..(from + 1) * per_slot, to * per_slot);
-                });
+                let per_slot = tensor.len() / tensor.shape()[0];
+                tensor.copy_within(from * per_slot..(from + 1) * per_slot, to * per_slot);
             }
         }
     }
@@ -124,9 +123,4 @@ impl States {
             self.positions[s.slot] += s.len as u64;
         }
     }
-}
-
-fn slot_mut<E: crate::tensor::Element>(tensor: &mut Tensor, slot: usize) -> &mut [E] {
-    let per_slot = tensor.len() / tensor.shape()[0];
-    &mut tensor.as_mut_slice()[slot * per_slot..][..per_slot]
 }

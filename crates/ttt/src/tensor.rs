@@ -1,5 +1,6 @@
 //! Tensors: typed, shaped, reference-counted pieces of a device's memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::Result;
@@ -327,6 +328,41 @@ impl Tensor {
             return;
         }
         with_dtype!(self.dtype, E => self.as_mut_slice::<E>().fill(E::ZERO));
+    }
+
+    /// Sets the elements of `range` to zero.
+    ///
+    /// # Panics
+    /// When they do not exist, or another handle to the tensor exists.
+    pub fn fill_zero_range(&mut self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len(), "elements {range:?} of {}", self.len());
+        let size = self.dtype.size();
+        match self.device.clone().as_cuda() {
+            Some(cuda) => {
+                let first = self.view_mut().as_view().address() + (range.start * size) as u64;
+                cuda.context().fill(first, 0, range.len() * size);
+            }
+            None => with_dtype!(self.dtype, E => self.as_mut_slice::<E>()[range].fill(E::ZERO)),
+        }
+    }
+
+    /// Copies the elements of `range` to those from `to` on.
+    ///
+    /// # Panics
+    /// When they do not exist, another handle to the tensor exists or, on a GPU, the two ranges overlap and are not the same.
+    pub fn copy_within(&mut self, range: Range<usize>, to: usize) {
+        assert!(range.start <= range.end && range.end.max(to + range.len()) <= self.len(), "{range:?} to {to} of {}", self.len());
+        let size = self.dtype.size();
+        match self.device.clone().as_cuda() {
+            Some(_) if to == range.start => {}
+            Some(cuda) => {
+                assert!(to.abs_diff(range.start) >= range.len(), "{range:?} to {to}: they overlap");
+                let [from, to] = [range.start, to].map(|at| (at * size) as u64);
+                let base = self.view_mut().as_view().address();
+                cuda.context().copy(base + to, base + from, range.len() * size);
+            }
+            None => with_dtype!(self.dtype, E => self.as_mut_slice::<E>().copy_within(range, to)),
+        }
     }
 
     /// As a matrix: all axes but the last are rows.

@@ -60,7 +60,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
     }
 
     let (targets, weights) = targets_and_weights(&file, path, &ids, b, t)?;
-    let mut grads = Params::zeros(model.params().table(), model.device(), model.dtype())?;
+    let mut grads = Params::zeros(model.params().table(), model.device(), model.params().data().dtype())?;
     let (nll, dhidden): (Vec<f64>, Tensor) = model.loss(&hidden, &targets, &weights, &mut grads)?;
     if let Some((_, reference)) = loss {
         if reference.len() != 1 {

@@ -44,7 +44,7 @@ pub struct Measured {
 /// Runs the command.
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let config = config(args)?;
-    let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
+    let device = model::device(args.device.device, args.device.threads.unwrap_or(0), &config)?;
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
     device.memory().trim();
     let all = match args.what {
@@ -119,11 +119,13 @@ pub fn measure(
     mut work: impl FnMut() -> Result<()>,
 ) -> Result<Measured> {
     work()?;
+    device.synchronize();
     device.memory().reset_peak();
     let mut rates = Vec::new();
     for _ in 0..repeat {
         let start = Instant::now();
         work()?;
+        device.synchronize();
         rates.push(units / start.elapsed().as_secs_f64());
     }
     Ok(Measured { name: name.into(), rates, flops, bytes, peak: device.memory().usage().peak })

@@ -5,13 +5,13 @@ use std::io::Write;
 use anyhow::Result;
 use ttt::hub::{ModelFolder, SaveOptions};
 
-use crate::args::{Convert, DeviceName};
+use crate::args::Convert;
 use crate::{model, units};
 
 /// Runs the command.
 pub fn run(args: &Convert, out: &mut dyn Write) -> Result<()> {
     let folder = ModelFolder::open(model::resolve(&args.model)?)?;
-    let device = model::device(DeviceName::Auto, 0)?;
+    let device = model::cpu()?;
     folder.convert(&args.out, &device, SaveOptions { dtype: args.dtype, max_shard_bytes: args.max_shard_size })?;
     let mut files = Vec::new();
     for entry in std::fs::read_dir(&args.out)? {

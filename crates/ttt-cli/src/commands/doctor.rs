@@ -7,6 +7,8 @@ use serde_json::json;
 use ttt::batch::Batch;
 use ttt::config::{Config, Inner};
 use ttt::data::default_corpus;
+use ttt::device::cuda::libraries::{Found, Libraries, libraries};
+use ttt::device::cuda::{self, compile, kernels};
 use ttt::device::{Device, Kernels, probe};
 use ttt::layer::Keep;
 use ttt::lm::Lm;
@@ -21,13 +23,18 @@ const TOLERANCE: f64 = 1e-3;
 
 /// Runs the command.
 pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
-    let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
+    // The device for a model that a GPU runs, too.
+    let device = model::device(args.device.device, args.device.threads.unwrap_or(0), &config(Inner::Linear)?)?;
     let features = features();
     let [total, available] = memory();
     let corpus = default_corpus();
     let (flops, bandwidth) = (probe::matmul_flops(&device)?, probe::read_bandwidth(&device)?);
     device.memory().trim();
-    let errors = [("TTT-Linear", self_test(&device, Inner::Linear)?), ("TTT-MLP", self_test(&device, Inner::Mlp)?)];
+    let mut errors = vec![("TTT-Linear", self_test(&device, Inner::Linear)?)];
+    if device.as_cuda().is_none() {
+        errors.push(("TTT-MLP", self_test(&device, Inner::Mlp)?));
+    }
+    let gpu = Gpu::of(&device);
     // Written so that an error that is not a number fails.
     let failed = errors.iter().find(|(_, e)| !(e[0] <= TOLERANCE && e[1] <= TOLERANCE));
     if args.json {
@@ -38,7 +45,7 @@ pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
         let object = json!({
             "version": env!("CARGO_PKG_VERSION"), "system": std::env::consts::OS, "processor": std::env::consts::ARCH,
             "features": features, "threads": device.threads(), "memory_bytes": total, "memory_available_bytes": available,
-            "matmul_flops": flops, "read_bandwidth": bandwidth, "self_test": test, "passed": failed.is_none(),
+            "gpu": gpu.json(), "matmul_flops": flops, "read_bandwidth": bandwidth, "self_test": test, "passed": failed.is_none(),
         });
         writeln!(out, "{object}")?;
     } else {
@@ -52,7 +59,7 @@ pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
         )?;
         writeln!(out, "threads    {}", device.threads())?;
         writeln!(out, "memory     {}, of which {} free", size(total), size(available))?;
-        writeln!(out, "device     this build runs on the CPU")?;
+        gpu.print(out)?;
         writeln!(out, "tokens     kept in `tokens` beside the run's folder (runs/tokens), or where data.cache says")?;
         match &corpus {
             Ok(c) => writeln!(out, "no --data  {} of Rust sources in {}", units::bytes(c.bytes), c.folder.display())?,
@@ -69,7 +76,8 @@ pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
     }
     match failed {
         Some((name, _)) => {
-            bail!("the self test of {name} failed: the fast kernels are wrong on this processor; use --device reference")
+            let advice = if device.as_cuda().is_some() { "--device cpu" } else { "--device reference" };
+            bail!("the self test of {name} failed: the fast kernels are wrong on this machine; use {advice}")
         }
         None => Ok(()),
     }
@@ -104,16 +112,87 @@ fn memory() -> [Option<u64>; 2] {
     })
 }
 
-/// Relative errors of logits and gradients of a small model against the plain loops.
-fn self_test(device: &Device, inner: Inner) -> Result<[f64; 2]> {
-    let config = Config {
+/// A small model.
+fn config(inner: Inner) -> Result<Config> {
+    Ok(Config {
         vocab_size: 64,
         hidden_size: 64,
         intermediate_size: 128,
         num_hidden_layers: 2,
         num_attention_heads: 2,
         ..Config::preset("tiny", inner)?
-    };
+    })
+}
+
+/// What there is of CUDA.
+struct Gpu<'d> {
+    device: &'d Device,
+    libraries: &'static Libraries,
+}
+
+impl<'d> Gpu<'d> {
+    fn of(device: &'d Device) -> Gpu<'d> {
+        Gpu { device, libraries: libraries() }
+    }
+
+    /// Name, file or `None`, and version of each library.
+    fn found(&self) -> [(&'static str, Option<String>, Option<String>); 3] {
+        let file = |found: &Option<Found>| found.as_ref().map(ToString::to_string);
+        let driver = self.device.as_cuda().map(|cuda| cuda.info().driver.clone());
+        [
+            ("driver", file(&self.libraries.driver), driver),
+            ("NVRTC", file(&self.libraries.nvrtc), compile::version()),
+            ("cuBLASLt", file(&self.libraries.cublaslt), cuda::cublaslt_version()),
+        ]
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let libraries: serde_json::Map<_, _> =
+            self.found().into_iter().map(|(name, file, version)| (name.to_owned(), json!({"file": file, "version": version}))).collect();
+        let gpu = self.device.as_cuda().map(|cuda| {
+            let info = cuda.info();
+            json!({
+                "name": info.name, "compute": [info.compute.0, info.compute.1], "multiprocessors": info.multiprocessors,
+                "memory_bytes": info.memory, "free_bytes": info.free,
+            })
+        });
+        json!({"in_use": gpu, "libraries": libraries, "searched": self.libraries.searched, "kernel_cache": kernels::cache()})
+    }
+
+    fn print(&self, out: &mut dyn Write) -> Result<()> {
+        for (name, file, version) in self.found() {
+            let version = version.map_or_else(String::new, |v| format!("{v}, "));
+            let file = file.unwrap_or_else(|| "not found".into());
+            writeln!(out, "{:11}{version}{file}", name.to_lowercase())?;
+        }
+        let searched: Vec<String> = self.libraries.searched.iter().map(|p| p.display().to_string()).collect();
+        writeln!(out, "searched   the system's loader{}{}", if searched.is_empty() { "" } else { ", " }, searched.join(", "))?;
+        if let Some(cache) = kernels::cache() {
+            writeln!(out, "kernels    kept in {}", cache.display())?;
+        }
+        match self.device.as_cuda() {
+            Some(cuda) => {
+                let info = cuda.info();
+                writeln!(
+                    out,
+                    "device     {}, compute capability {}.{}, {} multiprocessors, {} of which {} free",
+                    info.name,
+                    info.compute.0,
+                    info.compute.1,
+                    info.multiprocessors,
+                    units::bytes(info.memory as u64),
+                    units::bytes(info.free as u64)
+                )?;
+            }
+            None => writeln!(out, "device     the processor")?,
+        }
+        Ok(())
+    }
+}
+
+/// Relative errors of logits and gradients of a small model against the plain loops.
+fn self_test(device: &Device, inner: Inner) -> Result<[f64; 2]> {
+    let config = config(inner)?;
     let plain = Device::cpu_with(device.threads(), Kernels::Reference)?;
     let [ours, reference] = [logits_and_gradient(&config, device)?, logits_and_gradient(&config, &plain)?];
     Ok([0, 1].map(|i| relative(&ours[i], &reference[i])))

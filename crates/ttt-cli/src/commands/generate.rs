@@ -6,7 +6,6 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use ttt::data::Tokenizer;
 use ttt::generate::{Generator, Sampling};
-use ttt::tensor::DType;
 
 use crate::args::Generate;
 use crate::{model, units};
@@ -16,8 +15,7 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     sampling.validate()?;
     let folder = model::resolve(&args.model)?;
-    let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let lm = model::load(&folder, &args.device, args.dtype)?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
     let (prompt, text) = prompt(args, tokenizer.as_ref())?;
 

@@ -13,7 +13,7 @@ use ttt::plan;
 use ttt::tensor::DType;
 use ttt::train::checkpoint::TrainerState;
 
-use crate::args::{DeviceName, Info};
+use crate::args::Info;
 use crate::commands::plan::describe;
 use crate::{model, units};
 
@@ -22,7 +22,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     let path = model::resolve(&args.model)?;
     let folder = ModelFolder::open(&path)?;
     let config = folder.config();
-    let lm = Lm::from_folder(&folder, config, &model::device(DeviceName::Auto, 0)?, DType::F32)?;
+    let lm = Lm::from_folder(&folder, config, &model::cpu()?, DType::F32)?;
     let table = lm.params().table();
     let mut by_part: BTreeMap<usize, (&str, usize)> = BTreeMap::new();
     for entry in table.entries() {

@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod info;
+pub mod kernels;
 pub mod plan;
 pub mod tokenizer;
 pub mod train;

@@ -16,7 +16,7 @@ use watch::Watch;
 /// Runs the command.
 pub fn run(args: &Train, out: &mut dyn Write) -> Result<()> {
     let (settings, folder) = settings::resolve(args)?;
-    let device = model::device(args.device.device, settings.train.threads)?;
+    let device = model::device(args.device.device, settings.train.threads, &settings.model_config()?)?;
     let job = Job { settings, folder, resume: args.resume.is_some(), device };
     let watch = Watch::new(&job, args.quiet)?;
     let outcome = ttt::train::run::run(&job, &watch);

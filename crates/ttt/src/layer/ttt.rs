@@ -114,8 +114,11 @@ impl TttLayer {
 
     /// Slot `slot` starts from the learned initial weights.
     pub fn start(&self, weights: &Params, fast: &mut FastWeights, slot: usize) {
-        let initial: Vec<View<'_>> = self.ids.initial.iter().map(|id| weights.view(*id)).collect();
-        fast.start(slot, &initial);
+        fast.start(slot, &self.initial(weights));
+    }
+
+    fn initial<'a>(&self, weights: &'a Params) -> Vec<View<'a>> {
+        self.ids.initial.iter().map(|id| weights.view(*id)).collect()
     }
 
     /// The state of `slots` sequences of this layer, not yet started.
@@ -215,9 +218,7 @@ impl TttLayer {
                 Some(fast) => self.inner_forward(&inputs, fast, group)?,
                 None => {
                     let mut fast = self.fast_weights(w, pass.segments.len())?;
-                    for slot in 0..pass.segments.len() {
-                        self.start(w, &mut fast, slot);
-                    }
+                    fast.start_all(&self.initial(w));
                     self.inner_forward(&inputs, &mut fast, group)?
                 }
             }
@@ -322,8 +323,27 @@ impl TttLayer {
         Ok(dx)
     }
 
-    /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`.
+    /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`. They are computed on the CPU.
     pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
+        if let Some(gpu) = saved.z.device().as_cuda() {
+            let host = gpu.host();
+            let (weights, rope) = (pass.weights.on_cpu()?, pass.rope.to(host)?);
+            let on_cpu = |tensor: &Tensor| tensor.to(host);
+            let mut initial = self.fast_weights(&weights, 1)?;
+            self.start(&weights, &mut initial, 0);
+            let saved = TttSaved {
+                projected: on_cpu(&saved.projected)?,
+                qk: match &saved.qk {
+                    Some([q, k]) => Some([on_cpu(q)?, on_cpu(k)?]),
+                    None => None,
+                },
+                lr: on_cpu(&saved.lr)?,
+                tok: on_cpu(&saved.tok)?,
+                z: on_cpu(&saved.z)?,
+                inner: saved.inner.on_cpu(&initial, pass.segments)?,
+            };
+            return self.statistics(&Pass { weights: &weights, rope: &rope, ..*pass }, &saved, &end.to(host)?);
+        }
         let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
         let rows = match self.inner {
             Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, end),
@@ -411,6 +431,16 @@ impl TttLayer {
     /// Every sequence started from the same weights: their gradient is the sum over sequences, in order.
     fn add_initial_gradient(&self, dstate: &Tensor, grads: &mut Params) {
         let [sequences, heads, len] = *dstate.shape() else { panic!("state gradients of shape {:?}", dstate.shape()) };
+        if let Some(gpu) = dstate.device().as_cuda() {
+            let mut at = 0;
+            for id in &self.ids.initial {
+                let per_head = grads.table().entry(*id).elements() / heads;
+                let sizes = [sequences, heads * len];
+                add::cuda::add_up_pieces(gpu, &grads.view_mut(*id), dstate.address(), sizes, at, [per_head, len]);
+                at += per_head;
+            }
+            return;
+        }
         with_dtype!(dstate.dtype(), E => {
             let dstate = dstate.as_slice::<E>();
             let mut at = 0;

@@ -49,6 +49,7 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &rms_norm::cuda::SOURCE,
     &rope::cuda::SOURCE,
     &swiglu::cuda::SOURCE,
+    &ttt_linear::cuda::PLAIN,
 ];
 
 /// Whether the fast f32 version of an operation runs, not the reference.

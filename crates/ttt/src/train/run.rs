@@ -15,7 +15,6 @@ use crate::lm::Lm;
 use crate::ops::adamw;
 use crate::plan;
 use crate::state::States;
-use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
 use crate::train::corpus::{self, Corpus};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
@@ -135,9 +134,10 @@ impl<'j> Run<'j> {
             other => other,
         })?;
 
+        let dtype = settings.train.precision.dtype(&job.device);
         let mut model = match &settings.model.folder {
-            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
-            None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
+            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, dtype)?,
+            None => Lm::new(&config, &job.device, dtype, settings.train.seed)?,
         };
         let mut optimizer = Optimizer::new(&model)?;
         let fingerprint = corpus.fingerprint();

@@ -15,7 +15,9 @@ use super::{
 use crate::{
     AtPath, Error, Result,
     config::{Backbone, Config, Inner},
+    device::Device,
     hub::ModelFolder,
+    tensor::DType,
 };
 
 /// The default run, with a comment on every setting.
@@ -103,6 +105,29 @@ pub struct Optimizer {
     pub clip: f64,
 }
 
+/// Precision of training. Weights, moments and fast weights are f32 in each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// bf16 on a GPU, f32 on a CPU.
+    #[default]
+    Auto,
+    /// f32 everywhere.
+    F32,
+    /// Activations and operands of products in bf16; on a GPU.
+    Bf16,
+}
+
+impl Precision {
+    /// The type of activations on a device.
+    pub fn dtype(self, device: &Device) -> DType {
+        match (self, device) {
+            (Precision::F32, _) | (Precision::Auto, Device::Cpu(_)) => DType::F32,
+            (Precision::Bf16, _) | (Precision::Auto, Device::Cuda(_)) => DType::Bf16,
+        }
+    }
+}
+
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -130,6 +155,9 @@ pub struct Train {
     pub seed: u64,
     /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Precision of the arithmetic.
+    #[serde(default)]
+    pub precision: Precision,
     /// Mini-batches between two kept states of the fast weights, g.
     pub checkpoint_group: usize,
     /// Base inner learning rate at the first step of its warm-up.

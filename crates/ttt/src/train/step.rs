@@ -95,7 +95,7 @@ impl Optimizer {
         device.install(|| {
             let (m, v) = (self.m.data_mut(), self.v.data_mut());
             let (params, operands) = model.params_mut().data_and_operands_mut();
-            adamw::step(params, operands, self.grads.data(), m, v, self.step, settings.lr, scale, &settings.adamw);
+            adamw::step_with_copies(params, operands, self.grads.data(), m, v, self.step, settings.lr, scale, &settings.adamw);
         });
         self.step += 1;
         Ok(StepReport { loss, nll, counted, grad_norm })

@@ -12,6 +12,8 @@ pub struct Case {
     name: &'static str,
     inputs: Vec<(&'static str, Vec<usize>)>,
     scales: Vec<f64>,
+    /// Inputs that are f32 in mixed precision too.
+    in_f32: Vec<usize>,
     forward: Forward,
     backward: Backward,
 }
@@ -37,27 +39,28 @@ fn value(i: usize, seed: usize) -> f64 {
     2.0 * (x - x.floor()) - 1.0
 }
 
-/// A copy of what a view shows.
-pub fn tensor_of(view: View) -> Tensor {
-    fn copy<E: ttt::tensor::Element>(view: View) -> Tensor {
-        let mat = view.as_mat::<E>();
-        let data: Vec<E> = (0..mat.rows()).flat_map(|i| mat.row(i).to_vec()).collect();
-        Tensor::from_slice(view.device(), &view.shape(), &data).unwrap()
-    }
-    match view.dtype() {
-        DType::F32 => copy::<f32>(view),
-        DType::F64 => copy::<f64>(view),
-    }
+/// A tensor of given numbers, made on the CPU.
+pub fn placed(device: &Device, shape: &[usize], data: &[f64], dtype: DType) -> Tensor {
+    let made = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let tensor = Tensor::from_slice(&device.cpu_beside(), shape, data).unwrap().cast(made).unwrap().to(device).unwrap();
+    if dtype == made { tensor } else { tensor.cast(dtype).unwrap() }
 }
 
-/// What `add` adds to a gradient of the shape of `like` that is not zero before.
+/// A copy of what a view shows.
+pub fn tensor_of(view: View) -> Tensor {
+    let mut copy = Tensor::empty(view.device(), &view.shape(), view.dtype()).unwrap();
+    ttt::ops::add::copy_to(copy.view_mut(), view);
+    copy
+}
+
+/// What `add` adds to a gradient of the shape of `like` that is not zero before. Gradients of bf16 operands are f32.
 pub fn added(like: View, add: impl FnOnce(&mut Tensor)) -> Tensor {
     let shape = like.shape();
-    let before = Tensor::from_slice(like.device(), &shape, &vec![0.5; shape[0] * shape[1]]).unwrap();
-    let mut d = before.cast(like.dtype()).unwrap();
+    let dtype = if like.dtype() == DType::Bf16 { DType::F32 } else { like.dtype() };
+    let mut d = placed(like.device(), &shape, &vec![0.5; shape[0] * shape[1]], dtype);
     add(&mut d);
     let data: Vec<f64> = d.to_f64_vec().iter().map(|x| x - 0.5).collect();
-    Tensor::from_slice(like.device(), &shape, &data).unwrap().cast(like.dtype()).unwrap()
+    placed(like.device(), &shape, &data, dtype)
 }
 
 /// Panics when an element is further from the wanted one than `ratio` of the largest.
@@ -74,13 +77,24 @@ impl Case {
     pub fn new(name: &'static str, inputs: &[(&'static str, &[usize])]) -> Case {
         let inputs: Vec<_> = inputs.iter().map(|(name, shape)| (*name, shape.to_vec())).collect();
         let scales = vec![1.5; inputs.len()];
-        Case { name, inputs, scales, forward: Box::new(|_| Vec::new()), backward: Box::new(|_, _| Vec::new()) }
+        Case { name, inputs, scales, in_f32: Vec::new(), forward: Box::new(|_| Vec::new()), backward: Box::new(|_, _| Vec::new()) }
+    }
+
+    /// Inputs that are f32 in mixed precision too.
+    pub fn in_f32(mut self, inputs: &[usize]) -> Case {
+        self.in_f32 = inputs.to_vec();
+        self
     }
 
     /// The values of input `n` lie between -scale and scale (1.5 otherwise).
     pub fn scaled(mut self, n: usize, scale: f64) -> Case {
         self.scales[n] = scale;
         self
+    }
+
+    /// Whether it is of this operation.
+    pub fn is(&self, name: &str) -> bool {
+        self.name == name
     }
 
     pub fn forward(mut self, f: impl Fn(&[View]) -> Vec<Tensor> + Sync + 'static) -> Case {
@@ -110,15 +124,16 @@ impl Case {
         work: impl Fn(&[View]) -> T + Sync,
     ) -> T {
         let (before, after) = if strided { (3, 2) } else { (0, 0) };
-        let tensor = |((_, shape), data): (&(_, Vec<usize>), &Vec<f64>)| {
+        let tensor = |((n, (_, shape)), data): ((usize, &(_, Vec<usize>)), &Vec<f64>)| {
             let width = before + shape[1] + after;
             let mut wide = vec![f64::NAN; shape[0] * width];
             for i in 0..shape[0] {
                 wide[i * width + before..][..shape[1]].copy_from_slice(&data[i * shape[1]..][..shape[1]]);
             }
-            Tensor::from_slice(device, &[shape[0], width], &wide).unwrap().cast(dtype).unwrap()
+            let dtype = if dtype == DType::Bf16 && self.in_f32.contains(&n) { DType::F32 } else { dtype };
+            placed(device, &[shape[0], width], &wide, dtype)
         };
-        let tensors: Vec<Tensor> = self.inputs.iter().zip(inputs).map(tensor).collect();
+        let tensors: Vec<Tensor> = self.inputs.iter().enumerate().zip(inputs).map(tensor).collect();
         device.install(|| {
             let block = |(tensor, (_, shape)): (_, &(_, Vec<usize>))| Tensor::view(tensor).col_range(before..before + shape[1]);
             let views: Vec<View> = tensors.iter().zip(&self.inputs).map(block).collect();
@@ -183,6 +198,28 @@ impl Case {
         }
     }
 
+    /// A GPU against the reference in f64: outputs and gradients within `ratio` of the largest, and the same bits when run again.
+    pub fn check_gpu(&self, device: &Device, dtype: DType, strided: bool, ratio: f64) {
+        let mut inputs = self.inputs();
+        if dtype == DType::Bf16 {
+            for (_, input) in inputs.iter_mut().enumerate().filter(|(n, _)| !self.in_f32.contains(n)) {
+                input.iter_mut().for_each(|x| *x = half::bf16::from_f64(*x).to_f64());
+            }
+        }
+        let is = self.run(device, dtype, &inputs, strided);
+        let want = self.run(&reference(), DType::F64, &inputs, false);
+        let again = self.run(device, dtype, &inputs, strided);
+        let named = |i: usize| if i < is.0.len() { format!("output {i}") } else { format!("d{}", self.inputs[i - is.0.len()].0) };
+        let all = is.0.iter().chain(&is.1).zip(want.0.iter().chain(&want.1)).zip(again.0.iter().chain(&again.1));
+        for (i, ((is, want), again)) in all.enumerate() {
+            let name = format!("{} {:?} {dtype:?}: {} (strided: {strided})", self.name, self.inputs, named(i));
+            assert_eq!(is.shape(), want.shape(), "{name}");
+            let (is, again) = (is.to_f64_vec(), again.to_f64_vec());
+            expect_close(&name, &is, &want.to_f64_vec(), ratio);
+            assert!(is.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}: another result when run again");
+        }
+    }
+
     /// The same bits on one thread and on two.
     pub fn check_threads(&self) {
         let inputs = self.inputs();
@@ -197,5 +234,5 @@ impl Case {
 
 fn weights(y: &Tensor, output: usize) -> Tensor {
     let data: Vec<f64> = (0..y.len()).map(|i| value(i, 91 + output) as f32 as f64).collect();
-    Tensor::from_slice(y.device(), y.shape(), &data).unwrap().cast(y.dtype()).unwrap()
+    placed(y.device(), y.shape(), &data, y.dtype())
 }

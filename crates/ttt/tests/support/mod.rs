@@ -97,6 +97,7 @@ pub fn set(params: &mut Params, id: ParamId, values: &[f64]) {
     match params.data().dtype() {
         DType::F32 => params.values_mut::<f32>(id).iter_mut().zip(values).for_each(|(x, v)| *x = *v as f32),
         DType::F64 => params.values_mut::<f64>(id).copy_from_slice(values),
+        DType::Bf16 => unreachable!("weights are never bf16"),
     }
 }
 
@@ -131,6 +132,7 @@ pub fn shaken_model(config: &Config, device: &Device, dtype: DType, seed: u64) -
     match dtype {
         DType::F32 => params.data_mut().as_mut_slice::<f32>().iter_mut().zip(noise).for_each(|(x, e)| *x += e as f32),
         DType::F64 => params.data_mut().as_mut_slice::<f64>().iter_mut().zip(noise).for_each(|(x, e)| *x += e as f32 as f64),
+        DType::Bf16 => unreachable!("a CPU has no bf16"),
     }
     model
 }

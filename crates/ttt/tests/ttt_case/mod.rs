@@ -104,7 +104,14 @@ struct Placed {
 }
 
 fn tensor(device: &Device, dtype: DType, shape: &[usize], data: &[f64]) -> Tensor {
-    Tensor::from_slice(device, shape, data).unwrap().cast(dtype).unwrap()
+    let made = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let tensor = Tensor::from_slice(&device.cpu_beside(), shape, data).unwrap().cast(made).unwrap().to(device).unwrap();
+    if dtype == made { tensor } else { tensor.cast(dtype).unwrap() }
+}
+
+/// Type of what is not an activation: f32 in mixed precision.
+fn master(dtype: DType) -> DType {
+    if dtype == DType::Bf16 { DType::F32 } else { dtype }
 }
 
 /// With and without LayerNorm and residual.
@@ -196,10 +203,10 @@ impl Case {
         }
         Placed {
             qkv: tensor(device, dtype, &[rows.len(), 3 * wide + 5], &qkv),
-            lr: tensor(device, dtype, &[rows.len(), self.heads], &lr),
-            tok: tensor(device, dtype, &[1, self.k], &self.tok),
-            gamma: tensor(device, dtype, &[self.heads, self.d], &self.gamma),
-            beta: tensor(device, dtype, &[self.heads, self.d], &self.beta),
+            lr: tensor(device, master(dtype), &[rows.len(), self.heads], &lr),
+            tok: tensor(device, master(dtype), &[1, self.k], &self.tok),
+            gamma: tensor(device, master(dtype), &[self.heads, self.d], &self.gamma),
+            beta: tensor(device, master(dtype), &[self.heads, self.d], &self.beta),
         }
     }
 
@@ -220,6 +227,7 @@ impl Case {
     }
 
     fn state_with(&self, device: &Device, dtype: DType, slots: usize, slot: impl Fn(usize) -> usize) -> FastWeights {
+        let dtype = master(dtype);
         let mut state = FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.d, self.k).unwrap();
         let each = self.heads * self.state_len();
         let mut weights = vec![0.0; slots * each];
@@ -306,11 +314,11 @@ impl Case {
         .unwrap();
         let forward = count.load(Relaxed) - before;
 
-        let nan = |shape: &[usize]| tensor(device, dtype, shape, &vec![f64::NAN; shape.iter().product()]);
-        let quarter = |shape: &[usize]| tensor(device, dtype, shape, &vec![0.25; shape.iter().product()]);
+        let nan = |shape: &[usize], dtype| tensor(device, dtype, shape, &vec![f64::NAN; shape.iter().product()]);
+        let quarter = |shape: &[usize]| tensor(device, master(dtype), shape, &vec![0.25; shape.iter().product()]);
         let dz = tensor(device, dtype, &[n, wide], &self.dz);
-        let mut dstate = tensor(device, dtype, &[self.lens.len(), self.heads, self.state_len()], &self.dw);
-        let (mut dqkv, mut dlr) = (nan(&[n, 3 * wide]), nan(&[n, self.heads]));
+        let mut dstate = tensor(device, master(dtype), &[self.lens.len(), self.heads, self.state_len()], &self.dw);
+        let (mut dqkv, mut dlr) = (nan(&[n, 3 * wide], dtype), nan(&[n, self.heads], master(dtype)));
         let mut dtok = quarter(&[1, self.k]);
         let (mut dgamma, mut dbeta) = (quarter(&[self.heads, self.d]), quarter(&[self.heads, self.d]));
         let (dv, rest) = dqkv.view_mut().split_cols(wide);

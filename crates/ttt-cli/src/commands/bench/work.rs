@@ -23,7 +23,7 @@ const DECODED: usize = 16;
 const SEED: u64 = 0;
 
 fn model(config: &Config, device: &Device) -> Result<Lm> {
-    Ok(Lm::new(config, device, DType::F32, SEED)?)
+    Ok(Lm::new(config, device, crate::model::dtype(None, device), SEED)?)
 }
 
 /// Ids without meaning, spread over the vocabulary.

@@ -209,10 +209,9 @@ impl Context {
     /// When the driver refuses: a grid that is too large, or a kernel before has failed.
     ///
     /// # Safety
-    /// The arguments are those of the kernel, and what they point to is as large as it believes.
-    pub(crate) unsafe fn launch(&self, function: sys::CUfunction, grid: [usize; 3], block: usize, shared: usize, args: &[Arg]) {
+    /// `args` point to arguments of the kernel's types, and what those point to is as large as it believes.
+    pub(crate) unsafe fn launch(&self, function: sys::CUfunction, grid: [usize; 3], block: usize, shared: usize, args: &mut [*mut c_void]) {
         self.bind();
-        let mut pointers: Vec<*mut c_void> = args.iter().map(|arg| std::ptr::from_ref(&arg.0).cast_mut().cast()).collect();
         let grid = grid.map(|n| n as u32);
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         expect("starting a kernel", unsafe {
@@ -222,7 +221,7 @@ impl Context {
                 (block as u32, 1, 1),
                 shared as u32,
                 self.stream,
-                &mut pointers,
+                args,
             )
         });
     }
@@ -268,6 +267,11 @@ impl From<f32> for Arg {
     fn from(x: f32) -> Arg {
         Arg(u64::from(x.to_bits()))
     }
+}
+
+/// Where the arguments are, as the driver wants to know.
+pub(crate) fn pointers(args: &[Arg]) -> Vec<*mut c_void> {
+    args.iter().map(|arg| std::ptr::from_ref(&arg.0).cast_mut().cast()).collect()
 }
 
 /// A list of kernel arguments.

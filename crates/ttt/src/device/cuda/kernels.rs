@@ -38,7 +38,11 @@ pub struct Entry {
 }
 
 /// What sources may include.
-pub const HEADERS: &[(&str, &str)] = &[("rows.cuh", include_str!("rows.cuh"))];
+pub const HEADERS: &[(&str, &str)] = &[
+    ("rows.cuh", include_str!("rows.cuh")),
+    ("prelude.cuh", include_str!("prelude.cuh")),
+    ("params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),
+];
 
 /// A source for one type of activations and one architecture, `sm_90a` say.
 #[derive(Clone, Debug)]
@@ -89,8 +93,16 @@ impl Unit {
                 None => Ok(embedded.to_owned()),
             }
         };
-        let headers = HEADERS.iter().map(|(name, embedded)| Ok((*name, text(name, embedded)?)));
-        Ok((text(&format!("{}.cu", self.source.name), self.source.text)?, headers.collect::<Result<_>>()?))
+        let main = text(&format!("{}.cu", self.source.name), self.source.text)?;
+        // The headers that it includes, and those that they include; a later header of the list is included by none before it.
+        let mut headers: Vec<(&'static str, String)> = Vec::new();
+        for (name, embedded) in HEADERS.iter().rev() {
+            let include = format!("#include \"{name}\"");
+            if main.contains(&include) || headers.iter().any(|(_, text)| text.contains(&include)) {
+                headers.push((name, text(name, embedded)?));
+            }
+        }
+        Ok((main, headers))
     }
 
     /// Hash of everything that decides the machine code but the compiler.

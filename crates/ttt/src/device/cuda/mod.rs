@@ -22,11 +22,29 @@ use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
 
 use crate::batch::Segment;
+use crate::config::{Config, Inner};
 use crate::device::memory::{Buffer, Pool};
 use crate::device::view::{View, ViewMut};
 use crate::device::{Device, Kernels};
 use crate::tensor::DType;
 use crate::{Error, Result};
+
+/// Whether a GPU runs a model.
+///
+/// # Errors
+/// What it does not run, and what to do.
+pub fn supports(config: &Config) -> Result<()> {
+    let limit = |what: &str, is: usize, most: usize| match is > most {
+        true => Err(Error::Config(format!("{what} is {is}; on a GPU it is at most {most}; use --device cpu"))),
+        false => Ok(()),
+    };
+    if config.ttt_layer_type == Inner::Mlp {
+        return Err(Error::Config("TTT-MLP does not run on a GPU yet; use --device cpu, or model.inner=linear".into()));
+    }
+    limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS)?;
+    limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;
+    limit("num_attention_heads", config.num_attention_heads, crate::ops::inner_lr::cuda::MAX_HEADS)
+}
 
 /// How to open a GPU.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,7 +79,6 @@ unsafe impl Sync for Function {}
 /// The segments of a batch in the GPU's memory.
 pub(crate) struct Uploaded {
     buffer: Buffer,
-    rows: usize,
     count: usize,
 }
 
@@ -74,16 +91,6 @@ impl Uploaded {
     /// For each row the index of its segment.
     pub(crate) fn of_row(&self) -> u64 {
         self.buffer.address() + 16 * self.count as u64
-    }
-
-    /// Number of rows.
-    pub(crate) fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Number of segments.
-    pub(crate) fn count(&self) -> usize {
-        self.count
     }
 }
 
@@ -159,6 +166,40 @@ impl Cuda {
         shared: usize,
         args: &[Arg],
     ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_pointers(source, (dtype, kernel), grid, block, shared, &mut context::pointers(args)) };
+    }
+
+    /// [`Cuda::launch`] of a kernel whose one argument is a structure.
+    ///
+    /// # Panics
+    /// As [`Cuda::launch`].
+    ///
+    /// # Safety
+    /// As [`Cuda::launch`]; `P` is laid out as the kernel's.
+    pub(crate) unsafe fn launch_with<P: Copy>(
+        &self,
+        source: &'static Source,
+        kernel: (DType, &'static str),
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        params: &P,
+    ) {
+        let pointer: *const P = params;
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_pointers(source, kernel, grid, block, shared, &mut [pointer.cast_mut().cast()]) };
+    }
+
+    unsafe fn launch_pointers(
+        &self,
+        source: &'static Source,
+        (dtype, kernel): (DType, &'static str),
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        args: &mut [*mut c_void],
+    ) {
         if grid.contains(&0) {
             return;
         }
@@ -204,7 +245,7 @@ impl Cuda {
         for (i, segment) in segments.iter().enumerate() {
             data.resize(data.len() + segment.len, i as u32);
         }
-        let uploaded = Arc::new(Uploaded { buffer: self.upload(&data)?, rows, count: segments.len() });
+        let uploaded = Arc::new(Uploaded { buffer: self.upload(&data)?, count: segments.len() });
         *kept = Some((segments.to_vec(), uploaded.clone()));
         Ok(uploaded)
     }
@@ -252,7 +293,7 @@ pub(crate) const THREADS: usize = 256;
 /// 8 when all matrices can be read and written 8 elements at a time (16-byte alignment), else 1.
 pub(crate) fn width(views: &[View<'_>]) -> usize {
     let wide = |view: &View<'_>| {
-        view.cols() % 8 == 0 && (view.stride() % 8 == 0 || view.rows() <= 1) && view.address() % 16 == 0
+        view.cols().is_multiple_of(8) && (view.stride().is_multiple_of(8) || view.rows() <= 1) && view.address().is_multiple_of(16)
     };
     if views.iter().all(wide) { 8 } else { 1 }
 }

@@ -23,7 +23,7 @@ pub struct Settings {
 
 /// The numbers of one step.
 #[derive(Clone, Copy)]
-struct Factors {
+pub(crate) struct Factors {
     beta1: f64,
     beta2: f64,
     /// 1 over the bias correction of each moment.
@@ -47,11 +47,26 @@ impl Factors {
 /// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`,
 /// `params −= lr ((m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + eps) + weight_decay · params)`.
 ///
-/// `operands` are copies of the parameters in bf16 (mixed precision on a GPU), written too.
+/// # Panics
+/// When the four tensors differ in their number of elements.
+pub fn step(
+    params: &mut Tensor,
+    grads: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    step: u64,
+    lr: f64,
+    grad_scale: f64,
+    settings: &Settings,
+) {
+    step_with_copies(params, None, grads, m, v, step, lr, grad_scale, settings);
+}
+
+/// [`step`] that also writes the new parameters in bf16 to `operands`: mixed precision on a GPU.
 ///
 /// # Panics
 /// When the tensors differ in their number of elements; on a CPU, when there are `operands`.
-pub fn step(
+pub fn step_with_copies(
     params: &mut Tensor,
     operands: Option<&mut Tensor>,
     grads: &Tensor,

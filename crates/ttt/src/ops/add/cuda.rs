@@ -16,6 +16,8 @@ pub(crate) static SOURCE: Source = Source {
         Entry { name: "copy8", registers: 40 },
         Entry { name: "add1", registers: 40 },
         Entry { name: "add8", registers: 48 },
+        Entry { name: "repeat1", registers: 40 },
+        Entry { name: "repeat8", registers: 40 },
         Entry { name: "gather1", registers: 40 },
         Entry { name: "gather8", registers: 40 },
         Entry { name: "scatter1", registers: 40 },
@@ -75,12 +77,35 @@ pub(crate) fn rows(cuda: &Cuda, y: &ViewMut, x: View, index: &[u32], scatter: bo
     Ok(())
 }
 
+/// `y[i] = x[i % x.rows()]`.
+pub(crate) fn repeat(cuda: &Cuda, y: &ViewMut, x: View) {
+    let y = y.as_view();
+    let wide = width(&[y, x]);
+    let kernel = if wide == 8 { "repeat8" } else { "repeat1" };
+    let args = args![y.address(), y.stride(), x.address(), x.stride(), x.rows(), y.rows(), y.cols()];
+    // SAFETY: both have the same number of columns (the caller splits one matrix); `y` is mutably borrowed.
+    unsafe { cuda.launch(&SOURCE, (x.dtype(), kernel), blocks(y.rows() * y.cols() / wide), 256, 0, args) };
+}
+
 /// `y[c] += Σ_i partials[i, first + c]`, `y` contiguous, in an order that depends on `count` alone.
 pub(crate) fn add_up(cuda: &Cuda, y: &ViewMut, partials: u64, [count, width]: [usize; 2], first: usize) {
+    let cols = y.as_view().rows() * y.as_view().cols();
+    add_up_pieces(cuda, y, partials, [count, width], first, [cols, 0]);
+}
+
+/// [`add_up`] where each `piece` columns of `y` lie `step` columns apart in the partial sums.
+pub(crate) fn add_up_pieces(
+    cuda: &Cuda,
+    y: &ViewMut,
+    partials: u64,
+    [count, width]: [usize; 2],
+    first: usize,
+    [piece, step]: [usize; 2],
+) {
     let y = y.as_view();
     let cols = y.rows() * y.cols();
     assert!(y.stride() == y.cols() || y.rows() <= 1, "sums go into a contiguous matrix");
-    let args = args![y.address(), partials, count, width, first, cols];
-    // SAFETY: `partials` is [count, width], and first + cols is at most width (the callers lay it out so).
+    let args = args![y.address(), partials, count, width, first, piece.max(1), step, cols];
+    // SAFETY: `partials` is [count, width], and the columns that are read lie in it (the callers lay it out so).
     unsafe { cuda.launch(&SOURCE, (DType::F32, "add_up"), [cols.div_ceil(32), 1, 1], 256, 0, args) };
 }

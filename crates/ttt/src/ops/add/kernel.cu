@@ -27,6 +27,16 @@ template <int V> __device__ __forceinline__ void add(T *y, int ys, const T *x, i
     store<V>(y + (i64)row * ys + col, a);
 }
 
+// y[i] = x[i % period].
+template <int V>
+__device__ __forceinline__ void repeat(T *y, int ys, const T *x, int xs, int period, int rows, int cols) {
+    int row, col;
+    if (!place<V>(rows, cols, row, col)) return;
+    float v[V];
+    load<V>(v, x + (i64)(row % period) * xs + col);
+    store<V>(y + (i64)row * ys + col, v);
+}
+
 // y[i] = x[index[i]].
 template <int V>
 __device__ __forceinline__ void gather(T *y, int ys, const T *x, int xs, const u32 *index, int rows, int cols) {
@@ -53,6 +63,7 @@ __device__ __forceinline__ void scatter(T *y, int ys, const T *x, int xs, const 
 
 WIDTHS(copy, (T * y, int ys, const T *x, int xs, int rows, int cols), (y, ys, x, xs, rows, cols))
 WIDTHS(add, (T * y, int ys, const T *x, int xs, int rows, int cols), (y, ys, x, xs, rows, cols))
+WIDTHS(repeat, (T * y, int ys, const T *x, int xs, int period, int rows, int cols), (y, ys, x, xs, period, rows, cols))
 WIDTHS(gather, (T * y, int ys, const T *x, int xs, const u32 *index, int rows, int cols), (y, ys, x, xs, index, rows, cols))
 WIDTHS(scatter, (T * y, int ys, const T *x, int xs, const u32 *index, int rows, int cols), (y, ys, x, xs, index, rows, cols))
 
@@ -69,15 +80,17 @@ extern "C" __global__ void __launch_bounds__(256) to_f32_8(float *y, int ys, con
     copy<8>(y, ys, x, xs, rows, cols);
 }
 
-// y[c] += sum over `count` rows of width `width` of column first + c, always in the same order: 8 threads a column, each every
-// eighth row. Blocks of 32 x 8 threads.
+// y[c] += sum over `count` rows of width `width` of their column first + c / piece * step + c % piece, always in the same order:
+// 8 threads a column, each every eighth row. Blocks of 32 x 8 threads.
 extern "C" __global__ void __launch_bounds__(256)
-    add_up(float *y, const float *partials, int count, int width, int first, int cols) {
+    add_up(float *y, const float *partials, int count, int width, int first, int piece, int step, int cols) {
     __shared__ float sums[8][33];
     int lane = threadIdx.x % 32, part = threadIdx.x / 32, col = blockIdx.x * 32 + lane;
     float sum = 0.0f;
-    if (col < cols)
-        for (int i = part; i < count; i += 8) sum += partials[(i64)i * width + first + col];
+    if (col < cols) {
+        const float *from = partials + first + (i64)(col / piece) * step + col % piece;
+        for (int i = part; i < count; i += 8) sum += from[(i64)i * width];
+    }
     sums[part][lane] = sum;
     __syncthreads();
     if (part == 0 && col < cols) {

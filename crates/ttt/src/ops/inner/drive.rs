@@ -174,7 +174,7 @@ fn checkpoints(segments: &[Segment], k: usize, group: usize) -> usize {
     segments.iter().map(|s| mini_batches(s, k).div_ceil(group)).sum()
 }
 
-fn check_state(inputs: &Inputs<'_>, state: &FastWeights, inner: Inner) {
+pub(crate) fn check_state(inputs: &Inputs<'_>, state: &FastWeights, inner: Inner) {
     let (_, heads, d, k) = inputs.sizes();
     let has = (state.inner, state.heads, state.head_dim, state.mini_batch);
     assert_eq!(
@@ -183,6 +183,15 @@ fn check_state(inputs: &Inputs<'_>, state: &FastWeights, inner: Inner) {
         "a state of (model, heads, head width, mini-batch) {has:?} for {:?}",
         (inner, heads, d, k)
     );
+}
+
+/// Checks a pass that is to be kept every so many mini-batches.
+pub(crate) fn check_keep(inputs: &Inputs<'_>, keep: Option<usize>) {
+    if let Some(group) = keep {
+        assert!(group > 0, "checkpoints every 0 mini-batches");
+        let whole = inputs.segments.iter().all(|s| s.phase == 0);
+        assert!(whole, "a pass that is kept for a backward starts inside a mini-batch");
+    }
 }
 
 /// See the public functions of both learners.
@@ -202,13 +211,10 @@ pub(crate) fn forward<E: Element, L: Learner<E>>(
         saved: &'a mut [E],
     }
     check_state(inputs, state, inner);
+    check_keep(inputs, keep);
     let (tokens, heads, d, k) = inputs.sizes();
     let (segments, typed, device) = (inputs.segments, Typed::<E>::new(inputs), inputs.q.device());
     let (state_len, row_len) = (FastWeights::state_len(inner, d), FastWeights::row_len(inner, d));
-    if let Some(group) = keep {
-        assert!(group > 0, "checkpoints every 0 mini-batches");
-        assert!(segments.iter().all(|s| s.phase == 0), "a pass that is kept for a backward starts inside a mini-batch");
-    }
 
     let mut z = Tensor::empty(device, &[tokens, heads * d], E::DTYPE)?;
     let mut saved = match keep {
@@ -277,7 +283,7 @@ pub(crate) fn forward<E: Element, L: Learner<E>>(
         Ok(())
     })?;
     drop((tasks, w, rows));
-    Ok((z, saved.map(|states| Saved { inner, group: keep.expect("saved"), states })))
+    Ok((z, saved.map(|states| Saved { inner, group: keep.expect("saved"), states, ghat: None })))
 }
 
 /// Copies the rows `0..n` of an open mini-batch `[n, R]` into the tiles of the tape.
@@ -302,6 +308,39 @@ fn keep_rows<E: Element>(inner: Inner, dims: Dims, tape: &[E], rows: &mut [E], r
     }
 }
 
+/// Checks the shapes of everything a backward pass reads and writes.
+pub(crate) fn check_backward(
+    inner: Inner,
+    inputs: &Inputs<'_>,
+    saved: &Saved,
+    dz: View<'_>,
+    dstate: &Tensor,
+    d: &InputGrads<'_>,
+    p: &ParamGrads<'_>,
+) {
+    let (tokens, heads, width, k) = inputs.sizes();
+    let (segments, state_len, group) = (inputs.segments, FastWeights::state_len(inner, width), saved.group);
+    let wide = [tokens, heads * width];
+    for (name, shape) in [("dz", dz.shape()), ("dq", d.dq.shape()), ("dk", d.dk.shape()), ("dv", d.dv.shape())] {
+        assert_eq!(shape, wide, "{name} {shape:?} beside q {wide:?}");
+    }
+    assert_eq!(d.dlr.shape(), [tokens, heads], "dlr {:?} for {tokens} tokens and {heads} heads", d.dlr.shape());
+    assert_eq!(p.dtok.shape(), [1, k], "dtok {:?} for mini-batches of {k}", p.dtok.shape());
+    for shape in [p.dgamma.shape(), p.dbeta.shape()] {
+        assert_eq!(shape, [heads, width], "a LayerNorm gradient of {shape:?} for {heads} heads of {width}");
+    }
+    let expected = [segments.len(), heads, state_len];
+    assert_eq!(dstate.shape(), expected, "a state gradient of {:?} instead of {expected:?}", dstate.shape());
+    assert!(segments.iter().all(|s| s.phase == 0), "the backward of a segment that starts inside a mini-batch");
+    let expected = (inner, [heads * checkpoints(segments, k, group), state_len]);
+    assert!(
+        saved.inner == expected.0 && saved.states.shape() == expected.1,
+        "what was kept is {:?} {:?} instead of {expected:?}",
+        saved.inner,
+        saved.states.shape()
+    );
+}
+
 /// See the public functions of both learners.
 pub(crate) fn backward<E: Element, L: Learner<E>>(
     learner: L,
@@ -324,28 +363,10 @@ pub(crate) fn backward<E: Element, L: Learner<E>>(
         params: &'a mut [E],
         saved: &'a [E],
     }
+    check_backward(inner, inputs, saved, dz, dstate, &d, &p);
     let (tokens, heads, width, k) = inputs.sizes();
     let (segments, typed, device) = (inputs.segments, Typed::<E>::new(inputs), inputs.q.device());
     let (state_len, group) = (FastWeights::state_len(inner, width), saved.group);
-    let wide = [tokens, heads * width];
-    for (name, shape) in [("dz", dz.shape()), ("dq", d.dq.shape()), ("dk", d.dk.shape()), ("dv", d.dv.shape())] {
-        assert_eq!(shape, wide, "{name} {shape:?} beside q {wide:?}");
-    }
-    assert_eq!(d.dlr.shape(), [tokens, heads], "dlr {:?} for {tokens} tokens and {heads} heads", d.dlr.shape());
-    assert_eq!(p.dtok.shape(), [1, k], "dtok {:?} for mini-batches of {k}", p.dtok.shape());
-    for shape in [p.dgamma.shape(), p.dbeta.shape()] {
-        assert_eq!(shape, [heads, width], "a LayerNorm gradient of {shape:?} for {heads} heads of {width}");
-    }
-    let expected = [segments.len(), heads, state_len];
-    assert_eq!(dstate.shape(), expected, "a state gradient of {:?} instead of {expected:?}", dstate.shape());
-    assert!(segments.iter().all(|s| s.phase == 0), "the backward of a segment that starts inside a mini-batch");
-    let expected = (inner, [heads * checkpoints(segments, k, group), state_len]);
-    assert!(
-        saved.inner == expected.0 && saved.states.shape() == expected.1,
-        "what was kept is {:?} {:?} instead of {expected:?}",
-        saved.inner,
-        saved.states.shape()
-    );
 
     let params_len = k + 2 * width;
     let mut params = Tensor::zeros(device, &[segments.len() * heads, params_len], E::DTYPE)?;

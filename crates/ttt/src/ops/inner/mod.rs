@@ -25,7 +25,8 @@ use crate::batch::Segment;
 use crate::config::Inner;
 use crate::device::Device;
 use crate::device::view::{View, ViewMut};
-use crate::tensor::{DType, Tensor, with_dtype};
+use crate::ops::add;
+use crate::tensor::{DType, Tensor};
 
 /// What one layer carries from token to token for each slot.
 ///
@@ -122,6 +123,14 @@ impl FastWeights {
         self.mini_batch
     }
 
+    /// A copy on another device.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn to(&self, device: &Device) -> Result<FastWeights> {
+        Ok(FastWeights { weights: self.weights.to(device)?, rows: self.rows.to(device)?, ..*self })
+    }
+
     /// Puts the learned initial weights into `slot`: `[W1 [h*d, ·], b1 [h, ·]]`, for the MLP also `[W2 [h*4d, d], b2 [h, d]]`.
     /// The slot is then at phase 0.
     ///
@@ -130,25 +139,38 @@ impl FastWeights {
     pub fn start(&mut self, slot: usize, initial: &[View<'_>]) {
         assert!(slot < self.slots, "slot {slot} of {}", self.slots);
         let (heads, lens) = (self.heads, weight_lens(self.inner, self.head_dim));
-        let (state_len, count) = (lens.iter().sum::<usize>(), lens.iter().filter(|&&len| len > 0).count());
+        let count = lens.iter().filter(|&&len| len > 0).count();
         assert_eq!(initial.len(), count, "{} initial weights for {:?}", initial.len(), self.inner);
         for (view, len) in initial.iter().zip(lens) {
             let [rows, cols] = view.shape();
             assert!(rows * cols == heads * len && rows % heads == 0, "initial weights {rows} x {cols} for {heads} heads of {len}");
         }
-        with_dtype!(self.weights.dtype(), E => {
-            let slab = self.weights.as_mut_slice::<E>();
-            let mut place = slot * heads * state_len;
-            for head in 0..heads {
-                for view in initial {
-                    let (mat, rows) = (view.as_mat::<E>(), view.rows() / heads);
-                    for row in head * rows..(head + 1) * rows {
-                        slab[place..][..view.cols()].copy_from_slice(mat.row(row));
-                        place += view.cols();
-                    }
-                }
+        let mut at = 0;
+        for (view, len) in initial.iter().zip(lens) {
+            let own = self.weights.view_mut().row_range(slot * heads..(slot + 1) * heads).col_range(at..at + len);
+            add::copy_to(own, view.reshape(heads, len));
+            at += len;
+        }
+    }
+
+    /// [`FastWeights::start`] of every slot.
+    ///
+    /// # Panics
+    /// When a shape is another.
+    pub fn start_all(&mut self, initial: &[View<'_>]) {
+        let device = self.weights.device().clone();
+        if self.slots == 0 {
+            return;
+        }
+        self.start(0, initial);
+        match device.as_cuda() {
+            // One launch for all other slots.
+            Some(gpu) => {
+                let (first, rest) = self.weights.view_mut().split_rows(self.heads);
+                add::cuda::repeat(gpu, &rest, first.as_view());
             }
-        });
+            None => (1..self.slots).for_each(|slot| self.start(slot, initial)),
+        }
     }
 }
 
@@ -209,7 +231,7 @@ pub struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// Checks all shapes and returns (tokens, heads, head width, mini-batch size).
-    fn sizes(&self) -> (usize, usize, usize, usize) {
+    pub(crate) fn sizes(&self) -> (usize, usize, usize, usize) {
         let [heads, d] = self.gamma.shape();
         let [n, mini_batch] = [self.q.rows(), self.tok.cols()];
         let wide = [n, heads * d];
@@ -262,16 +284,40 @@ pub struct ParamGrads<'a> {
 /// again (time-axis gradient checkpointing, paper Appendix C).
 #[derive(Debug)]
 pub struct Saved {
-    inner: Inner,
-    group: usize,
-    /// `[checkpoints, S]`: for each segment, for each head, ceil(ceil(len/K) / g).
-    states: Tensor,
+    pub(crate) inner: Inner,
+    pub(crate) group: usize,
+    /// `[checkpoints, S]`: for each segment, for each head, ceil(ceil(len/K) / g). On a CPU the weights at the start of every g-th
+    /// mini-batch; on a GPU those after the last complete mini-batch of each group of g.
+    pub(crate) states: Tensor,
+    /// On a GPU the scaled inner gradients `[n, h*d]`, with which updates are undone.
+    pub(crate) ghat: Option<Tensor>,
 }
 
 impl Saved {
-    /// Bytes kept: for f32 `4 h S` times the sum of ceil(ceil(len/K) / g) over the segments.
+    /// Bytes kept: for f32 `4 h S` times the sum of ceil(ceil(len/K) / g) over the segments; on a GPU also the inner gradients.
     pub fn bytes(&self) -> usize {
-        self.states.bytes()
+        self.states.bytes() + self.ghat.as_ref().map_or(0, Tensor::bytes)
+    }
+
+    /// What a GPU's pass with g = 1 kept, as a CPU's would have: the weights before each mini-batch instead of those after it. All
+    /// segments started from slot 0 of `initial`.
+    pub(crate) fn on_cpu(&self, initial: &FastWeights, segments: &[Segment]) -> Result<Saved> {
+        assert_eq!(self.group, 1, "weights of every mini-batch are needed");
+        let after = self.states.to(initial.weights.device())?;
+        let mut states = after.copy()?;
+        let (heads, len, k) = (initial.heads, after.shape()[1], initial.mini_batch);
+        let (from, to, first) = (after.as_slice::<f32>(), states.as_mut_slice::<f32>(), initial.weights.as_slice::<f32>());
+        let mut at = 0;
+        for segment in segments {
+            for head in 0..heads {
+                for m in 0..segment.len.div_ceil(k) {
+                    let before = if m == 0 { &first[head * len..][..len] } else { &from[(at - 1) * len..][..len] };
+                    to[at * len..][..len].copy_from_slice(before);
+                    at += 1;
+                }
+            }
+        }
+        Ok(Saved { inner: self.inner, group: 1, states, ghat: None })
     }
 
     /// Mini-batches from one checkpoint to the next, g.

@@ -20,7 +20,7 @@ pub(crate) static SOURCE: Source = Source {
 pub(crate) fn rotate(cuda: &Cuda, x: &ViewMut, [cos, sin]: [View; 2], segments: &[Segment], direction: Direction) -> Result<()> {
     let (x, [positions, head]) = (x.as_view(), cos.shape());
     let segments = cuda.segments(segments)?;
-    let wide = if width(&[x]) == 8 && head % 8 == 0 { 8 } else { 2 };
+    let wide = if width(&[x]) == 8 && head.is_multiple_of(8) { 8 } else { 2 };
     let sign = match direction {
         Direction::Forward => 1.0f32,
         Direction::Backward => -1.0,

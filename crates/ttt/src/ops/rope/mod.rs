@@ -41,13 +41,20 @@ impl Table {
     pub fn new(device: &Device, dtype: DType, mini_batch: usize, head_dim: usize, theta: f64) -> Result<Table> {
         assert!(head_dim.is_multiple_of(2), "rotary positions need an even head size, not {head_dim}");
         if device.as_cuda().is_some() {
-            let Table { cos, sin } = Table::new(&device.cpu_beside(), DType::F32, mini_batch, head_dim, theta)?;
-            return Ok(Table { cos: cos.to(device)?, sin: sin.to(device)? });
+            return Table::new(&device.cpu_beside(), DType::F32, mini_batch, head_dim, theta)?.to(device);
         }
         let mut cos = Tensor::empty(device, &[mini_batch, head_dim], dtype)?;
         let mut sin = Tensor::empty(device, &[mini_batch, head_dim], dtype)?;
         with_dtype!(dtype, E => reference::fill::<E>(cos.view_mut().into_mat(), sin.view_mut().into_mat(), theta));
         Ok(Table { cos, sin })
+    }
+
+    /// A copy on another device.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn to(&self, device: &Device) -> Result<Table> {
+        Ok(Table { cos: self.cos.to(device)?, sin: self.sin.to(device)? })
     }
 
     /// Number of positions K.

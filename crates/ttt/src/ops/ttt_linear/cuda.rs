@@ -1,0 +1,286 @@
+//! On a GPU: parameters of the kernels, and their launches.
+
+use crate::Result;
+use crate::batch::Segment;
+use crate::config::Inner;
+use crate::device::cuda::kernels::{Entry, Source};
+use crate::device::cuda::Cuda;
+use crate::device::view::View;
+use crate::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
+use crate::tensor::{DType, Tensor};
+
+/// The kernels for any head size and mini-batch.
+pub(crate) static PLAIN: Source = Source {
+    name: "plain",
+    text: include_str!("plain.cu"),
+    types: &[DType::F32],
+    kernels: &[
+        Entry { name: "ttt_linear_forward_plain_bf16", registers: 128 },
+        Entry { name: "ttt_linear_forward_plain_f32", registers: 128 },
+        Entry { name: "ttt_linear_backward_plain_bf16", registers: 168 },
+        Entry { name: "ttt_linear_backward_plain_f32", registers: 168 },
+        Entry { name: "ttt_linear_reduce", registers: 48 },
+    ],
+};
+
+/// Threads of a block.
+const THREADS: usize = 256;
+
+/// The most tokens of a mini-batch that the kernels take.
+pub(crate) const MAX_MINI_BATCH: usize = 64;
+
+/// `Segment` of params.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct GpuSegment {
+    first_row: u32,
+    len: u32,
+    slot: u32,
+    phase: u32,
+    first_checkpoint: u32,
+}
+
+/// `ForwardParams` of params.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ForwardParams {
+    q: u64,
+    k: u64,
+    v: u64,
+    lr: u64,
+    tok: u64,
+    gamma: u64,
+    beta: u64,
+    segments: u64,
+    z: u64,
+    weights: u64,
+    rows: u64,
+    ghat: u64,
+    checkpoints: u64,
+    scratch: u64,
+    q_stride: i64,
+    k_stride: i64,
+    v_stride: i64,
+    z_stride: i64,
+    lr_stride: i64,
+    ghat_stride: i64,
+    heads: u32,
+    head_dim: u32,
+    mini_batch: u32,
+    group: u32,
+}
+
+/// `BackwardParams` of params.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct BackwardParams {
+    q: u64,
+    k: u64,
+    v: u64,
+    lr: u64,
+    tok: u64,
+    gamma: u64,
+    beta: u64,
+    segments: u64,
+    ghat: u64,
+    checkpoints: u64,
+    dz: u64,
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    dlr: u64,
+    dstate: u64,
+    partials: u64,
+    scratch: u64,
+    q_stride: i64,
+    k_stride: i64,
+    v_stride: i64,
+    lr_stride: i64,
+    ghat_stride: i64,
+    dz_stride: i64,
+    dq_stride: i64,
+    dk_stride: i64,
+    dv_stride: i64,
+    dlr_stride: i64,
+    heads: u32,
+    head_dim: u32,
+    mini_batch: u32,
+    group: u32,
+}
+
+/// `ReduceParams` of params.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReduceParams {
+    partials: u64,
+    dtok: u64,
+    dgamma: u64,
+    dbeta: u64,
+    segments: u32,
+    heads: u32,
+    head_dim: u32,
+    mini_batch: u32,
+}
+
+/// f32 numbers of scratch for a block of the forward and of the backward.
+fn scratch_lens(d: usize, k: usize) -> [usize; 2] {
+    [3 * k * d + k * k, d * d + d + 9 * k * d + 2 * k * k + 4 * k]
+}
+
+/// Segments with the index of their first checkpoint, and the number of all checkpoints of one head.
+fn with_checkpoints(segments: &[Segment], k: usize, group: usize) -> (Vec<GpuSegment>, usize) {
+    let mut first_checkpoint = 0;
+    let list = segments.iter().map(|s| {
+        let own = first_checkpoint;
+        first_checkpoint += s.len.div_ceil(k).div_ceil(group);
+        let [first_row, len, slot, phase, first_checkpoint] = [s.first_row, s.len, s.slot, s.phase, own].map(|n| n as u32);
+        GpuSegment { first_row, len, slot, phase, first_checkpoint }
+    });
+    (list.collect(), first_checkpoint)
+}
+
+fn kernel(dtype: DType, [bf16, f32]: [&'static str; 2]) -> (DType, &'static str) {
+    (DType::F32, if dtype == DType::Bf16 { bf16 } else { f32 })
+}
+
+fn stride(view: View) -> i64 {
+    view.stride() as i64
+}
+
+/// See [`super::forward`].
+pub(crate) fn forward(cuda: &Cuda, inputs: &Inputs, state: &mut FastWeights, keep: Option<usize>) -> Result<(Tensor, Option<Saved>)> {
+    drive::check_state(inputs, state, Inner::Linear);
+    drive::check_keep(inputs, keep);
+    let (n, heads, d, k) = inputs.sizes();
+    let Inputs { q, v, lr, tok, gamma, beta, segments, .. } = *inputs;
+    assert!(inputs.variant == Variant::default(), "a GPU has TTT-Linear with LayerNorm and residual only");
+    let mut seen = vec![false; state.slots()];
+    for s in segments {
+        assert!(s.slot < state.slots(), "slot {} of {}", s.slot, state.slots());
+        assert!(!std::mem::replace(&mut seen[s.slot], true), "two segments of a batch name the same slot");
+    }
+    assert!(k <= MAX_MINI_BATCH, "mini-batches of {k}; the kernels take {MAX_MINI_BATCH}");
+    let (device, dtype, group) = (q.device(), q.dtype(), keep.unwrap_or(1).max(1));
+    let (list, checkpoints) = with_checkpoints(segments, k, group);
+    let z = Tensor::empty(device, &[n, heads * d], dtype)?;
+    let kept = match keep {
+        Some(_) => {
+            let states = Tensor::empty(device, &[heads * checkpoints, d * d + d], DType::F32)?;
+            Some((states, Tensor::empty(device, &[n, heads * d], dtype)?))
+        }
+        None => None,
+    };
+    let [scratch_len, _] = scratch_lens(d, k);
+    let blocks = list.len() * heads;
+    let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
+    let uploaded = cuda.upload(&list)?;
+    let (weights, rows) = state.tensors_mut();
+    let params = ForwardParams {
+        q: q.address(),
+        k: inputs.k.address(),
+        v: v.address(),
+        lr: lr.address(),
+        tok: tok.address(),
+        gamma: gamma.address(),
+        beta: beta.address(),
+        segments: uploaded.address(),
+        z: z.address(),
+        weights: weights.view_mut().as_view().address(),
+        rows: rows.view_mut().as_view().address(),
+        ghat: kept.as_ref().map_or(0, |(_, ghat)| ghat.address()),
+        checkpoints: kept.as_ref().map_or(0, |(states, _)| states.address()),
+        scratch: scratch.address(),
+        q_stride: stride(q),
+        k_stride: stride(inputs.k),
+        v_stride: stride(v),
+        z_stride: (heads * d) as i64,
+        lr_stride: stride(lr),
+        ghat_stride: (heads * d) as i64,
+        heads: heads as u32,
+        head_dim: d as u32,
+        mini_batch: k as u32,
+        group: group as u32,
+    };
+    let name = kernel(dtype, ["ttt_linear_forward_plain_bf16", "ttt_linear_forward_plain_f32"]);
+    // SAFETY: sizes and segments were checked above; what is written is owned or mutably borrowed; there
+    // is scratch for each block.
+    unsafe { cuda.launch_with(&PLAIN, name, [blocks, 1, 1], THREADS, 0, &params) };
+    let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat) });
+    Ok((z, saved))
+}
+
+/// See [`super::backward`].
+pub(crate) fn backward(
+    cuda: &Cuda,
+    inputs: &Inputs,
+    saved: &Saved,
+    dz: View,
+    dstate: &mut Tensor,
+    d: InputGrads,
+    p: ParamGrads,
+) -> Result<()> {
+    drive::check_backward(Inner::Linear, inputs, saved, dz, dstate, &d, &p);
+    let (n, heads, width, k) = inputs.sizes();
+    let Inputs { q, v, lr, tok, gamma, beta, segments, .. } = *inputs;
+    let ghat = saved.ghat.as_ref().expect("a GPU's forward pass keeps the scaled inner gradients");
+    assert_eq!(ghat.shape(), [n, heads * width], "what was kept is of another batch");
+    let (device, group) = (q.device(), saved.group);
+    let (list, _) = with_checkpoints(segments, k, group);
+    let blocks = list.len() * heads;
+    let [_, scratch_len] = scratch_lens(width, k);
+    let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
+    let partials = Tensor::empty(device, &[blocks, k + 2 * width], DType::F32)?;
+    let uploaded = cuda.upload(&list)?;
+    let [dq, dk, dv, dlr] = [d.dq.as_view(), d.dk.as_view(), d.dv.as_view(), d.dlr.as_view()];
+    let params = BackwardParams {
+        q: q.address(),
+        k: inputs.k.address(),
+        v: v.address(),
+        lr: lr.address(),
+        tok: tok.address(),
+        gamma: gamma.address(),
+        beta: beta.address(),
+        segments: uploaded.address(),
+        ghat: ghat.address(),
+        checkpoints: saved.states.address(),
+        dz: dz.address(),
+        dq: dq.address(),
+        dk: dk.address(),
+        dv: dv.address(),
+        dlr: dlr.address(),
+        dstate: dstate.view_mut().as_view().address(),
+        partials: partials.address(),
+        scratch: scratch.address(),
+        q_stride: stride(q),
+        k_stride: stride(inputs.k),
+        v_stride: stride(v),
+        lr_stride: stride(lr),
+        ghat_stride: (heads * width) as i64,
+        dz_stride: stride(dz),
+        dq_stride: stride(dq),
+        dk_stride: stride(dk),
+        dv_stride: stride(dv),
+        dlr_stride: stride(dlr),
+        heads: heads as u32,
+        head_dim: width as u32,
+        mini_batch: k as u32,
+        group: group as u32,
+    };
+    let name = kernel(q.dtype(), ["ttt_linear_backward_plain_bf16", "ttt_linear_backward_plain_f32"]);
+    // SAFETY: as in `forward`; the gradients have the shapes of what they are gradients of (checked by the caller).
+    unsafe { cuda.launch_with(&PLAIN, name, [blocks, 1, 1], THREADS, 0, &params) };
+    let reduce = ReduceParams {
+        partials: partials.address(),
+        dtok: p.dtok.as_view().address(),
+        dgamma: p.dgamma.as_view().address(),
+        dbeta: p.dbeta.as_view().address(),
+        segments: list.len() as u32,
+        heads: heads as u32,
+        head_dim: width as u32,
+        mini_batch: k as u32,
+    };
+    let warps = heads * 2 * width + k;
+    // SAFETY: `partials` has a row for each block; the sums are contiguous parameters' gradients, mutably borrowed.
+    unsafe { cuda.launch_with(&PLAIN, kernel(q.dtype(), ["ttt_linear_reduce"; 2]), [warps.div_ceil(THREADS / 32), 1, 1], THREADS, 0, &reduce) };
+    Ok(())
+}

@@ -1,0 +1,319 @@
+//! Everything on a GPU against the CPU. Looks for a GPU at run time and says so when there is none, which is a failure if
+//! `TTT_TEST_DEVICE=cuda` is set. New tensors are NaN here, so that an element nobody writes is noticed.
+
+mod support;
+mod ttt_case;
+#[path = "ops/case.rs"]
+#[allow(dead_code)]
+mod case;
+#[path = "ops/cases.rs"]
+mod cases;
+
+use std::sync::{Arc, OnceLock};
+
+use support::{Random, relative, shaken_model};
+use ttt::batch::{Batch, Segment};
+use ttt::config::{Config, Inner};
+use ttt::device::cuda::{Cuda, Options};
+use ttt::device::{Device, Kernels};
+use ttt::layer::Keep;
+use ttt::lm::Lm;
+use ttt::ops::{adamw, grad_norm};
+use ttt::params::Params;
+use ttt::tensor::{DType, Tensor};
+use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
+
+/// The GPU, opened once.
+fn gpu() -> Option<&'static Device> {
+    static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    GPU.get_or_init(|| match Cuda::open(Options { ordinal: 0, poison: true }) {
+        Ok(cuda) => Some(Device::Cuda(Arc::new(cuda))),
+        Err(e) => {
+            assert!(std::env::var("TTT_TEST_DEVICE").as_deref() != Ok("cuda"), "TTT_TEST_DEVICE=cuda, but {e}");
+            eprintln!("no GPU: nothing was tested ({e})");
+            None
+        }
+    })
+    .as_ref()
+}
+
+fn reference() -> Device {
+    Device::cpu_with(0, Kernels::Reference).unwrap()
+}
+
+#[test]
+fn operations_in_f32() {
+    let Some(gpu) = gpu() else { return };
+    for case in cases::odd_cases() {
+        case.check_gpu(gpu, DType::F32, false, 2e-5);
+        case.check_gpu(gpu, DType::F32, true, 2e-5);
+    }
+}
+
+#[test]
+fn operations_in_mixed_precision() {
+    let Some(gpu) = gpu() else { return };
+    // Sizes that are read and written 8 elements at a time too.
+    let wide = vec![
+        cases::linear_case(64, 256, 128),
+        cases::rms_norm_case(70, 768),
+        cases::layer_norm_case(70, 768),
+        cases::conv_case(768, 4),
+        cases::rope_case(3, 64),
+        cases::gelu_gate_case(61, 768),
+        cases::swiglu_case(61, 768),
+        cases::add_case(61, 768),
+        cases::embedding_case(300, 37, 128),
+        cases::inner_lr_case(61, 768, 12, 0.75).scaled(1, 0.05),
+        cases::cross_entropy_case(61, 64, 1000).scaled(1, 0.3),
+    ];
+    for case in wide.into_iter().chain(cases::odd_cases().into_iter().filter(|case| !case.is("cross_entropy"))) {
+        case.check_gpu(gpu, DType::Bf16, false, 2e-2);
+        case.check_gpu(gpu, DType::Bf16, true, 2e-2);
+    }
+}
+
+#[test]
+fn optimizer_and_norms() {
+    let Some(gpu) = gpu() else { return };
+    let settings = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let n = 40_004;
+    let run = |device: &Device| {
+        let make = |seed: usize| case::filled(&device.cpu_beside(), &[n], seed).to(device).unwrap();
+        let (mut p, g, mut m) = (make(1), make(2), make(3));
+        let mut v = Tensor::from_slice(device, &[n], &vec![0.25f32; n]).unwrap();
+        let mut copies = device.as_cuda().map(|_| p.cast(DType::Bf16).unwrap());
+        for step in 3..5 {
+            adamw::step_with_copies(&mut p, copies.as_mut(), &g, &mut m, &mut v, step, 0.01, 0.5, &settings);
+        }
+        let sum = grad_norm::sum_of_squares(&g);
+        ([p.to_f64_vec(), m.to_f64_vec(), v.to_f64_vec()], copies.map(|c| c.to_f64_vec()), sum)
+    };
+    let (ours, copies, sum) = run(gpu);
+    let (want, _, want_sum) = run(&reference());
+    for (name, (ours, want)) in ["params", "m", "v"].iter().zip(ours.iter().zip(&want)) {
+        case::expect_close(name, ours, want, 1e-6);
+    }
+    let rounded: Vec<f64> = ours[0].iter().map(|x| half::bf16::from_f64(*x).to_f64()).collect();
+    assert_eq!(copies.unwrap(), rounded, "copies for products");
+    assert!((sum - want_sum).abs() < 1e-6 * want_sum, "{sum} and not {want_sum}");
+
+    let mut host = case::filled(&gpu.cpu_beside(), &[300, 211], 6);
+    assert_eq!(grad_norm::first_non_finite(host.to(gpu).unwrap().view()), None);
+    for (bad, value) in [(60_001, f32::NAN), (60_000, f32::INFINITY), (50_123, f32::NEG_INFINITY)] {
+        host.as_mut_slice::<f32>()[bad] = value;
+        let x = host.to(gpu).unwrap();
+        assert_eq!(grad_norm::first_non_finite(x.view()), Some(bad));
+    }
+}
+
+/// (type, ratio for outputs and gradients, ratio for the gradients of the token scale: long sums that cancel)
+const PRECISIONS: [(DType, f64, f64); 2] = [(DType::F32, 1e-4, 1e-4), (DType::Bf16, 3e-2, 6e-2)];
+
+#[test]
+fn ttt_linear_forward_and_every_gradient() {
+    let Some(gpu) = gpu() else { return };
+    for (heads, d, k) in [(3, 64, 16), (2, 96, 16), (2, 48, 16), (1, 128, 8), (2, 10, 5), (2, 16, 1), (1, 64, 64)] {
+        for lens in [&[1][..], &[15], &[16], &[17], &[63], &[1040], &[33, 0, 16, 7, 40]] {
+            let case = ttt_case::Case::new(Inner::Linear, heads, d, k, lens);
+            let (want, want_grads) = (case.forward(&reference(), DType::F64, None), case.backward(&reference(), DType::F64, 2));
+            for (dtype, ratio, token_ratio) in PRECISIONS {
+                let name = format!("{heads} heads of {d}, K = {k}, {lens:?} {dtype:?}");
+                let ours = case.forward(gpu, dtype, None);
+                ttt_case::close(&format!("{name}: z"), &ours.z, &want.z, ratio);
+                let weights = [case.final_weights(&ours), case.final_weights(&want)];
+                ttt_case::close(&format!("{name}: weights"), &weights[0], &weights[1], ratio);
+                for group in [1, 4] {
+                    let grads = case.backward(gpu, dtype, group);
+                    for ((what, ours), (_, want)) in grads.named().into_iter().zip(want_grads.named()) {
+                        let ratio = if what == "tok" { token_ratio } else { ratio };
+                        ttt_case::close(&format!("{name} g = {group}: d{what}"), ours, want, ratio);
+                    }
+                    assert_eq!(grads, case.backward(gpu, dtype, group), "{name}: other gradients when run again");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ttt_linear_in_chunks_is_ttt_linear() {
+    let Some(gpu) = gpu() else { return };
+    let case = ttt_case::Case::new(Inner::Linear, 2, 64, 16, &[75]);
+    for (dtype, ratio, _) in PRECISIONS {
+        let whole = case.forward(gpu, dtype, None);
+        let mut state = case.state(gpu, dtype);
+        let (mut z, mut at) = (Vec::new(), 0);
+        for len in [5, 1, 1, 9, 15, 2, 0, 31, 1, 10] {
+            let segment = Segment { first_row: 0, len, slot: 0, phase: at % 16 };
+            z.extend(case.forward_rows(gpu, dtype, &(at..at + len).collect::<Vec<_>>(), &[segment], &mut state));
+            at += len;
+        }
+        ttt_case::close(&format!("{dtype:?}: z"), &z, &whole.z, ratio / 10.0);
+        ttt_case::close(&format!("{dtype:?}: weights"), &state.weights().to_f64_vec(), &case.final_weights(&whole), ratio / 10.0);
+    }
+}
+
+fn small(backbone_bits: usize) -> Config {
+    let flag = |i: usize| backbone_bits >> i & 1 == 1;
+    Config {
+        vocab_size: 300,
+        hidden_size: 128,
+        intermediate_size: 344,
+        num_hidden_layers: 2,
+        num_attention_heads: 2,
+        use_gate: flag(0),
+        share_qk: flag(1),
+        pre_conv: flag(2),
+        tie_word_embeddings: flag(3),
+        ..Config::preset("tiny", Inner::Linear).unwrap()
+    }
+}
+
+/// The same weights on another device.
+fn moved(model: &Lm, device: &Device, dtype: DType) -> Lm {
+    Lm::from_params(model.config(), model.params().to(device, dtype).unwrap()).unwrap()
+}
+
+fn logits_and_gradient(model: &Lm, keep: Keep) -> [Vec<f64>; 2] {
+    let mut random = Random::new(9);
+    let vocab = model.config().vocab_size;
+    let batch = Batch::packed(&[70, 33, 5].map(|n| random.tokens(n, vocab)));
+    let targets = random.tokens(108, vocab);
+    let weights: Vec<f64> = (0..108).map(|t| if t % 7 == 3 { 0.0 } else { 1.0 / 108.0 }).collect();
+    let mut grads = Params::zeros(model.params().table(), model.device(), model.params().data().dtype()).unwrap();
+    let (hidden, saved) = model.forward(&batch, None, keep, 0.7).unwrap();
+    let logits = model.logits(&hidden, &(0..108).collect::<Vec<_>>()).unwrap().to_f64_vec();
+    let (_, dhidden) = model.loss(&hidden, &targets, &weights, &mut grads).unwrap();
+    model.backward(&batch, saved.unwrap(), dhidden, &mut grads).unwrap();
+    [logits, grads.data().to_f64_vec()]
+}
+
+#[test]
+fn whole_models() {
+    let Some(gpu) = gpu() else { return };
+    for bits in 0..16 {
+        let config = small(bits);
+        let host = shaken_model(&config, &gpu.cpu_beside(), DType::F32, bits as u64);
+        let check = moved(&host, &reference(), DType::F64);
+        let want = logits_and_gradient(&check, Keep::Saved { group: 2 });
+        for (dtype, ratio, gradient_ratio) in [(DType::F32, 1e-4, 5e-4), (DType::Bf16, 4e-2, 1e-1)] {
+            let model = moved(&host, gpu, dtype);
+            for keep in [Keep::Saved { group: 4 }, Keep::Input { group: 4 }] {
+                let ours = logits_and_gradient(&model, keep);
+                let errors = [0, 1].map(|i| relative(&ours[i], &want[i]));
+                eprintln!("configuration {bits} {dtype:?} {keep:?}: logits {:.1e}, gradient {:.1e}", errors[0], errors[1]);
+                assert!(errors[0] < ratio && errors[1] < gradient_ratio, "configuration {bits} {dtype:?} {keep:?}: {errors:?}");
+                assert_eq!(ours, logits_and_gradient(&model, keep), "another result when run again");
+            }
+        }
+    }
+}
+
+#[test]
+fn reading_in_chunks_forking_and_resetting() {
+    let Some(gpu) = gpu() else { return };
+    let host = shaken_model(&small(0b1111), &gpu.cpu_beside(), DType::F32, 4);
+    for (dtype, ratio) in [(DType::F32, 2e-5), (DType::Bf16, 3e-2)] {
+        let model = moved(&host, gpu, dtype);
+        let tokens = Random::new(3).tokens(90, 300);
+        let all = |states: &mut ttt::state::States, tokens: &[u32], slot| {
+            let mut batch = Batch::default();
+            batch.push(tokens, slot);
+            let hidden = model.forward_rows(&batch, states, &[tokens.len() - 1]).unwrap();
+            model.logits(&hidden, &[0]).unwrap().to_f64_vec()
+        };
+        let mut states = model.states(3).unwrap();
+        let want = all(&mut states, &tokens, 2);
+        let mut at = 0;
+        let mut last = Vec::new();
+        for len in [7, 1, 1, 30, 20, 1, 30] {
+            last = all(&mut states, &tokens[at..at + len], 0);
+            at += len;
+            if at == 39 {
+                states.copy_slot(0, 1);
+            }
+        }
+        assert!(relative(&last, &want) < ratio, "{dtype:?}: {}", relative(&last, &want));
+        let mut fork = states.fork().unwrap();
+        assert!(relative(&all(&mut fork, &tokens[39..], 1), &want) < ratio, "{dtype:?}: a copied slot");
+        states.reset(&model, 0);
+        assert!(relative(&all(&mut states, &tokens, 0), &want) < ratio, "{dtype:?}: a slot that was reset");
+    }
+}
+
+/// Losses of a small model on text that can be learned.
+fn losses(model: &mut Lm, steps: usize) -> Vec<f64> {
+    let mut optimizer = Optimizer::new(model).unwrap();
+    let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let mut random = Random::new(1);
+    let mut step = || {
+        let sequences: Vec<Vec<u32>> = (0..4)
+            .map(|_| {
+                let (start, stride) = (random.below(200), 1 + random.below(5));
+                (0..129).map(|i| ((start + i * stride + i * i / 7) % 300) as u32).collect()
+            })
+            .collect();
+        let inputs: Vec<&[u32]> = sequences.iter().map(|s| &s[..128]).collect();
+        let targets = sequences.iter().flat_map(|s| s[1..].to_vec()).collect();
+        let micro = MicroBatch { batch: Batch::packed(&inputs), targets, mask: vec![1.0; 512] };
+        let settings = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep: Keep::Saved { group: 4 } };
+        optimizer.step(model, &[micro], &settings).unwrap().loss
+    };
+    (0..steps).map(|_| step()).collect()
+}
+
+#[test]
+fn training_follows_the_cpu_and_the_model_goes_back() {
+    let Some(gpu) = gpu() else { return };
+    let (config, cpu) = (small(0b1111), gpu.cpu_beside());
+    let want = losses(&mut Lm::new(&config, &cpu, DType::F32, 5).unwrap(), 20);
+    let mut long = Vec::new();
+    for (dtype, ratio) in [(DType::F32, 1e-3), (DType::Bf16, 2e-2)] {
+        let mut model = Lm::new(&config, gpu, dtype, 5).unwrap();
+        let ours = losses(&mut model, 300);
+        let error = relative(&ours[..20], &want);
+        eprintln!("{dtype:?}: 20 losses within {error:.1e} of the CPU's, from {:.3} to {:.3}", ours[0], ours[299]);
+        assert!(error < ratio, "{dtype:?}: {ours:?} and not {want:?}");
+        long.push(ours[250..].iter().sum::<f64>() / 50.0);
+
+        // Saved from the GPU, read on the CPU.
+        let folder = std::env::temp_dir().join(format!("ttt-cuda-{}-{dtype:?}", std::process::id()));
+        ttt::hub::save(&folder, &config, model.params(), ttt::hub::SaveOptions::default()).unwrap();
+        let back = Lm::load(&folder, &cpu, DType::F32).unwrap();
+        let again = Lm::load(&folder, gpu, dtype).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(ttt::hub::model_hash(back.params()), ttt::hub::model_hash(model.params()));
+        let [ours, theirs, back] = [&model, &again, &back].map(|m| logits_and_gradient(m, Keep::Saved { group: 4 })[0].clone());
+        assert_eq!(ours, theirs, "{dtype:?}: saved and loaded");
+        let limit = if dtype == DType::F32 { 1e-4 } else { 4e-2 };
+        assert!(relative(&ours, &back) < limit, "{dtype:?}: logits on the CPU differ by {}", relative(&ours, &back));
+    }
+    let difference = (long[0] / long[1] - 1.0).abs();
+    assert!(difference < 0.01, "the last 50 of 300 losses in f32 and in mixed precision: {long:?}");
+}
+
+#[test]
+fn statistics_are_the_cpus() {
+    let Some(gpu) = gpu() else { return };
+    let host = shaken_model(&small(0b0111), &gpu.cpu_beside(), DType::F32, 8);
+    let batch = Batch::one(&Random::new(2).tokens(70, 300));
+    let want = host.inner_statistics(&batch).unwrap();
+    let ours = moved(&host, gpu, DType::F32).inner_statistics(&batch).unwrap();
+    for (ours, want) in ours.iter().zip(&want) {
+        for (ours, want) in [(&ours.initial, &want.initial), (&ours.before, &want.before), (&ours.after, &want.after)] {
+            assert!(relative(ours, want) < 1e-4, "{ours:?} and not {want:?}");
+        }
+        assert!(relative(&ours.target_variance, &want.target_variance) < 1e-4);
+    }
+}
+
+#[test]
+fn what_a_gpu_does_not_run_is_said() {
+    let Some(gpu) = gpu() else { return };
+    let mlp = Config { ttt_layer_type: Inner::Mlp, ..small(0) };
+    assert!(Lm::new(&mlp, gpu, DType::Bf16, 0).unwrap_err().to_string().contains("TTT-MLP does not run on a GPU yet"));
+    assert!(Lm::new(&small(0), gpu, DType::F64, 0).unwrap_err().to_string().contains("f64 needs a CPU"));
+    let too_much = Tensor::empty(gpu, &[1 << 40], DType::F32).unwrap_err().to_string();
+    assert!(too_much.contains("out of GPU memory") && too_much.contains("free"), "{too_much}");
+}
