@@ -178,6 +178,7 @@ static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
 static inline i32 min(i32 a, i32 b) { return a < b ? a : b; }
 static inline i32 max(i32 a, i32 b) { return a > b ? a : b; }
+static inline float max(float a, float b) { return fmaxf(a, b); }
 static inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
 
 static inline u32 emu_bf16(float x) {
