@@ -18,11 +18,11 @@ import numpy as np
 import reference
 from devices import Emulator, Gpu
 
-POINTER, U32, I64 = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int64
+POINTER, U32 = ctypes.c_uint64, ctypes.c_uint32
 
 
 def struct(pointers, strides, numbers):
-    fields = [(n, POINTER) for n in pointers.split()] + [(n + "_stride", I64) for n in strides.split()]
+    fields = [(n, POINTER) for n in pointers.split()] + [(n + "_stride", U32) for n in strides.split()]
     return type("Params", (ctypes.Structure,), {"_fields_": fields + [(n, U32) for n in numbers.split()]})
 
 
@@ -59,9 +59,10 @@ def forward_shared(d):
     return 4 * (3 * 16 * (2 * d + 16) + 64) + d // 16 * (16 * 48 + 1280) + d // 16 * 32 * 16 + d // 16 * 32 * 4
 
 
-def backward_shared(d, stages=3):
+def backward_shared(d):
+    stages = 3 if d <= 64 else 2
     return (stages * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 2 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
-            + d // 16 * 32 * (32 + 16))
+            + d // 16 * 32 * (2 * 16 + 4) + 4 * d)
 
 
 def ceil(a, b):

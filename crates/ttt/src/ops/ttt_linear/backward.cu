@@ -22,7 +22,8 @@ struct Shared {
     static constexpr u32 FIRST = PATCHES + WARPS * 2 * PATCH; // [warp][half][token][4] f32
     static constexpr u32 REST = FIRST + WARPS * 32 * 16;   // [warp][half][token] f32
     static constexpr u32 SECOND = REST + WARPS * 32 * 4;   // [warp][half][token][4] f32
-    static constexpr u32 BYTES = SECOND + WARPS * 32 * 16;
+    static constexpr u32 BETA = SECOND + WARPS * 32 * 16;  // [D] f32
+    static constexpr u32 BYTES = BETA + 4 * D;
 };
 
 KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __grid_constant__ BackwardParams p) {
@@ -32,27 +33,29 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
     const u32 head = blockIdx.x % p.heads, K = p.mini_batch;
     const Segment seg = p.segments[blockIdx.x / p.heads];
     const u32 count = (seg.len + K - 1) / K, checkpoints = (count + p.group - 1) / p.group;
-    const float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints) * STATE;
+    // Behind the last checkpoint; the walk takes them from the end.
+    const float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)(head + 1) * checkpoints) * STATE;
     float* dstate = p.dstate + (u64)blockIdx.x * STATE;
     float* partials = p.partials + (u64)blockIdx.x * (K + 2 * D);
     const u32 patch = shared + Shared::PATCHES + l.warp * 2 * PATCH, patch2 = patch + PATCH;
 
     const u32 load_row = threadIdx.x / (D / 8), load_chunk = threadIdx.x % (D / 8);
-    const i64 load_column = head * D + 8 * load_chunk;
+    const u32 load_column = 2 * (head * D + 8 * load_chunk), store_column = 2 * (head * D + l.column()); // bytes
     auto fetch = [&](u32 m) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE, position = m * K + load_row;
         const bool present = load_row < K && position < seg.len;
-        const i64 row = present ? (i64)seg.first_row + position : 0;
+        const u32 row = present ? seg.first_row + position : 0;
         const u32 to = stage + load_row * PITCH + 16 * load_chunk;
-        copy_async_16(to + Shared::K, (const u16*)p.k + row * p.k_stride + load_column, present);
-        copy_async_16(to + Shared::Q, (const u16*)p.q + row * p.q_stride + load_column, present);
-        copy_async_16(to + Shared::V, (const u16*)p.v + row * p.v_stride + load_column, present);
-        copy_async_16(to + Shared::DZ, (const u16*)p.dz + row * p.dz_stride + load_column, present);
-        copy_async_16(to + Shared::GHAT, (const u16*)p.ghat + row * p.ghat_stride + load_column, present);
+        copy_async_16(to + Shared::K, at_row(p.k, row, 2 * p.k_stride, load_column), present);
+        copy_async_16(to + Shared::Q, at_row(p.q, row, 2 * p.q_stride, load_column), present);
+        copy_async_16(to + Shared::V, at_row(p.v, row, 2 * p.v_stride, load_column), present);
+        copy_async_16(to + Shared::DZ, at_row(p.dz, row, 2 * p.dz_stride, load_column), present);
+        copy_async_16(to + Shared::GHAT, at_row(p.ghat, row, 2 * p.ghat_stride, load_column), present);
         if (threadIdx.x < TOKENS) {
             const u32 at = m * K + threadIdx.x;
             const bool here = threadIdx.x < K && at < seg.len;
-            copy_async_4(stage + Shared::LR + 4 * threadIdx.x, p.lr + (here ? (i64)seg.first_row + at : 0) * p.lr_stride + head, here);
+            const u32 lr_row = here ? seg.first_row + at : 0;
+            copy_async_4(stage + Shared::LR + 4 * threadIdx.x, at_row(p.lr, lr_row, 4 * p.lr_stride, 4 * head), here);
         }
     };
 #pragma unroll
@@ -63,9 +66,10 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 
     float w[D / 8][4], b[4], dw[D / 8][4], db[4];
     load_state(dw, db, dstate, l);
-    float gamma[8], beta[8], mean_g2 = 0.0f;
+    float gamma[8], mean_g2 = 0.0f;
 #pragma unroll
-    for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i], beta[i] = p.beta[head * D + l.column() + i];
+    for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i];
+    if (threadIdx.x < D) store_shared(shared + Shared::BETA + 4 * threadIdx.x, p.beta[head * D + threadIdx.x]);
     for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
     float neg_tau[4], neg_tau_row[2]; // -tok of tokens 2c, 2c + 1, 2c + 8, 2c + 9 and of g, g + 8
 #pragma unroll
@@ -78,14 +82,19 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 
     float dgamma[8] = {}, dbeta[8] = {}, dtok[2] = {}, dtok_last = 0.0f;
 
+    u32 in_group = 0; // mini-batches before m that the last checkpoint read also serves
+    copy_async_wait<Shared::STAGES - 1>();
+    __syncthreads();
     for (u32 m = count; m-- > 0;) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
         const u32 tile_k = stage + Shared::K, tile_q = stage + Shared::Q, tile_ghat = stage + Shared::GHAT;
         const bool commits = (m + 1) * K <= seg.len;
         const float tau_last = commits ? p.tok[K - 1] : 0.0f;
-        if (m + 1 == count || (m + 1) % p.group == 0) load_state(w, b, saved + (u64)(m / p.group) * STATE, l);
-        copy_async_wait<Shared::STAGES - 1>();
-        __syncthreads();
+        if (in_group-- == 0) {
+            saved -= STATE;
+            load_state(w, b, saved, l);
+            in_group = m + 1 == count ? m % p.group : p.group - 1;
+        }
 
         u32 ghat[4];
         load_columns(ghat, tile_ghat + l.own);
@@ -97,26 +106,23 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         float z[2][4], zbar[2][4], dg[2][4];
         Causal causal;
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) z[i / 4][i % 4] = b[i % 4], zbar[i / 4][i % 4] = b[i % 4], dg[i / 4][i % 4] = db[i % 4];
-#pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], k[4], q[4];
             ldmatrix_x4(k, tile_k + l.step(s));
             ldmatrix_x4(q, tile_q + l.step(s));
             pack_step(a, w, s);
             store_a_fragment(shared + Shared::W + 16 * l.warp * PITCH + 32 * s, PITCH, a);
-            mma_k16(z[0], a, k[0], k[2]);
-            mma_k16(z[1], a, k[1], k[3]);
-            mma_k16(zbar[0], a, q[0], q[2]);
-            mma_k16(zbar[1], a, q[1], q[3]);
+            mma_step(s, z[0], a, k[0], k[2], b);
+            mma_step(s, z[1], a, k[1], k[3], b);
+            mma_step(s, zbar[0], a, q[0], q[2], b);
+            mma_step(s, zbar[1], a, q[1], q[3], b);
             pack_step(a, dw, s);
             store_a_fragment(shared + Shared::DW + 16 * l.warp * PITCH + 32 * s, PITCH, a);
-            mma_k16(dg[0], a, k[0], k[2]);
-            mma_k16(dg[1], a, k[1], k[3]);
-            mma_k16(causal.m[0], q, k[0], k[2]);
-            mma_k16(causal.m[1], q, k[1], k[3]);
+            mma_step(s, dg[0], a, k[0], k[2], db);
+            mma_step(s, dg[1], a, k[1], k[3], db);
+            causal.step(s, q, k);
         }
-        causal.mask(l);
+        causal.finish(l);
         {
             float y[2][4];
             causal.apply(y, ghat);
@@ -144,12 +150,14 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         load8(dz, stage + Shared::DZ + l.own);
         float sums[10] = {};
         {
-            float k[8], v[8];
+            float k[8], v[8], beta[2][4];
             load8(k, tile_k + l.own);
             load8(v, stage + Shared::V + l.own);
+            load_shared4(beta[0], shared + Shared::BETA + 4 * l.column());
+            load_shared4(beta[1], shared + Shared::BETA + 4 * l.column() + 16);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                e[i] = beta[i] - (v[i] - k[i]);
+                e[i] = beta[i / 4][i % 4] - (v[i] - k[i]);
                 const float gz = gamma[i] * gamma[i] * x[i], wi = gamma[i] * e[i], pi = gamma[i] * dz[i];
                 sums[0] += x[i];
                 sums[1] += x[i] * x[i];
@@ -251,12 +259,11 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         for (u32 j = 0; j < 2; j++) mean[3 + j] = __shfl_sync(FULL_WARP, total[j], l.token + 16) * INV_D;
 
         const bool present = l.token < K && m * K + l.token < seg.len;
-        const i64 row = (i64)seg.first_row + m * K + l.token;
-        const i64 column = head * D + l.column();
+        const u32 row = seg.first_row + m * K + l.token;
         float de[8];
         {
             const float r = load_shared(stage + Shared::LR + 4 * l.token);
-            if (threadIdx.x < TOKENS && present) p.dlr[row * p.dlr_stride + head] = mean[2] * D; // (4)
+            if (threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean[2] * D; // (4)
             const float a1 = r * mean[0], a2 = r * mean[1], a3 = r * mean[2];
             const float a4 = rs * (r * mean[3] - a1 * mean_g2 - a2 * mean_g2x - mean_gx * a1 - a2 * mean_g);
             const float a5 = rs * (r * mean[4] - a1 * mean_g2x - a2 * mean_g2x2 - 2.0f * mean_gx * a2) + a3;
@@ -274,13 +281,12 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             pack8(packed, dzin);
             store_shared4(shared + Shared::DZIN + l.own, packed);
             pack8(packed, dv);
-            if (present) store_global4((u16*)p.dv + row * p.dv_stride + column, packed);
+            if (present) store_global4(at_row(p.dv, row, 2 * p.dv_stride, store_column), packed);
         }
 
         // (2) N = tril(dZ̄ Ĝᵀ), the parts of dq and dk that contract over out with W and dW'
         float n[2][4], dq[2][4], dk[2][4];
         u32 wt[STEPS][4];
-        zero(n), zero(dq), zero(dk);
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], gh[4], dwt[4];
@@ -288,12 +294,12 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             ldmatrix_x4(gh, tile_ghat + l.step(s));
             ldmatrix_x4_trans(wt[s], shared + Shared::W + 16 * s * PITCH + l.own);
             ldmatrix_x4_trans(dwt, shared + Shared::DW + 16 * s * PITCH + l.own);
-            mma_k16(n[0], a, gh[0], gh[2]);
-            mma_k16(n[1], a, gh[1], gh[3]);
-            mma_k16(dq[0], a, wt[s][0], wt[s][1]);
-            mma_k16(dq[1], a, wt[s][2], wt[s][3]);
-            mma_k16(dk[0], gh, dwt[0], dwt[1]);
-            mma_k16(dk[1], gh, dwt[2], dwt[3]);
+            mma_step(s, n[0], a, gh[0], gh[2]);
+            mma_step(s, n[1], a, gh[1], gh[3]);
+            mma_step(s, dq[0], a, wt[s][0], wt[s][1]);
+            mma_step(s, dq[1], a, wt[s][2], wt[s][3]);
+            mma_step(s, dk[0], gh, dwt[0], dwt[1]);
+            mma_step(s, dk[1], gh, dwt[2], dwt[3]);
         }
 #pragma unroll
         for (u32 i = 0; i < 8; i++) dk[i / 4][i % 4] *= -tau_last; // (3)
@@ -331,8 +337,9 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] += dz[i];
             pack8(packed, out);
-            if (present) store_global4((u16*)p.dq + row * p.dq_stride + column, packed);
+            if (present) store_global4(at_row(p.dq, row, 2 * p.dq_stride, store_column), packed);
         }
+        copy_async_wait<Shared::STAGES - 2>();
         __syncthreads();
         if (m >= Shared::STAGES) fetch(m - Shared::STAGES);
         copy_async_commit();
@@ -351,7 +358,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] += de[i];
             pack8(packed, out);
-            if (present) store_global4((u16*)p.dk + row * p.dk_stride + column, packed);
+            if (present) store_global4(at_row(p.dk, row, 2 * p.dk_stride, store_column), packed);
         }
     }
 

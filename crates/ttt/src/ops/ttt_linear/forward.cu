@@ -36,20 +36,21 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
 
     // Loads of mini-batch m: a thread brings 16 bytes of each tile.
     const u32 load_row = threadIdx.x / (D / 8), load_chunk = threadIdx.x % (D / 8);
-    const i64 load_column = head * D + 8 * load_chunk;
+    const u32 load_column = 2 * (head * D + 8 * load_chunk), store_column = 2 * (head * D + l.column()); // bytes
     auto fetch = [&](u32 m) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE, position = m * K + load_row;
         const bool present = load_row < K && position >= phase && position < end;
-        const i64 row = present ? (i64)seg.first_row + position - phase : 0;
+        const u32 row = present ? seg.first_row + position - phase : 0;
         const u32 to = stage + load_row * PITCH + 16 * load_chunk;
         const bool restored = load_row < K && position < phase; // only in the first mini-batch
-        if (!restored) copy_async_16(to + Shared::K, (const u16*)p.k + row * p.k_stride + load_column, present);
-        copy_async_16(to + Shared::Q, (const u16*)p.q + row * p.q_stride + load_column, present);
-        copy_async_16(to + Shared::V, (const u16*)p.v + row * p.v_stride + load_column, present);
+        if (!restored) copy_async_16(to + Shared::K, at_row(p.k, row, 2 * p.k_stride, load_column), present);
+        copy_async_16(to + Shared::Q, at_row(p.q, row, 2 * p.q_stride, load_column), present);
+        copy_async_16(to + Shared::V, at_row(p.v, row, 2 * p.v_stride, load_column), present);
         if (threadIdx.x < TOKENS) {
             const u32 at = m * K + threadIdx.x;
             const bool here = threadIdx.x < K && at >= phase && at < end;
-            copy_async_4(stage + Shared::LR + 4 * threadIdx.x, p.lr + (here ? (i64)seg.first_row + at - phase : 0) * p.lr_stride + head, here);
+            const u32 lr_row = here ? seg.first_row + at - phase : 0;
+            copy_async_4(stage + Shared::LR + 4 * threadIdx.x, at_row(p.lr, lr_row, 4 * p.lr_stride, 4 * head), here);
         }
         if (restored) {
             const float* from = rows + position * 2 * D + 8 * load_chunk;
@@ -67,6 +68,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
 
     float w[D / 8][4], b[4];
     load_state(w, b, state, l);
+    u32 until_checkpoint = p.group;
     float gamma[8], beta[8], mean_g2 = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i], beta[i] = p.beta[head * D + l.column() + i];
@@ -90,21 +92,18 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         float z[2][4], zbar[2][4];
         Causal causal;
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) z[i / 4][i % 4] = b[i % 4], zbar[i / 4][i % 4] = b[i % 4];
-#pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], k[4], q[4];
             pack_step(a, w, s);
             ldmatrix_x4(k, tile_k + l.step(s));
             ldmatrix_x4(q, tile_q + l.step(s));
-            mma_k16(z[0], a, k[0], k[2]);
-            mma_k16(z[1], a, k[1], k[3]);
-            mma_k16(zbar[0], a, q[0], q[2]);
-            mma_k16(zbar[1], a, q[1], q[3]);
-            mma_k16(causal.m[0], q, k[0], k[2]);
-            mma_k16(causal.m[1], q, k[1], k[3]);
+            mma_step(s, z[0], a, k[0], k[2], b);
+            mma_step(s, z[1], a, k[1], k[3], b);
+            mma_step(s, zbar[0], a, q[0], q[2], b);
+            mma_step(s, zbar[1], a, q[1], q[3], b);
+            causal.step(s, q, k);
         }
-        causal.mask(l);
+        causal.finish(l);
         put_columns(patch, l, z);
         __syncwarp();
 
@@ -170,7 +169,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         }
         store_shared4(ghat_row, packed);
         if (p.ghat && fresh)
-            store_global4((u16*)p.ghat + ((i64)seg.first_row + position - phase) * p.ghat_stride + head * D + l.column(), packed);
+            store_global4(at_row(p.ghat, seg.first_row + position - phase, 2 * p.ghat_stride, store_column), packed);
         if (p.rows && fresh && !complete) {
             float k[8], ghat[8];
             load8(k, tile_k + l.own);
@@ -214,9 +213,13 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] = q[i] + (gamma[i] * (zr[i] * rs_out - mu_out * rs_out) + beta[i]);
             pack8(packed, out);
-            store_global4((u16*)p.z + ((i64)seg.first_row + position - phase) * p.z_stride + head * D + l.column(), packed);
+            store_global4(at_row(p.z, seg.first_row + position - phase, 2 * p.z_stride, store_column), packed);
         }
-        if (p.checkpoints && (m + 1 == count || (m + 1) % p.group == 0)) store_state(saved + (u64)(m / p.group) * STATE, w, b, l);
+        if (p.checkpoints && (--until_checkpoint == 0 || m + 1 == count)) {
+            store_state(saved, w, b, l);
+            saved += STATE;
+            until_checkpoint = p.group;
+        }
     }
     if (end >= K) store_state(state, w, b, l);
 }

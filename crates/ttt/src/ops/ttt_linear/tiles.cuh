@@ -40,9 +40,14 @@ struct Lane {
     DEVICE u32 column() const { return 16 * warp + 8 * half; }
 };
 
-DEVICE void zero(float (&x)[2][4]) {
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) x[i / 4][i % 4] = 0.0f;
+// d (+)= A B; the first step of a sum starts from c.
+DEVICE void mma_step(u32 step, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    if (step == 0) mma_k16(d, a, b0, b1, c);
+    else mma_k16(d, a, b0, b1);
+}
+DEVICE void mma_step(u32 step, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if (step == 0) mma_k16(d, a, b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
+    else mma_k16(d, a, b0, b1);
 }
 
 DEVICE void unpack8(float (&x)[8], const u32 (&pairs)[4]) {
@@ -145,18 +150,19 @@ DEVICE void scale_columns(u32 (&u)[4], const u32 (&x)[4], float tau) {
 // M = tril(q kᵀ + 1), D layout [i, j]: m[0] is j < 8, m[1] j >= 8. Only m[0] and m[1][2..] are used: the rest is above the diagonal.
 struct Causal {
     float m[2][4];
-    DEVICE Causal() {
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) m[i / 4][i % 4] = 1.0f;
+    // One k16 step of q kᵀ, from the fragments of q and k.
+    DEVICE void step(u32 s, const u32 (&q)[4], const u32 (&k)[4]) {
+        mma_step(s, m[0], q, k[0], k[2]);
+        mma_step(s, m[1], q, k[1], k[3]);
     }
-    DEVICE void mask(const Lane& l) {
-        if (2 * l.c > l.g) m[0][0] = 0.0f, m[1][2] = 0.0f;
-        if (2 * l.c + 1 > l.g) m[0][1] = 0.0f, m[1][3] = 0.0f;
+    DEVICE void finish(const Lane& l) {
+        m[0][0] = 2 * l.c > l.g ? 0.0f : m[0][0] + 1.0f, m[1][2] = 2 * l.c > l.g ? 0.0f : m[1][2] + 1.0f;
+        m[0][1] = 2 * l.c + 1 > l.g ? 0.0f : m[0][1] + 1.0f, m[1][3] = 2 * l.c + 1 > l.g ? 0.0f : m[1][3] + 1.0f;
+        m[0][2] += 1.0f, m[0][3] += 1.0f;
     }
-    // y [out, i] = Ghatᵀ Mᵀ, in D layout
+    // y [out, i] = Ĝᵀ Mᵀ, in D layout
     DEVICE void apply(float (&y)[2][4], const u32 (&ghat)[4]) const {
-        zero(y);
         mma_k8(y[0], ghat[0], ghat[1], pack_bf16(m[0][0], m[0][1]));
-        mma_k16(y[1], ghat, pack_bf16(m[0][2], m[0][3]), pack_bf16(m[1][2], m[1][3]));
+        mma_step(0, y[1], ghat, pack_bf16(m[0][2], m[0][3]), pack_bf16(m[1][2], m[1][3]));
     }
 };
