@@ -97,7 +97,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         }
 
         u32 ghat[4];
-        load_columns(ghat, tile_ghat + l.own);
+        ldmatrix_x4_trans(ghat, tile_ghat + l.row_b + l.own);
         {
             u32 update[4];
             scale_columns(update, ghat, tau_last);
@@ -108,18 +108,19 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], k[4], q[4];
-            ldmatrix_x4(k, tile_k + l.step(s));
-            ldmatrix_x4(q, tile_q + l.step(s));
+            ldmatrix_x4(k, tile_k + l.row_b + 32 * s);
+            ldmatrix_x4(q, tile_q + l.row_b + 32 * s);
             pack_step(a, w, s);
             store_a_fragment(shared + Shared::W + 16 * l.warp * PITCH + 32 * s, PITCH, a);
-            mma_step(s, z[0], a, k[0], k[2], b);
-            mma_step(s, z[1], a, k[1], k[3], b);
-            mma_step(s, zbar[0], a, q[0], q[2], b);
-            mma_step(s, zbar[1], a, q[1], q[3], b);
+            mma_step(s, z[0], a, k[0], k[1], b);
+            mma_step(s, z[1], a, k[2], k[3], b);
+            mma_step(s, zbar[0], a, q[0], q[1], b);
+            mma_step(s, zbar[1], a, q[2], q[3], b);
             pack_step(a, dw, s);
             store_a_fragment(shared + Shared::DW + 16 * l.warp * PITCH + 32 * s, PITCH, a);
-            mma_step(s, dg[0], a, k[0], k[2], db);
-            mma_step(s, dg[1], a, k[1], k[3], db);
+            mma_step(s, dg[0], a, k[0], k[1], db);
+            mma_step(s, dg[1], a, k[2], k[3], db);
+            ldmatrix_x4(q, tile_q + l.row + 32 * s);
             causal.step(s, q, k);
         }
         causal.finish(l);
@@ -147,12 +148,12 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         float dz[8];
         take_row(x, patch, l);
         take_row(xo, patch2, l);
-        load8(dz, stage + Shared::DZ + l.own);
+        load8(dz, stage + Shared::DZ + l.row + l.own);
         float sums[10] = {};
         {
             float k[8], v[8], beta[2][4];
-            load8(k, tile_k + l.own);
-            load8(v, stage + Shared::V + l.own);
+            load8(k, tile_k + l.row + l.own);
+            load8(v, stage + Shared::V + l.row + l.own);
             load_shared4(beta[0], shared + Shared::BETA + 4 * l.column());
             load_shared4(beta[1], shared + Shared::BETA + 4 * l.column() + 16);
 #pragma unroll
@@ -213,11 +214,11 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             }
             pack8(packed, dzbar);
         }
-        store_shared4(shared + Shared::DZBAR + l.own, packed);
+        store_shared4(shared + Shared::DZBAR + l.row + l.own, packed);
         __syncwarp();
         // (2) dĜᵀ -= (τ ⊙ dZ̄)ᵀ M, with B operand [i, j] from M's D layout
         u32 dzbar[4];
-        load_columns(dzbar, shared + Shared::DZBAR + l.own);
+        ldmatrix_x4_trans(dzbar, shared + Shared::DZBAR + l.row_b + l.own);
         {
             const float(&M)[2][4] = causal.m;
             const u32 m00 = movmatrix(pack_bf16(neg_tau_row[0] * M[0][0], neg_tau_row[0] * M[0][1]));
@@ -279,7 +280,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
                 dv[i] = -de[i];
             }
             pack8(packed, dzin);
-            store_shared4(shared + Shared::DZIN + l.own, packed);
+            store_shared4(shared + Shared::DZIN + l.row + l.own, packed);
             pack8(packed, dv);
             if (present) store_global4(at_row(p.dv, row, 2 * p.dv_stride, store_column), packed);
         }
@@ -290,12 +291,13 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], gh[4], dwt[4];
-            ldmatrix_x4(a, shared + Shared::DZBAR + l.step(s));
-            ldmatrix_x4(gh, tile_ghat + l.step(s));
-            ldmatrix_x4_trans(wt[s], shared + Shared::W + 16 * s * PITCH + l.own);
-            ldmatrix_x4_trans(dwt, shared + Shared::DW + 16 * s * PITCH + l.own);
-            mma_step(s, n[0], a, gh[0], gh[2]);
-            mma_step(s, n[1], a, gh[1], gh[3]);
+            ldmatrix_x4(a, shared + Shared::DZBAR + l.row + 32 * s);
+            ldmatrix_x4(gh, tile_ghat + l.row_b + 32 * s);
+            ldmatrix_x4_trans(wt[s], shared + Shared::W + 16 * s * PITCH + l.row + l.own);
+            ldmatrix_x4_trans(dwt, shared + Shared::DW + 16 * s * PITCH + l.row + l.own);
+            mma_step(s, n[0], a, gh[0], gh[1]);
+            mma_step(s, n[1], a, gh[2], gh[3]);
+            ldmatrix_x4(gh, tile_ghat + l.row + 32 * s);
             mma_step(s, dq[0], a, wt[s][0], wt[s][1]);
             mma_step(s, dq[1], a, wt[s][2], wt[s][3]);
             mma_step(s, dk[0], gh, dwt[0], dwt[1]);
@@ -314,8 +316,8 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             const u32 m11 = pack_bf16(neg_tau_row[1] * n[1][2], neg_tau_row[1] * n[1][3]);
             const u32 dm[4] = {m00, m10, 0, m11}, dmt[4] = {movmatrix(m00), 0, movmatrix(m10), movmatrix(m11)};
             u32 k[4], q[4];
-            ldmatrix_x4_trans(k, tile_k + l.own);
-            ldmatrix_x4_trans(q, tile_q + l.own);
+            ldmatrix_x4_trans(k, tile_k + l.row + l.own);
+            ldmatrix_x4_trans(q, tile_q + l.row + l.own);
             mma_k16(dq[0], dm, k[0], k[1]);
             mma_k16(dq[1], dm, k[2], k[3]);
             mma_k16(dk[0], dmt, q[0], q[1]);
@@ -326,14 +328,14 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         // (6) dW' -> dW
         {
             u32 dzin[4];
-            load_columns(dzin, shared + Shared::DZIN + l.own);
+            ldmatrix_x4_trans(dzin, shared + Shared::DZIN + l.row_b + l.own);
             add_outer(dw, db, dzbar, tile_q, l);
             add_outer(dw, db, dzin, tile_k, l);
         }
         {
             float out[8];
             take_row(out, patch, l);
-            load8(dz, stage + Shared::DZ + l.own);
+            load8(dz, stage + Shared::DZ + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] += dz[i];
             pack8(packed, out);
@@ -346,7 +348,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) { // (6)
             u32 a[4];
-            ldmatrix_x4(a, shared + Shared::DZIN + l.step(s));
+            ldmatrix_x4(a, shared + Shared::DZIN + l.row + 32 * s);
             mma_k16(dk[0], a, wt[s][0], wt[s][1]);
             mma_k16(dk[1], a, wt[s][2], wt[s][3]);
         }

@@ -7,11 +7,13 @@
 // Launch: segments * heads blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
 #include "tiles.cuh"
 
+constexpr u32 GHAT_PITCH = 48; // bytes from token to token of a warp's [16, 16] bf16 tile
+
 struct Shared {
     static constexpr u32 STAGES = 4;
     static constexpr u32 K = 0, Q = TILE, V = 2 * TILE, LR = 3 * TILE, STAGE = 3 * TILE + 64;
-    static constexpr u32 GHAT = STAGES * STAGE;              // per warp [16, 16] bf16, 48 bytes a row
-    static constexpr u32 PATCHES = GHAT + WARPS * 16 * 48;   // per warp
+    static constexpr u32 GHAT = STAGES * STAGE;              // per warp
+    static constexpr u32 PATCHES = GHAT + WARPS * 16 * GHAT_PITCH;   // per warp
     static constexpr u32 INNER = PATCHES + WARPS * PATCH;    // [warp][half][token][4] f32
     static constexpr u32 OUTPUT = INNER + WARPS * 32 * 16;   // [warp][half][token] f32
     static constexpr u32 BYTES = OUTPUT + WARPS * 32 * 4;
@@ -32,7 +34,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
     const u32 checkpoints = (count + p.group - 1) / p.group;
     float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints) * STATE;
     const u32 patch = shared + Shared::PATCHES + l.warp * PATCH;
-    const u32 ghat_row = shared + Shared::GHAT + l.warp * 16 * 48 + l.token * 48 + l.half * 16;
+    const u32 ghat_tile = shared + Shared::GHAT + l.warp * 16 * GHAT_PITCH;
 
     // Loads of mini-batch m: a thread brings 16 bytes of each tile.
     const u32 load_row = threadIdx.x / (D / 8), load_chunk = threadIdx.x % (D / 8);
@@ -95,12 +97,13 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], k[4], q[4];
             pack_step(a, w, s);
-            ldmatrix_x4(k, tile_k + l.step(s));
-            ldmatrix_x4(q, tile_q + l.step(s));
-            mma_step(s, z[0], a, k[0], k[2], b);
-            mma_step(s, z[1], a, k[1], k[3], b);
-            mma_step(s, zbar[0], a, q[0], q[2], b);
-            mma_step(s, zbar[1], a, q[1], q[3], b);
+            ldmatrix_x4(k, tile_k + l.row_b + 32 * s);
+            ldmatrix_x4(q, tile_q + l.row_b + 32 * s);
+            mma_step(s, z[0], a, k[0], k[1], b);
+            mma_step(s, z[1], a, k[2], k[3], b);
+            mma_step(s, zbar[0], a, q[0], q[1], b);
+            mma_step(s, zbar[1], a, q[2], q[3], b);
+            ldmatrix_x4(q, tile_q + l.row + 32 * s);
             causal.step(s, q, k);
         }
         causal.finish(l);
@@ -112,8 +115,8 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         take_row(zr, patch, l);
         {
             float k[8], v[8];
-            load8(k, tile_k + l.own);
-            load8(v, stage + Shared::V + l.own);
+            load8(k, tile_k + l.row + l.own);
+            load8(v, stage + Shared::V + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 wr[i] = gamma[i] * beta[i] - gamma[i] * (v[i] - k[i]);
@@ -167,12 +170,12 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
 #pragma unroll
             for (u32 i = 0; i < 4; i++) packed[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
         }
-        store_shared4(ghat_row, packed);
+        store_shared4(ghat_tile + l.token * GHAT_PITCH + l.half * 16, packed);
         if (p.ghat && fresh)
             store_global4(at_row(p.ghat, seg.first_row + position - phase, 2 * p.ghat_stride, store_column), packed);
         if (p.rows && fresh && !complete) {
             float k[8], ghat[8];
-            load8(k, tile_k + l.own);
+            load8(k, tile_k + l.row + l.own);
             unpack8(ghat, packed);
             float* to = rows + l.token * 2 * D + l.column();
 #pragma unroll
@@ -180,7 +183,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         }
         __syncwarp();
         u32 ghat[4];
-        load_columns(ghat, ghat_row);
+        ldmatrix_x4_trans(ghat, ghat_tile + (l.lane % 8 + l.half * 8) * GHAT_PITCH + l.lane / 8 % 2 * 16);
 
         // Z̄ᵀ = Wᵀ qᵀ + b - τ ⊙ (M Ĝ)ᵀ
         float y[2][4];
@@ -209,7 +212,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         const float rs_out = rsqrtf(max(square - mu_out * mu_out, 0.0f) + EPS);
         if (fresh) {
             float q[8], out[8];
-            load8(q, tile_q + l.own);
+            load8(q, tile_q + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] = q[i] + (gamma[i] * (zr[i] * rs_out - mu_out * rs_out) + beta[i]);
             pack8(packed, out);

@@ -29,13 +29,14 @@ constexpr float INV_D = 1.0f / D;
 
 struct Lane {
     u32 warp, lane, g, c, token, half;
-    u32 own; // byte of this lane's 8 columns in its token's row of a tile; also its ldmatrix row address of the warp's 16 columns
+    u32 row;   // ldmatrix row of a tile's first 16 columns; the four matrices are the parts of an A operand [token, column], or
+               // transposed the parts b0, b1 of two B operands [token, column]: first and second 8 columns
+    u32 row_b; // the same with the middle matrices swapped: two B operands [column, token], or transposed A [column, token]
+    u32 own;   // from a tile's first column to this warp's first
     DEVICE Lane() {
         warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, token = lane % 16, half = lane / 16;
-        own = token * PITCH + (2 * warp + half) * 16;
+        row = token * PITCH + half * 16, row_b = (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16, own = 32 * warp;
     }
-    // ldmatrix row address of columns [16 step, 16 step + 16).
-    DEVICE u32 step(u32 s) const { return token * PITCH + (2 * s + half) * 16; }
     // First of this lane's 8 columns.
     DEVICE u32 column() const { return 16 * warp + 8 * half; }
 };
@@ -91,13 +92,6 @@ DEVICE void take_row(float (&x)[8], u32 patch, const Lane& l) {
     }
 }
 
-// The A layout of a [token][column] bf16 block that lies in shared memory, at this lane's ldmatrix row.
-DEVICE void load_columns(u32 (&a)[4], u32 row) {
-    u32 r[4];
-    ldmatrix_x4_trans(r, row);
-    a[0] = r[0], a[1] = r[2], a[2] = r[1], a[3] = r[3];
-}
-
 // Sums of the two halves of a row: half 0 gets those of x, half 1 those of y.
 DEVICE float fold(u32 half, float x, float y) {
     const float mine = half ? y : x, other = half ? x : y;
@@ -134,7 +128,7 @@ DEVICE void add_outer(float (&w)[D / 8][4], float (&b)[4], const u32 (&x)[4], u3
 #pragma unroll
     for (u32 s = 0; s < STEPS; s++) {
         u32 r[4];
-        ldmatrix_x4_trans(r, tile + l.step(s));
+        ldmatrix_x4_trans(r, tile + l.row + 32 * s);
         mma_k16(w[2 * s], x, r[0], r[1]);
         mma_k16(w[2 * s + 1], x, r[2], r[3]);
     }
@@ -150,10 +144,10 @@ DEVICE void scale_columns(u32 (&u)[4], const u32 (&x)[4], float tau) {
 // M = tril(q kᵀ + 1), D layout [i, j]: m[0] is j < 8, m[1] j >= 8. Only m[0] and m[1][2..] are used: the rest is above the diagonal.
 struct Causal {
     float m[2][4];
-    // One k16 step of q kᵀ, from the fragments of q and k.
+    // One k16 step of q kᵀ, from q as A and k as B operands.
     DEVICE void step(u32 s, const u32 (&q)[4], const u32 (&k)[4]) {
-        mma_step(s, m[0], q, k[0], k[2]);
-        mma_step(s, m[1], q, k[1], k[3]);
+        mma_step(s, m[0], q, k[0], k[1]);
+        mma_step(s, m[1], q, k[2], k[3]);
     }
     DEVICE void finish(const Lane& l) {
         m[0][0] = 2 * l.c > l.g ? 0.0f : m[0][0] + 1.0f, m[1][2] = 2 * l.c > l.g ? 0.0f : m[1][2] + 1.0f;
