@@ -60,9 +60,8 @@ def forward_shared(d):
 
 
 def backward_shared(d):
-    stages = 3 if d <= 64 else 2
-    return (stages * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 2 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
-            + d // 16 * 32 * (2 * 16 + 4) + 4 * d)
+    return (2 * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 2 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
+            + d // 16 * 32 * (2 * 16 + 4) + 8 * d)
 
 
 def ceil(a, b):

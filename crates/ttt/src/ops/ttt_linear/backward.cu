@@ -4,7 +4,7 @@
 // Steps of a mini-batch, numbered as in backward.md 3.2 (layouts in tiles.cuh). Products that contract over the head's columns across
 // warps read bf16 copies in shared memory: W, dW', dZ̄, dZ, Ĝ; a warp then owns 16 columns of dq and dk.
 //   before the 1st barrier  undo; Z, Z̄, P = k dW' + db', M; ten sums: six of Z, and of Z̄, Z̄², p, pZ̄ with p = γ dz
-//   before the 2nd          (1) dZ̄; (2) dĜ; (3) dĜ -= τ P; five sums: of dĜ, dĜ x̂, dĜ G, γ² dĜ, γ² x̂ dĜ (backward.md 3.3)
+//   before the 2nd          (1) dZ̄; (2) dĜ; (3) dĜ -= τ P; five sums: of dĜ, dĜ x̂, dĜ γe, γ² dĜ, γ² x̂ dĜ (backward.md 3.3)
 //   before the 3rd          (4) dlr, (5) dZ, dv; (2) N, dτ, dq; (3) the part of dk through dW'; (6) dW, db
 //   after it                (6) dk += dZ Wᵀ
 //
@@ -12,7 +12,7 @@
 #include "tiles.cuh"
 
 struct Shared {
-    static constexpr u32 STAGES = D <= 64 ? 3 : 2;
+    static constexpr u32 STAGES = 2;
     static constexpr u32 K = 0, Q = TILE, V = 2 * TILE, DZ = 3 * TILE, GHAT = 4 * TILE, LR = 5 * TILE, STAGE = 5 * TILE + 64;
     static constexpr u32 W = STAGES * STAGE;               // [out][in] bf16
     static constexpr u32 DW = W + D * PITCH;               // [out][in] bf16
@@ -22,7 +22,8 @@ struct Shared {
     static constexpr u32 FIRST = PATCHES + WARPS * 2 * PATCH; // [warp][half][token][4] f32
     static constexpr u32 REST = FIRST + WARPS * 32 * 16;   // [warp][half][token] f32
     static constexpr u32 SECOND = REST + WARPS * 32 * 4;   // [warp][half][token][4] f32
-    static constexpr u32 BETA = SECOND + WARPS * 32 * 16;  // [D] f32
+    static constexpr u32 GAMMA = SECOND + WARPS * 32 * 16; // [D] f32
+    static constexpr u32 BETA = GAMMA + 4 * D;             // [D] f32
     static constexpr u32 BYTES = BETA + 4 * D;
 };
 
@@ -66,17 +67,14 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 
     float w[D / 8][4], b[4], dw[D / 8][4], db[4];
     load_state(dw, db, dstate, l);
-    float gamma[8], mean_g2 = 0.0f;
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i];
+    float mean_g2 = 0.0f;
+    if (threadIdx.x < D) store_shared(shared + Shared::GAMMA + 4 * threadIdx.x, p.gamma[head * D + threadIdx.x]);
     if (threadIdx.x < D) store_shared(shared + Shared::BETA + 4 * threadIdx.x, p.beta[head * D + threadIdx.x]);
     for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
-    float neg_tau[4], neg_tau_row[2]; // -tok of tokens 2c, 2c + 1, 2c + 8, 2c + 9 and of g, g + 8
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        const u32 token = 2 * l.c + i % 2 + i / 2 * 8;
-        neg_tau[i] = token < K ? -p.tok[token] : 0.0f;
-    }
+    float neg_tau[4], neg_tau_row[2]; // of columns and of rows g, g + 8 of M
+    load_neg_tau(neg_tau, p.tok, K, l);
+    const u32 causal_mask = Causal::mask(l);
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
 #pragma unroll
     for (u32 i = 0; i < 2; i++) neg_tau_row[i] = l.g + 8 * i < K ? -p.tok[l.g + 8 * i] : 0.0f;
 
@@ -103,8 +101,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             scale_columns(update, ghat, tau_last);
             add_outer(w, b, update, tile_k, l);
         }
-        float z[2][4], zbar[2][4], dg[2][4];
-        Causal causal;
+        float z[2][4], zbar[2][4], dg[2][4], qk[2][4];
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], k[4], q[4];
@@ -121,9 +118,10 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             mma_step(s, dg[0], a, k[0], k[1], db);
             mma_step(s, dg[1], a, k[2], k[3], db);
             ldmatrix_x4(q, tile_q + l.row + 32 * s);
-            causal.step(s, q, k);
+            mma_step(s, qk[0], q, k[0], k[1], ones);
+            mma_step(s, qk[1], q, k[2], k[3], ones);
         }
-        causal.finish(l);
+        const Causal causal(qk[0], qk[1], causal_mask);
         {
             float y[2][4];
             causal.apply(y, ghat);
@@ -144,21 +142,20 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         __syncwarp();
 
         // Sums of the forward's LayerNorms.
-        float x[8], e[8], xo[8]; // x̂, e, x̂ of Z̄; first Z, w, Z̄
-        float dz[8];
+        float x[8], e[8], zb[8], dz[8]; // Z then x̂, β - t then e, Z̄
         take_row(x, patch, l);
-        take_row(xo, patch2, l);
+        take_row(zb, patch2, l);
         load8(dz, stage + Shared::DZ + l.row + l.own);
         float sums[10] = {};
         {
-            float k[8], v[8], beta[2][4];
+            float k[8], v[8], gamma[8];
             load8(k, tile_k + l.row + l.own);
             load8(v, stage + Shared::V + l.row + l.own);
-            load_shared4(beta[0], shared + Shared::BETA + 4 * l.column());
-            load_shared4(beta[1], shared + Shared::BETA + 4 * l.column() + 16);
+            load_table(e, shared + Shared::BETA, l);
+            load_table(gamma, shared + Shared::GAMMA, l);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                e[i] = beta[i / 4][i % 4] - (v[i] - k[i]);
+                e[i] -= v[i] - k[i];
                 const float gz = gamma[i] * gamma[i] * x[i], wi = gamma[i] * e[i], pi = gamma[i] * dz[i];
                 sums[0] += x[i];
                 sums[1] += x[i] * x[i];
@@ -166,10 +163,10 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
                 sums[3] += gz * x[i];
                 sums[4] += wi * x[i];
                 sums[5] += wi;
-                sums[6] += xo[i];
-                sums[7] += xo[i] * xo[i];
+                sums[6] += zb[i];
+                sums[7] += zb[i] * zb[i];
                 sums[8] += pi;
-                sums[9] += pi * xo[i];
+                sums[9] += pi * zb[i];
             }
         }
         const u32 at4 = (l.half * 16 + l.token) * 16, at1 = (l.half * 16 + l.token) * 4;
@@ -202,15 +199,17 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         const float mean_p = mean[8], mean_px = rs_out * (mean[9] - mu_out * mean_p);
         u32 packed[4];
         {
-            float dzbar[8]; // (1)
+            // (1) dZ̄ = rs (p - mean p - x̂ mean p x̂), as a sum of p, Z̄ and 1
+            float dzbar[8], gamma[8];
+            load_table(gamma, shared + Shared::GAMMA, l);
+            const float by_z = -rs_out * rs_out * mean_px, by_1 = -rs_out * mean_p - mu_out * by_z;
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                xo[i] = xo[i] * rs_out - mu_out * rs_out;
-                dzbar[i] = rs_out * (gamma[i] * dz[i] - mean_p - xo[i] * mean_px);
-                dgamma[i] += dz[i] * xo[i];
+                dzbar[i] = rs_out * (gamma[i] * dz[i]) + (by_z * zb[i] + by_1);
+                dgamma[i] += dz[i] * (zb[i] * rs_out - mu_out * rs_out);
                 dbeta[i] += dz[i];
                 x[i] = x[i] * rs - mu * rs;
-                e[i] = gamma[i] * x[i] + e[i];
+                e[i] += gamma[i] * x[i];
             }
             pack8(packed, dzbar);
         }
@@ -220,10 +219,8 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         u32 dzbar[4];
         ldmatrix_x4_trans(dzbar, shared + Shared::DZBAR + l.row_b + l.own);
         {
-            const float(&M)[2][4] = causal.m;
-            const u32 m00 = movmatrix(pack_bf16(neg_tau_row[0] * M[0][0], neg_tau_row[0] * M[0][1]));
-            const u32 m10 = movmatrix(pack_bf16(neg_tau_row[1] * M[0][2], neg_tau_row[1] * M[0][3]));
-            const u32 m11 = movmatrix(pack_bf16(neg_tau_row[1] * M[1][2], neg_tau_row[1] * M[1][3]));
+            const u32 m00 = movmatrix(scale_pair(causal.low, neg_tau_row[0])), m10 = movmatrix(scale_pair(causal.cross, neg_tau_row[1]));
+            const u32 m11 = movmatrix(scale_pair(causal.high, neg_tau_row[1]));
             mma_k16(dg[0], dzbar, m00, m10);
             mma_k16(dg[1], dzbar, 0, m11);
         }
@@ -233,14 +230,18 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         take_row(dgr, patch, l);
 #pragma unroll
         for (u32 i = 0; i < 5; i++) sums[i] = 0.0f;
+        {
+            float gamma[8];
+            load_table(gamma, shared + Shared::GAMMA, l);
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) {
-            const float grad = rs * (gamma[i] * e[i] - mean_g - mean_gx * x[i]), g2 = gamma[i] * gamma[i] * dgr[i];
-            sums[0] += dgr[i];
-            sums[1] += dgr[i] * x[i];
-            sums[2] += dgr[i] * grad;
-            sums[3] += g2;
-            sums[4] += g2 * x[i];
+            for (u32 i = 0; i < 8; i++) {
+                const float gd = gamma[i] * dgr[i], g2d = gamma[i] * gd;
+                sums[0] += dgr[i];
+                sums[1] += dgr[i] * x[i];
+                sums[2] += gd * e[i];
+                sums[3] += g2d;
+                sums[4] += g2d * x[i];
+            }
         }
         store_shared4(shared + Shared::SECOND + l.warp * 512 + at4, fold(l.half, sums[0], sums[3]), fold(l.half, sums[1], sums[4]),
                       fold(l.half, sums[2], 0.0f), 0.0f);
@@ -264,24 +265,29 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         float de[8];
         {
             const float r = load_shared(stage + Shared::LR + 4 * l.token);
-            if (threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean[2] * D; // (4)
-            const float a1 = r * mean[0], a2 = r * mean[1], a3 = r * mean[2];
+            const float mean_dgg = rs * (mean[2] - mean_g * mean[0] - mean_gx * mean[1]); // of dĜ G
+            if (threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean_dgg * D; // (4)
+            const float a1 = r * mean[0], a2 = r * mean[1], a3 = r * mean_dgg;
             const float a4 = rs * (r * mean[3] - a1 * mean_g2 - a2 * mean_g2x - mean_gx * a1 - a2 * mean_g);
             const float a5 = rs * (r * mean[4] - a1 * mean_g2x - a2 * mean_g2x2 - 2.0f * mean_gx * a2) + a3;
-            float dzin[8], dv[8]; // (5)
+            // (5) u = rs (dG - a1 - a2 x̂); dZ = rs (γ² u - rs (m dG + a2 γe) - a4 - a5 x̂)
+            const float u_d = rs * r, u_x = -rs * a2, u_1 = -rs * a1;
+            const float z_d = -rs * rs * mean_gx * r, z_e = -rs * rs * a2, z_x = -rs * a5, z_1 = -rs * a4;
+            float dzin[8], gamma[8];
+            load_table(gamma, shared + Shared::GAMMA, l);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                const float dgi = r * dgr[i], u = rs * (dgi - a1 - a2 * x[i]);
+                const float u = u_d * dgr[i] + (u_x * x[i] + u_1);
                 de[i] = gamma[i] * u;
-                const float h = gamma[i] * de[i] - rs * (mean_gx * dgi + a2 * gamma[i] * e[i]);
-                dzin[i] = rs * (h - a4 - a5 * x[i]);
-                dgamma[i] += u * e[i] + de[i] * x[i];
+                dzin[i] = rs * (gamma[i] * de[i]) + (z_d * dgr[i] + (z_e * (gamma[i] * e[i]) + (z_x * x[i] + z_1)));
+                dgamma[i] += u * (gamma[i] * x[i] + e[i]);
                 dbeta[i] += de[i];
-                dv[i] = -de[i];
             }
             pack8(packed, dzin);
             store_shared4(shared + Shared::DZIN + l.row + l.own, packed);
-            pack8(packed, dv);
+            pack8(packed, de);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) packed[i] ^= 0x80008000u;
             if (present) store_global4(at_row(p.dv, row, 2 * p.dv_stride, store_column), packed);
         }
 
@@ -306,14 +312,12 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
         for (u32 i = 0; i < 8; i++) dk[i / 4][i % 4] *= -tau_last; // (3)
         {
-            const float(&M)[2][4] = causal.m;
-            dtok[0] -= M[0][0] * n[0][0] + M[0][1] * n[0][1];
-            dtok[1] -= M[0][2] * n[0][2] + M[0][3] * n[0][3] + M[1][2] * n[1][2] + M[1][3] * n[1][3];
-            if (2 * l.c > l.g) n[0][0] = 0.0f, n[1][2] = 0.0f;
-            if (2 * l.c + 1 > l.g) n[0][1] = 0.0f, n[1][3] = 0.0f;
-            const u32 m00 = pack_bf16(neg_tau_row[0] * n[0][0], neg_tau_row[0] * n[0][1]); // dM
+            dtok[0] -= low_f32(causal.low) * n[0][0] + high_f32(causal.low) * n[0][1];
+            dtok[1] -= low_f32(causal.cross) * n[0][2] + high_f32(causal.cross) * n[0][3] + low_f32(causal.high) * n[1][2]
+                       + high_f32(causal.high) * n[1][3];
+            const u32 m00 = pack_bf16(neg_tau_row[0] * n[0][0], neg_tau_row[0] * n[0][1]) & causal_mask; // dM
             const u32 m10 = pack_bf16(neg_tau_row[1] * n[0][2], neg_tau_row[1] * n[0][3]);
-            const u32 m11 = pack_bf16(neg_tau_row[1] * n[1][2], neg_tau_row[1] * n[1][3]);
+            const u32 m11 = pack_bf16(neg_tau_row[1] * n[1][2], neg_tau_row[1] * n[1][3]) & causal_mask;
             const u32 dm[4] = {m00, m10, 0, m11}, dmt[4] = {movmatrix(m00), 0, movmatrix(m10), movmatrix(m11)};
             u32 k[4], q[4];
             ldmatrix_x4_trans(k, tile_k + l.row + l.own);

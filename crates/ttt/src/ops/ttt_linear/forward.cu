@@ -75,12 +75,10 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
 #pragma unroll
     for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i], beta[i] = p.beta[head * D + l.column() + i];
     for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
-    float neg_tau[4]; // -tok of tokens 2c, 2c + 1, 2c + 8, 2c + 9
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        const u32 token = 2 * l.c + i % 2 + i / 2 * 8;
-        neg_tau[i] = token < K ? -p.tok[token] : 0.0f;
-    }
+    float neg_tau[4];
+    load_neg_tau(neg_tau, p.tok, K, l);
+    const u32 causal_mask = Causal::mask(l);
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     const float neg_tau_last = -p.tok[K - 1];
 
     copy_async_wait<Shared::STAGES - 2>();
@@ -91,8 +89,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         const bool complete = (m + 1) * K <= end;
 
         // Zᵀ = Wᵀ kᵀ + b, the part of Z̄ᵀ that W gives, and M.
-        float z[2][4], zbar[2][4];
-        Causal causal;
+        float z[2][4], zbar[2][4], qk[2][4];
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) {
             u32 a[4], k[4], q[4];
@@ -104,9 +101,10 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
             mma_step(s, zbar[0], a, q[0], q[1], b);
             mma_step(s, zbar[1], a, q[2], q[3], b);
             ldmatrix_x4(q, tile_q + l.row + 32 * s);
-            causal.step(s, q, k);
+            mma_step(s, qk[0], q, k[0], k[1], ones);
+            mma_step(s, qk[1], q, k[2], k[3], ones);
         }
-        causal.finish(l);
+        const Causal causal(qk[0], qk[1], causal_mask);
         put_columns(patch, l, z);
         __syncwarp();
 

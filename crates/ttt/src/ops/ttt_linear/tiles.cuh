@@ -59,6 +59,7 @@ DEVICE void pack8(u32 (&pairs)[4], const float (&x)[8]) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) pairs[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
 }
+DEVICE u32 scale_pair(u32 pair, float by) { return pack_bf16(by * low_f32(pair), by * high_f32(pair)); }
 DEVICE void load8(float (&x)[8], u32 at) {
     u32 pairs[4];
     load_shared4(pairs, at);
@@ -81,9 +82,8 @@ DEVICE void put_rows(u32 patch, const Lane& l, const float (&x)[2][4]) {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) store_shared2(at + 4 * (8 * i * PATCH_PITCH + 8 * t), x[t][2 * i], x[t][2 * i + 1]);
 }
-DEVICE void take_row(float (&x)[8], u32 patch, const Lane& l) {
+DEVICE void load_floats(float (&x)[8], u32 at) {
     float part[4];
-    const u32 at = patch + 4 * (l.token * PATCH_PITCH + 8 * l.half);
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
         load_shared4(part, at + 16 * i);
@@ -91,6 +91,9 @@ DEVICE void take_row(float (&x)[8], u32 patch, const Lane& l) {
         for (u32 j = 0; j < 4; j++) x[4 * i + j] = part[j];
     }
 }
+DEVICE void take_row(float (&x)[8], u32 patch, const Lane& l) { load_floats(x, patch + 4 * (l.token * PATCH_PITCH + 8 * l.half)); }
+// A row layout's columns of a [D] f32 table.
+DEVICE void load_table(float (&x)[8], u32 table, const Lane& l) { load_floats(x, table + 4 * l.column()); }
 
 // Sums of the two halves of a row: half 0 gets those of x, half 1 those of y.
 DEVICE float fold(u32 half, float x, float y) {
@@ -123,6 +126,14 @@ DEVICE void pack_step(u32 (&a)[4], const float (&w)[D / 8][4], u32 s) {
     a[2] = pack_bf16(w[2 * s + 1][0], w[2 * s + 1][1]);
     a[3] = pack_bf16(w[2 * s + 1][2], w[2 * s + 1][3]);
 }
+// -tok of tokens 2c, 2c + 1, 2c + 8, 2c + 9.
+DEVICE void load_neg_tau(float (&t)[4], const float* tok, u32 mini_batch, const Lane& l) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        const u32 token = 2 * l.c + i % 2 + i / 2 * 8;
+        t[i] = token < mini_batch ? -tok[token] : 0.0f;
+    }
+}
 // Wᵀ += Xᵀ y for X in A layout [out, token], y a tile [token, in]; b += sums of X over the tokens.
 DEVICE void add_outer(float (&w)[D / 8][4], float (&b)[4], const u32 (&x)[4], u32 tile, const Lane& l) {
 #pragma unroll
@@ -138,25 +149,22 @@ DEVICE void add_outer(float (&w)[D / 8][4], float (&b)[4], const u32 (&x)[4], u3
 // bf16(tau * x) of an A operand: what the weights are moved by (backward.md 8.3).
 DEVICE void scale_columns(u32 (&u)[4], const u32 (&x)[4], float tau) {
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) u[i] = pack_bf16(tau * low_f32(x[i]), tau * high_f32(x[i]));
+    for (u32 i = 0; i < 4; i++) u[i] = scale_pair(x[i], tau);
 }
 
-// M = tril(q kᵀ + 1), D layout [i, j]: m[0] is j < 8, m[1] j >= 8. Only m[0] and m[1][2..] are used: the rest is above the diagonal.
+// M = tril(q kᵀ + 1) as the kernels use it, bf16, the D layout [i, j] packed along j. What is above the diagonal as a block is left
+// out: low is (i < 8, j < 8), cross (i >= 8, j < 8), high (i >= 8, j >= 8).
 struct Causal {
-    float m[2][4];
-    // One k16 step of q kᵀ, from q as A and k as B operands.
-    DEVICE void step(u32 s, const u32 (&q)[4], const u32 (&k)[4]) {
-        mma_step(s, m[0], q, k[0], k[1]);
-        mma_step(s, m[1], q, k[2], k[3]);
+    u32 low, cross, high;
+    DEVICE static u32 mask(const Lane& l) { return 2 * l.c > l.g ? 0 : 2 * l.c == l.g ? 0x0000ffffu : 0xffffffffu; }
+    // From D layouts [i, j < 8] and [i, j >= 8].
+    DEVICE Causal(const float (&left)[4], const float (&right)[4], u32 mask) {
+        low = pack_bf16(left[0], left[1]) & mask, cross = pack_bf16(left[2], left[3]), high = pack_bf16(right[2], right[3]) & mask;
     }
-    DEVICE void finish(const Lane& l) {
-        m[0][0] = 2 * l.c > l.g ? 0.0f : m[0][0] + 1.0f, m[1][2] = 2 * l.c > l.g ? 0.0f : m[1][2] + 1.0f;
-        m[0][1] = 2 * l.c + 1 > l.g ? 0.0f : m[0][1] + 1.0f, m[1][3] = 2 * l.c + 1 > l.g ? 0.0f : m[1][3] + 1.0f;
-        m[0][2] += 1.0f, m[0][3] += 1.0f;
-    }
+    DEVICE Causal(u32 a, u32 b, u32 c) { low = a, cross = b, high = c; }
     // y [out, i] = Ĝᵀ Mᵀ, in D layout
     DEVICE void apply(float (&y)[2][4], const u32 (&ghat)[4]) const {
-        mma_k8(y[0], ghat[0], ghat[1], pack_bf16(m[0][0], m[0][1]));
-        mma_step(0, y[1], ghat, pack_bf16(m[0][2], m[0][3]), pack_bf16(m[1][2], m[1][3]));
+        mma_k8(y[0], ghat[0], ghat[1], low);
+        mma_step(0, y[1], ghat, cross, high);
     }
 };
