@@ -64,6 +64,11 @@ def compile_source(path, arch, defines=(), max_registers=None):
     return cubin.raw, log
 
 
+def kernels(path):
+    """Entry points of a source."""
+    return re.findall(r"^KERNEL.*?\b(\w+)\(const __grid_constant__", open(path).read(), re.M)
+
+
 def report(log):
     """-> {kernel: (registers, stack bytes, spill store bytes, spill load bytes)}"""
     found, kernel = {}, None

@@ -6,7 +6,7 @@ import tempfile
 
 import numpy as np
 
-from compile import INCLUDES, ROOT, compile_source, report
+from compile import INCLUDES, ROOT, compile_source, kernels
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -44,11 +44,11 @@ class Emulator:
 
 
 class Gpu:
-    """Kernels compiled for the GPU that is there, or loaded from `cubins` (files that compile.py wrote)."""
+    """Kernels compiled for the GPU that is there."""
 
     kind = "gpu"
 
-    def __init__(self, sources, defines=(), cubins=None):
+    def __init__(self, sources, defines=()):
         import torch
 
         self.torch = torch
@@ -60,13 +60,14 @@ class Gpu:
         self.functions, self.registers = {}, {}
         for source in sources:
             path = os.path.join(ROOT, "ops", "ttt_linear", source)
-            cubin, log = compile_source(path, arch, defines)
+            cubin, _ = compile_source(path, arch, defines)
             module = ctypes.c_void_p()
             self._ok(self.driver.cuModuleLoadData(ctypes.byref(module), cubin))
-            for name, registers in report(log).items():
-                function = ctypes.c_void_p()
+            for name in kernels(path):
+                function, registers = ctypes.c_void_p(), ctypes.c_int()
                 self._ok(self.driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-                self.functions[name], self.registers[name] = function, registers
+                self._ok(self.driver.cuFuncGetAttribute(ctypes.byref(registers), 4, function))
+                self.functions[name], self.registers[name] = function, registers.value
 
     def _ok(self, status):
         if status:

@@ -18,11 +18,11 @@ import numpy as np
 import reference
 from devices import Emulator, Gpu
 
-POINTER, U32, I64 = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int64
+POINTER, U32 = ctypes.c_uint64, ctypes.c_uint32
 
 
 def struct(pointers, strides, numbers):
-    fields = [(n, POINTER) for n in pointers.split()] + [(n + "_stride", I64) for n in strides.split()]
+    fields = [(n, POINTER) for n in pointers.split()] + [(n + "_stride", U32) for n in strides.split()]
     return type("Params", (ctypes.Structure,), {"_fields_": fields + [(n, U32) for n in numbers.split()]})
 
 
@@ -59,9 +59,9 @@ def forward_shared(d):
     return 4 * (3 * 16 * (2 * d + 16) + 64) + d // 16 * (16 * 48 + 1280) + d // 16 * 32 * 16 + d // 16 * 32 * 4
 
 
-def backward_shared(d, stages=3):
-    return (stages * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 2 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
-            + d // 16 * 32 * (32 + 16))
+def backward_shared(d):
+    return (2 * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 2 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
+            + d // 16 * 32 * (2 * 16 + 4) + 8 * d)
 
 
 def ceil(a, b):
@@ -299,6 +299,78 @@ def run_checks(args):
     return ok
 
 
+class Bench:
+    """Kernels on random inputs of a shape, without a reference."""
+
+    def __init__(self, device, B, T, H, d, K=16, group=16, plain=False):
+        torch, self.dev, self.shape, self.plain = device.torch, device, (B, T, H, d), plain
+        torch.manual_seed(0)
+        n, D, S = B * T, H * d, d * d + d
+        bf16, f32 = dict(device="cuda", dtype=torch.bfloat16), dict(device="cuda", dtype=torch.float32)
+        qkv, dqkv = torch.randn(n, 3 * D, **bf16), torch.empty(n, 3 * D, **bf16)
+        dz, z, ghat = torch.randn(n, D, **bf16), torch.empty(n, D, **bf16), torch.empty(n, D, **bf16)
+        lr, dlr = torch.sigmoid(torch.randn(n, H, **f32)) / d, torch.empty(n, H, **f32)
+        tok = 1 / torch.arange(1, K + 1, **f32)
+        gamma, beta = torch.ones(H, d, **f32), torch.zeros(H, d, **f32)
+        checkpoints = ceil(ceil(T, K), group)
+        weights, saved = 0.02 * torch.randn(B, H, S, **f32), torch.empty(B * H * checkpoints, S, **f32)
+        dstate, partials = torch.zeros(B, H, S, **f32), torch.empty(B, H, K + 2 * d, **f32)
+        table = torch.tensor([[b * T, T, b, 0, b * checkpoints] for b in range(B)], dtype=torch.int32, device="cuda")
+        self.sums = [torch.zeros(K, **f32), torch.zeros(H, d, **f32), torch.zeros(H, d, **f32)]
+        self.held = [qkv, dqkv, dz, z, ghat, lr, dlr, tok, gamma, beta, weights, saved, dstate, partials, table]
+        self.blocks, self.threads = B * H, 256 if plain else 2 * d
+        self.f, self.b = Forward(), Backward()
+        for p in (self.f, self.b):
+            p.q, p.k, p.v = (qkv.data_ptr() + 2 * i * D for i in range(3))
+            p.q_stride = p.k_stride = p.v_stride = 3 * D
+            p.lr, p.tok, p.gamma, p.beta, p.segments = (x.data_ptr() for x in (lr, tok, gamma, beta, table))
+            p.lr_stride, p.ghat_stride, p.heads, p.head_dim, p.mini_batch, p.group = H, D, H, d, K, group
+        self.f.z, self.f.z_stride, self.f.weights = z.data_ptr(), D, weights.data_ptr()
+        self.kept = (ghat.data_ptr(), saved.data_ptr())
+        b = self.b
+        (b.ghat, b.checkpoints), b.dz, b.dz_stride = self.kept, dz.data_ptr(), D
+        b.dq, b.dk, b.dv = (dqkv.data_ptr() + 2 * i * D for i in range(3))
+        b.dq_stride = b.dk_stride = b.dv_stride = 3 * D
+        b.dlr, b.dlr_stride, b.dstate, b.partials = dlr.data_ptr(), H, dstate.data_ptr(), partials.data_ptr()
+        self.r = Reduce(partials.data_ptr(), *(x.data_ptr() for x in self.sums), B, H, d, K)
+        if plain:
+            self.held.append(torch.empty(self.blocks * (S + 9 * K * d + 2 * K * K + 4 * K), **f32))
+            self.f.scratch = self.b.scratch = self.held[-1].data_ptr()
+
+    def forward(self, keep):
+        self.f.ghat, self.f.checkpoints = self.kept if keep else (0, 0)
+        shared = 0 if self.plain else forward_shared(self.shape[3])
+        self.dev.launch("ttt_linear_forward" + "_plain_bf16" * self.plain, self.f, self.blocks, self.threads, shared)
+
+    def backward(self):
+        shared = 0 if self.plain else backward_shared(self.shape[3])
+        self.dev.launch("ttt_linear_backward" + "_plain_bf16" * self.plain, self.b, self.blocks, self.threads, shared)
+        B, T, H, d = self.shape
+        self.dev.launch("ttt_linear_reduce", self.r, ceil(H * 2 * d + self.b.mini_batch, 8), 256, 0)
+
+    def both(self):
+        self.forward(True)
+        self.backward()
+
+
+def run_bench(args):
+    for shape in args.shape:
+        B, T, H, d = shape
+        device = Gpu(["plain.cu", args.forward, args.backward], [f"HEAD_DIM={d}"])
+        bench = Bench(device, *shape, plain=args.plain)
+        if args.once:
+            bench.forward(False), bench.both()
+            device.torch.cuda.synchronize()
+            continue
+        times = [device.milliseconds(f) for f in (lambda: bench.forward(False), lambda: bench.forward(True), bench.backward, bench.both)]
+        names = ("forward", "forward_kept", "backward", "forward_backward")
+        line = dict(bench="ttt_linear", plain=args.plain, B=B, T=T, H=H, d=d, device=device.torch.cuda.get_device_name())
+        line.update({n + "_ms": round(t, 4) for n, t in zip(names, times)})
+        line["registers"] = [device.registers.get(n) for n in ("ttt_linear_forward", "ttt_linear_backward")]
+        print(json.dumps(line), flush=True)
+    return True
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sub = parser.add_subparsers(dest="command", required=True)
@@ -310,8 +382,15 @@ def main():
     p.add_argument("--d", type=int, nargs="+", default=[64])
     p.add_argument("--k", type=int, nargs="+", default=[16])
     p.add_argument("--seeds", type=int, default=1)
+    p = sub.add_parser("bench", help="time them on random inputs")
+    shape = lambda text: tuple(int(x) for x in text.split(","))
+    p.add_argument("--shape", type=shape, nargs="+", default=[(32, 2048, 12, 64), (1, 32768, 12, 64)], help="B,T,H,d")
+    p.add_argument("--plain", action="store_true", help="the plain kernels")
+    p.add_argument("--forward", default="forward.cu", help="another source of the forward kernel")
+    p.add_argument("--backward", default="backward.cu", help="another source of the backward kernel")
+    p.add_argument("--once", action="store_true", help="one launch of each and no times, for a profiler")
     args = parser.parse_args()
-    sys.exit(0 if run_checks(args) else 1)
+    sys.exit(0 if (run_checks if args.command == "check" else run_bench)(args) else 1)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
 static inline i32 min(i32 a, i32 b) { return a < b ? a : b; }
 static inline i32 max(i32 a, i32 b) { return a > b ? a : b; }
+static inline float max(float a, float b) { return fmaxf(a, b); }
 static inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
 
 static inline u32 emu_bf16(float x) {
@@ -237,7 +238,15 @@ DEVICE void mma_k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         }
     __syncwarp();
 }
+DEVICE void mma_k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, float c0, float c1, float c2, float c3) {
+    d[0] = c0, d[1] = c1, d[2] = c2, d[3] = c3;
+    mma_k16(d, a, b0, b1);
+}
+DEVICE void mma_k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    mma_k16(d, a, b0, b1, c[0], c[1], c[2], c[3]);
+}
 DEVICE void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b0) {
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
     const u32 a[4] = {a0, a1, 0, 0};
     mma_k16(d, a, b0, 0);
 }
@@ -255,6 +264,9 @@ DEVICE void store_shared4(u32 at, const u32 (&x)[4]) { memcpy(emu::at(at, 16), x
 DEVICE float load_shared(u32 at) { return *(const float*)emu::at(at, 4); }
 DEVICE void load_shared4(float (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 DEVICE void load_shared4(u32 (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
+template <class T> inline T* at_row(T* base, u32 row, u32 stride, u32 column) {
+    return (T*)((u64)base + ((u64)row * stride + column));
+}
 DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     if ((u64)at % 16) emu::fail("a misaligned address");
     memcpy(at, x, 16);

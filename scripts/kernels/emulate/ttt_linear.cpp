@@ -3,8 +3,15 @@
 #if defined(PLAIN)
 #include "plain.cu"
 #else
+#include "tiles.cuh"
+namespace forward_kernel {
 #include "forward.cu"
+}
+namespace backward_kernel {
 #include "backward.cu"
+}
+using forward_kernel::ttt_linear_forward;
+using backward_kernel::ttt_linear_backward;
 #endif
 
 #define EXPORT(name, Params)                                                                               \

@@ -81,11 +81,20 @@ DEVICE void mma_k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// The first eight columns of A and rows of B alone: a0, a1, b0.
+// d = A B + c
+DEVICE void mma_k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, float c0, float c1, float c2, float c3) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
+}
+DEVICE void mma_k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    mma_k16(d, a, b0, b1, c[0], c[1], c[2], c[3]);
+}
+// d = A B for the first eight columns of A and rows of B alone: a0, a1, b0.
 DEVICE void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b0) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(b0), "f"(0.0f));
 }
 
 // ---- shared memory by address -----------------------------------------------------------------------------------------------
@@ -120,7 +129,11 @@ DEVICE void load_shared4(u32 (&x)[4], u32 at) {
 
 // ---- global memory ----------------------------------------------------------------------------------------------------------
 
-// 16 bytes that this kernel does not read again.
+// Column `column` (in bytes) of row `row` of a matrix with `stride` bytes from row to row: one wide multiply-add and an addition.
+template <class T> DEVICE T* at_row(T* base, u32 row, u32 stride, u32 column) {
+    return (T*)((u64)base + ((u64)row * stride + column));
+}
+
 DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }

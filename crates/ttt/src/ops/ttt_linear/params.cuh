@@ -1,5 +1,5 @@
-// What the TTT-Linear kernels are launched with; `repr(C)` twins are in `cuda.rs`. Strides are in elements and are the distance
-// from one token to the next: q, k, v, z and their gradients may be column blocks of wider matrices. Column `head * d + i` of a
+// What the TTT-Linear kernels are launched with; `repr(C)` twins are in `cuda.rs`. Strides are in elements, < 2^30, and are the
+// distance from one token to the next: q, k, v, z and their gradients may be column blocks of wider matrices. Column `head * d + i` of a
 // row is component i of that head. "element" is bf16 or, in the `_f32` kernels, f32; the fast kernels need the rows of every element
 // matrix 16-byte aligned (pointer, and stride a multiple of 8).
 #pragma once
@@ -32,7 +32,7 @@ struct ForwardParams {
     float* checkpoints;      // for each segment, for each head, [ceil(ceil(len / K) / group), S], written: the weights after the last
                              // complete mini-batch of each group of `group`. Null: not kept
     float* scratch;          // plain kernels: forward_scratch(d, K) f32 for each block, which is (segment, head); fast: unused
-    i64 q_stride, k_stride, v_stride, z_stride, lr_stride, ghat_stride;
+    u32 q_stride, k_stride, v_stride, z_stride, lr_stride, ghat_stride;
     u32 heads;      // H
     u32 head_dim;   // d; in the fast kernels that of the compilation
     u32 mini_batch; // K <= 64; <= 16 in the fast kernels
@@ -59,7 +59,7 @@ struct BackwardParams {
     float* dstate;   // [segments, H, S]: gradient of the final weights, becomes that of the initial ones
     float* partials; // [segments, H, K + 2 d], written: [dtok | dgamma | dbeta] of each block; `ttt_linear_reduce` adds them up
     float* scratch;  // plain kernels: backward_scratch(d, K) f32 for each block; fast: unused
-    i64 q_stride, k_stride, v_stride, lr_stride, ghat_stride, dz_stride, dq_stride, dk_stride, dv_stride, dlr_stride;
+    u32 q_stride, k_stride, v_stride, lr_stride, ghat_stride, dz_stride, dq_stride, dk_stride, dv_stride, dlr_stride;
     u32 heads;
     u32 head_dim;
     u32 mini_batch;
