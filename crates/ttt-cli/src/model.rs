@@ -67,12 +67,11 @@ pub fn tokenizer(named: Option<&str>, folder: &Path, vocab_size: usize) -> Resul
 /// error.
 pub fn device(name: DeviceName, threads: usize, config: &Config) -> Result<Device> {
     match name {
-        DeviceName::Auto if cuda::libraries::libraries().driver.is_some() && cuda::supports(config).is_ok() => {
-            Device::cuda(0).or_else(|e| {
+        DeviceName::Auto if cuda::libraries::libraries().driver.is_some() && cuda::supports(config).is_ok() => Device::cuda(0)
+            .or_else(|e| {
                 eprintln!("no GPU is used: {e}");
                 Ok(Device::cpu_with(threads, Kernels::Fast)?)
-            })
-        }
+            }),
         DeviceName::Auto | DeviceName::Cpu => Ok(Device::cpu_with(threads, Kernels::Fast)?),
         DeviceName::Reference => Ok(Device::cpu_with(threads, Kernels::Reference)?),
         DeviceName::Cuda(ordinal) => {

@@ -143,7 +143,7 @@ fn loss_and_optimizer(c: &mut Criterion, device: &Device) {
     let ids: Vec<u32> = (0..2048).map(|i| i * 37 % 32_000).collect();
     let dy = filled(device, &[ids.len(), d]);
     group.throughput(Throughput::Bytes((3 * dy.bytes()) as u64));
-    group.bench_function("embedding backward", |b| b.iter(|| embedding::backward(&ids, dy.view(), dw.view_mut())));
+    group.bench_function("embedding backward", |b| b.iter(|| embedding::backward(&ids, dy.view(), dw.view_mut()).unwrap()));
 }
 
 fn main() {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
-use crate::device::{Device, cuda};
 use crate::device::view::View;
+use crate::device::{Device, cuda};
 use crate::hub::ModelFolder;
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};

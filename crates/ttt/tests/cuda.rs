@@ -1,13 +1,13 @@
 //! Everything on a GPU against the CPU. Looks for a GPU at run time and says so when there is none, which is a failure if
 //! `TTT_TEST_DEVICE=cuda` is set. New tensors are NaN here, so that an element nobody writes is noticed.
 
-mod support;
-mod ttt_case;
 #[path = "ops/case.rs"]
 #[allow(dead_code)]
 mod case;
 #[path = "ops/cases.rs"]
 mod cases;
+mod support;
+mod ttt_case;
 
 use std::sync::{Arc, OnceLock};
 

@@ -147,8 +147,11 @@ impl<'d> Gpu<'d> {
     }
 
     fn json(&self) -> serde_json::Value {
-        let libraries: serde_json::Map<_, _> =
-            self.found().into_iter().map(|(name, file, version)| (name.to_owned(), json!({"file": file, "version": version}))).collect();
+        let libraries: serde_json::Map<_, _> = self
+            .found()
+            .into_iter()
+            .map(|(name, file, version)| (name.to_owned(), json!({"file": file, "version": version})))
+            .collect();
         let gpu = self.device.as_cuda().map(|cuda| {
             let info = cuda.info();
             json!({

@@ -6,8 +6,20 @@ use crate::Place;
 fn help_of_every_command() {
     let place = Place::new();
     let help = place.run(&["--help"]).ok();
-    let commands =
-        ["train", "eval", "generate", "verify", "plan", "info", "convert", "tokenizer", "bench", "doctor", "completions"];
+    let commands = [
+        "train",
+        "eval",
+        "generate",
+        "verify",
+        "plan",
+        "info",
+        "convert",
+        "tokenizer",
+        "bench",
+        "doctor",
+        "kernels",
+        "completions",
+    ];
     let listed: Vec<&str> = help.out.lines().filter_map(|l| l.strip_prefix("  ")?.split_whitespace().next()).collect();
     assert_eq!(listed[..commands.len()], commands, "{}", help.out);
     for command in commands {
@@ -113,7 +125,7 @@ fn bench_and_doctor() {
         .ok()
         .says(&["TTT-MLP", "decode 1"]);
     place.run(&["bench", "prefill", "--preset", "huge"]).fails(1, &["no preset is called `huge`"]);
-    place.run(&["doctor"]).ok().says(&["self test  TTT-MLP", "GFLOP/s", "this build runs on the CPU"]);
+    place.run(&["doctor"]).ok().says(&["self test  TTT-MLP", "GFLOP/s", "device     the processor"]);
     assert_eq!(place.run(&["doctor", "--json"]).ok().json()["passed"], true);
     place.run(&["completions", "zsh"]).ok().says(&["#compdef ttt"]);
 }

@@ -186,8 +186,7 @@ pub fn add_case(n: usize, d: usize) -> Case {
 pub fn cross_entropy_case(n: usize, d: usize, v: usize) -> Case {
     let targets: Vec<u32> = (0..n).map(|i| ((5 * i + 1) % v) as u32).collect();
     let again = targets.clone();
-    let to_tensor =
-        |like: View, nll: Vec<f64>| placed(like.device(), &[nll.len(), 1], &nll, like.dtype());
+    let to_tensor = |like: View, nll: Vec<f64>| placed(like.device(), &[nll.len(), 1], &nll, like.dtype());
     Case::new("cross_entropy", &[("hidden", &[n, d]), ("w", &[v, d])])
         .forward(move |v| vec![to_tensor(v[0], cross_entropy::forward(v[0], v[1], &targets).unwrap())])
         .backward(move |v, dy| {
@@ -232,4 +231,3 @@ pub fn odd_cases() -> Vec<Case> {
     cases.extend(decoding);
     cases
 }
-

@@ -210,19 +210,19 @@ impl Context {
     ///
     /// # Safety
     /// `args` point to arguments of the kernel's types, and what those point to is as large as it believes.
-    pub(crate) unsafe fn launch(&self, function: sys::CUfunction, grid: [usize; 3], block: usize, shared: usize, args: &mut [*mut c_void]) {
+    pub(crate) unsafe fn launch(
+        &self,
+        function: sys::CUfunction,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        args: &mut [*mut c_void],
+    ) {
         self.bind();
         let grid = grid.map(|n| n as u32);
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         expect("starting a kernel", unsafe {
-            result::launch_kernel(
-                function,
-                (grid[0], grid[1], grid[2]),
-                (block as u32, 1, 1),
-                shared as u32,
-                self.stream,
-                args,
-            )
+            result::launch_kernel(function, (grid[0], grid[1], grid[2]), (block as u32, 1, 1), shared as u32, self.stream, args)
         });
     }
 }

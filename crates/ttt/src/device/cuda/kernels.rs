@@ -2,8 +2,8 @@
 //!
 //! Sources are part of the program. For each the loader takes, in this order: the disk cache
 //! (`TTT_KERNEL_CACHE`, otherwise `ttt/kernels` in the user's cache folder), the folder named by `TTT_KERNEL_CUBINS` (written by
-//! `ttt kernels build`), and NVRTC. `TTT_KERNEL_DIR` names a folder whose files replace sources of the same name, so that a kernel
-//! can be changed without building this program again.
+//! `ttt kernels build`), and NVRTC. `TTT_KERNEL_DIR` names a copy of this library's `src` whose kernels and headers replace those in
+//! the program, so that a kernel can be changed without building the program again.
 
 use std::path::{Path, PathBuf};
 
@@ -18,10 +18,14 @@ use crate::{AtPath, Error, Result};
 /// A file of kernels.
 #[derive(Debug)]
 pub struct Source {
-    /// Name; also of the file, with `.cu`.
+    /// Its name.
     pub name: &'static str,
+    /// The file, in this library's `src`.
+    pub file: &'static str,
     /// CUDA C++ that includes no header but those of [`HEADERS`].
     pub text: &'static str,
+    /// Macros that are defined, such as `HEAD_DIM=64`.
+    pub defines: &'static [&'static str],
     /// Types of activations that it is compiled for, as `T`; `[F32]` for a source that does not mention `T`.
     pub types: &'static [DType],
     /// Its kernels.
@@ -37,11 +41,12 @@ pub struct Entry {
     pub registers: u32,
 }
 
-/// What sources may include.
-pub const HEADERS: &[(&str, &str)] = &[
-    ("rows.cuh", include_str!("rows.cuh")),
-    ("prelude.cuh", include_str!("prelude.cuh")),
-    ("params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),
+/// What sources may include: name, file in this library's `src`, text. None includes one behind it.
+pub const HEADERS: &[(&str, &str, &str)] = &[
+    ("rows.cuh", "device/cuda/rows.cuh", include_str!("rows.cuh")),
+    ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
+    ("params.cuh", "ops/ttt_linear/params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),
+    ("tiles.cuh", "ops/ttt_linear/tiles.cuh", include_str!("../../ops/ttt_linear/tiles.cuh")),
 ];
 
 /// A source for one type of activations and one architecture, `sm_90a` say.
@@ -81,6 +86,7 @@ impl Unit {
         if self.dtype == DType::Bf16 {
             options.push("-DTTT_BF16".into());
         }
+        options.extend(self.source.defines.iter().map(|define| format!("-D{define}")));
         options
     }
 
@@ -93,13 +99,13 @@ impl Unit {
                 None => Ok(embedded.to_owned()),
             }
         };
-        let main = text(&format!("{}.cu", self.source.name), self.source.text)?;
-        // The headers that it includes, and those that they include; a later header of the list is included by none before it.
+        let main = text(self.source.file, self.source.text)?;
+        // The headers that it includes, and those that they include.
         let mut headers: Vec<(&'static str, String)> = Vec::new();
-        for (name, embedded) in HEADERS.iter().rev() {
+        for (name, file, embedded) in HEADERS.iter().rev() {
             let include = format!("#include \"{name}\"");
             if main.contains(&include) || headers.iter().any(|(_, text)| text.contains(&include)) {
-                headers.push((name, text(name, embedded)?));
+                headers.push((name, text(file, embedded)?));
             }
         }
         Ok((main, headers))
@@ -149,7 +155,8 @@ impl Unit {
         let cubin = self.compile()?.cubin;
         if let Some(cache) = cache() {
             // A cache that cannot be written costs time, not the run.
-            let _ = std::fs::create_dir_all(&cache).at(&cache).and_then(|()| write_atomic(cache.join(&file), |w| w.write_all(&cubin)));
+            let _ =
+                std::fs::create_dir_all(&cache).at(&cache).and_then(|()| write_atomic(cache.join(&file), |w| w.write_all(&cubin)));
         }
         Ok(cubin)
     }

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{result, sys};
 
-pub use blas::version as cublaslt_version;
 pub(crate) use blas::Operand;
+pub use blas::version as cublaslt_version;
 pub(crate) use context::args;
 use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
@@ -207,7 +207,11 @@ impl Cuda {
             panic!("there is no kernel {kernel} of {} for {dtype:?}", source.name);
         };
         if shared > 48 << 10 {
-            assert!(shared <= self.info.shared_bytes, "{kernel} needs {shared} bytes of shared memory of {}", self.info.shared_bytes);
+            assert!(
+                shared <= self.info.shared_bytes,
+                "{kernel} needs {shared} bytes of shared memory of {}",
+                self.info.shared_bytes
+            );
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             self.context.bind();
             // SAFETY: the function is loaded.

@@ -9,7 +9,9 @@ use crate::tensor::{DType, Tensor};
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "adamw",
+    file: "ops/adamw/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "adamw", registers: 64 },

@@ -9,7 +9,9 @@ use crate::tensor::DType;
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "add",
+    file: "ops/add/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "copy1", registers: 40 },

@@ -11,7 +11,9 @@ use crate::tensor::{DType, Tensor};
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "cross_entropy",
+    file: "ops/cross_entropy/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "likelihood1", registers: 64 },
@@ -65,8 +67,10 @@ pub(crate) fn forward_backward(
     let (device, dtype) = (hidden.device(), hidden.dtype());
     let used: Vec<u32> = (0..targets.len() as u32).filter(|i| weights[*i as usize] != 0.0).collect();
     let all = used.len() == targets.len();
-    let [used_targets, used_weights] =
-        [used.iter().map(|i| targets[*i as usize]).collect::<Vec<_>>(), used.iter().map(|i| (weights[*i as usize] as f32).to_bits()).collect()];
+    let [used_targets, used_weights] = [
+        used.iter().map(|i| targets[*i as usize]).collect::<Vec<_>>(),
+        used.iter().map(|i| (weights[*i as usize] as f32).to_bits()).collect(),
+    ];
     let (target_list, weight_list) = (cuda.upload(&used_targets)?, cuda.upload(&used_weights)?);
     let chunk = chunk_rows(w.rows(), dtype, used.len());
     let mut scratch = Tensor::empty(device, &[chunk, w.rows()], dtype)?;
@@ -90,13 +94,8 @@ pub(crate) fn forward_backward(
         linear::cuda::forward(cuda, input, w, &logits);
         let kernel = if width(&[logits.as_view()]) == 8 { "gradient8" } else { "gradient1" };
         let at = 4 * first as u64;
-        let list = args![
-            logits.as_view().address(),
-            target_list.address() + at,
-            weight_list.address() + at,
-            nll.address() + at,
-            w.rows()
-        ];
+        let list =
+            args![logits.as_view().address(), target_list.address() + at, weight_list.address() + at, nll.address() + at, w.rows()];
         // SAFETY: as in `forward`; the weights follow too.
         unsafe { cuda.launch(&SOURCE, (dtype, kernel), [rows, 1, 1], THREADS, 0, list) };
         linear::cuda::backward_weight(cuda, logits.as_view(), input, dw);

@@ -10,7 +10,9 @@ use crate::tensor::{DType, Tensor};
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "embedding",
+    file: "ops/embedding/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[Entry { name: "pieces", registers: 48 }, Entry { name: "add_pieces", registers: 48 }],
 };

@@ -8,7 +8,9 @@ use crate::tensor::DType;
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "gelu_gate",
+    file: "ops/gelu_gate/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "forward1", registers: 40 },

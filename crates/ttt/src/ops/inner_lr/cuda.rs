@@ -11,7 +11,9 @@ use crate::tensor::{DType, Tensor};
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "inner_lr",
+    file: "ops/inner_lr/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "gate", registers: 40 },

@@ -11,7 +11,9 @@ use crate::tensor::{DType, Tensor};
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "rms_norm",
+    file: "ops/rms_norm/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "forward1", registers: 48 },

@@ -11,7 +11,9 @@ use crate::tensor::DType;
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "rope",
+    file: "ops/rope/kernel.cu",
     text: include_str!("kernel.cu"),
+    defines: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[Entry { name: "turn2", registers: 48 }, Entry { name: "turn8", registers: 64 }],
 };

@@ -4,15 +4,17 @@ use crate::Result;
 use crate::batch::Segment;
 use crate::config::Inner;
 use crate::device::cuda::kernels::{Entry, Source};
-use crate::device::cuda::Cuda;
+use crate::device::cuda::{Cuda, width};
 use crate::device::view::View;
 use crate::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::tensor::{DType, Tensor};
 
 /// The kernels for any head size and mini-batch.
 pub(crate) static PLAIN: Source = Source {
-    name: "plain",
+    name: "ttt_linear_plain",
+    file: "ops/ttt_linear/plain.cu",
     text: include_str!("plain.cu"),
+    defines: &[],
     types: &[DType::F32],
     kernels: &[
         Entry { name: "ttt_linear_forward_plain_bf16", registers: 128 },
@@ -23,7 +25,66 @@ pub(crate) static PLAIN: Source = Source {
     ],
 };
 
-/// Threads of a block.
+/// The fast kernels of a head size: bf16, mini-batches of up to 16.
+struct Fast {
+    head_dim: usize,
+    forward: &'static Source,
+    backward: &'static Source,
+}
+
+macro_rules! fast {
+    ($forward:ident, $backward:ident, $d:literal, $registers:expr) => {
+        /// The fast forward of this head size.
+        pub(crate) static $forward: Source = Source {
+            name: concat!("ttt_linear_forward_", $d),
+            file: "ops/ttt_linear/forward.cu",
+            text: include_str!("forward.cu"),
+            defines: &[concat!("HEAD_DIM=", $d)],
+            types: &[DType::Bf16],
+            kernels: &[Entry { name: "ttt_linear_forward", registers: $registers }],
+        };
+        /// The fast backward of this head size.
+        pub(crate) static $backward: Source = Source {
+            name: concat!("ttt_linear_backward_", $d),
+            file: "ops/ttt_linear/backward.cu",
+            text: include_str!("backward.cu"),
+            defines: &[concat!("HEAD_DIM=", $d)],
+            types: &[DType::Bf16],
+            kernels: &[Entry { name: "ttt_linear_backward", registers: $registers }],
+        };
+    };
+}
+// Three blocks an SM up to 64 columns.
+fast!(FORWARD_48, BACKWARD_48, "48", 168);
+fast!(FORWARD_64, BACKWARD_64, "64", 168);
+fast!(FORWARD_96, BACKWARD_96, "96", 255);
+fast!(FORWARD_128, BACKWARD_128, "128", 255);
+
+static FAST: [Fast; 4] = [
+    Fast { head_dim: 48, forward: &FORWARD_48, backward: &BACKWARD_48 },
+    Fast { head_dim: 64, forward: &FORWARD_64, backward: &BACKWARD_64 },
+    Fast { head_dim: 96, forward: &FORWARD_96, backward: &BACKWARD_96 },
+    Fast { head_dim: 128, forward: &FORWARD_128, backward: &BACKWARD_128 },
+];
+
+/// The fast kernels, where they cover the type, the sizes and the layout, and this GPU has the shared memory.
+fn fast(cuda: &Cuda, inputs: &Inputs, others: &[View]) -> Option<&'static Fast> {
+    let (_, _, d, k) = inputs.sizes();
+    let aligned = width(&[inputs.q, inputs.k, inputs.v]) == 8 && width(others) == 8;
+    let fits = shared_bytes(d).into_iter().all(|bytes| bytes <= cuda.info().shared_bytes);
+    let covered = inputs.q.dtype() == DType::Bf16 && k <= 16 && aligned && fits;
+    FAST.iter().find(|fast| covered && fast.head_dim == d)
+}
+
+/// `Shared::BYTES` of forward.cu and of backward.cu.
+fn shared_bytes(d: usize) -> [usize; 2] {
+    let (tile, warps, patch) = (16 * (2 * d + 16), d / 16, 4 * 16 * 20);
+    let forward = 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * (16 + 4);
+    let backward = 2 * (5 * tile + 64) + 2 * d * (2 * d + 16) + 2 * tile + warps * 2 * patch + warps * 32 * (16 + 4 + 16) + 8 * d;
+    [forward, backward]
+}
+
+/// Threads of a block of the plain kernels.
 const THREADS: usize = 256;
 
 /// The most tokens of a mini-batch that the kernels take.
@@ -58,12 +119,12 @@ struct ForwardParams {
     ghat: u64,
     checkpoints: u64,
     scratch: u64,
-    q_stride: i64,
-    k_stride: i64,
-    v_stride: i64,
-    z_stride: i64,
-    lr_stride: i64,
-    ghat_stride: i64,
+    q_stride: u32,
+    k_stride: u32,
+    v_stride: u32,
+    z_stride: u32,
+    lr_stride: u32,
+    ghat_stride: u32,
     heads: u32,
     head_dim: u32,
     mini_batch: u32,
@@ -92,16 +153,16 @@ struct BackwardParams {
     dstate: u64,
     partials: u64,
     scratch: u64,
-    q_stride: i64,
-    k_stride: i64,
-    v_stride: i64,
-    lr_stride: i64,
-    ghat_stride: i64,
-    dz_stride: i64,
-    dq_stride: i64,
-    dk_stride: i64,
-    dv_stride: i64,
-    dlr_stride: i64,
+    q_stride: u32,
+    k_stride: u32,
+    v_stride: u32,
+    lr_stride: u32,
+    ghat_stride: u32,
+    dz_stride: u32,
+    dq_stride: u32,
+    dk_stride: u32,
+    dv_stride: u32,
+    dlr_stride: u32,
     heads: u32,
     head_dim: u32,
     mini_batch: u32,
@@ -139,16 +200,21 @@ fn with_checkpoints(segments: &[Segment], k: usize, group: usize) -> (Vec<GpuSeg
     (list.collect(), first_checkpoint)
 }
 
-fn kernel(dtype: DType, [bf16, f32]: [&'static str; 2]) -> (DType, &'static str) {
+fn plain(dtype: DType, [bf16, f32]: [&'static str; 2]) -> (DType, &'static str) {
     (DType::F32, if dtype == DType::Bf16 { bf16 } else { f32 })
 }
 
-fn stride(view: View) -> i64 {
-    view.stride() as i64
+fn stride(view: View) -> u32 {
+    view.stride() as u32
 }
 
 /// See [`super::forward`].
-pub(crate) fn forward(cuda: &Cuda, inputs: &Inputs, state: &mut FastWeights, keep: Option<usize>) -> Result<(Tensor, Option<Saved>)> {
+pub(crate) fn forward(
+    cuda: &Cuda,
+    inputs: &Inputs,
+    state: &mut FastWeights,
+    keep: Option<usize>,
+) -> Result<(Tensor, Option<Saved>)> {
     drive::check_state(inputs, state, Inner::Linear);
     drive::check_keep(inputs, keep);
     let (n, heads, d, k) = inputs.sizes();
@@ -170,7 +236,8 @@ pub(crate) fn forward(cuda: &Cuda, inputs: &Inputs, state: &mut FastWeights, kee
         }
         None => None,
     };
-    let [scratch_len, _] = scratch_lens(d, k);
+    let fast = fast(cuda, inputs, &[]);
+    let [scratch_len, _] = if fast.is_some() { [0; 2] } else { scratch_lens(d, k) };
     let blocks = list.len() * heads;
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
@@ -193,18 +260,21 @@ pub(crate) fn forward(cuda: &Cuda, inputs: &Inputs, state: &mut FastWeights, kee
         q_stride: stride(q),
         k_stride: stride(inputs.k),
         v_stride: stride(v),
-        z_stride: (heads * d) as i64,
+        z_stride: (heads * d) as u32,
         lr_stride: stride(lr),
-        ghat_stride: (heads * d) as i64,
+        ghat_stride: (heads * d) as u32,
         heads: heads as u32,
         head_dim: d as u32,
         mini_batch: k as u32,
         group: group as u32,
     };
-    let name = kernel(dtype, ["ttt_linear_forward_plain_bf16", "ttt_linear_forward_plain_f32"]);
-    // SAFETY: sizes and segments were checked above; what is written is owned or mutably borrowed; there
-    // is scratch for each block.
-    unsafe { cuda.launch_with(&PLAIN, name, [blocks, 1, 1], THREADS, 0, &params) };
+    let (source, name, threads, shared) = match fast {
+        Some(fast) => (fast.forward, (dtype, "ttt_linear_forward"), 2 * d, shared_bytes(d)[0]),
+        None => (&PLAIN, plain(dtype, ["ttt_linear_forward_plain_bf16", "ttt_linear_forward_plain_f32"]), THREADS, 0),
+    };
+    // SAFETY: sizes and segments were checked above; what is written is owned or mutably borrowed; the plain kernel has scratch
+    // for each block.
+    unsafe { cuda.launch_with(source, name, [blocks, 1, 1], threads, shared, &params) };
     let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat) });
     Ok((z, saved))
 }
@@ -227,11 +297,12 @@ pub(crate) fn backward(
     let (device, group) = (q.device(), saved.group);
     let (list, _) = with_checkpoints(segments, k, group);
     let blocks = list.len() * heads;
-    let [_, scratch_len] = scratch_lens(width, k);
+    let [dq, dk, dv, dlr] = [d.dq.as_view(), d.dk.as_view(), d.dv.as_view(), d.dlr.as_view()];
+    let fast = fast(cuda, inputs, &[dz, dq, dk, dv]);
+    let [_, scratch_len] = if fast.is_some() { [0; 2] } else { scratch_lens(width, k) };
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
     let partials = Tensor::empty(device, &[blocks, k + 2 * width], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
-    let [dq, dk, dv, dlr] = [d.dq.as_view(), d.dk.as_view(), d.dv.as_view(), d.dlr.as_view()];
     let params = BackwardParams {
         q: q.address(),
         k: inputs.k.address(),
@@ -255,7 +326,7 @@ pub(crate) fn backward(
         k_stride: stride(inputs.k),
         v_stride: stride(v),
         lr_stride: stride(lr),
-        ghat_stride: (heads * width) as i64,
+        ghat_stride: (heads * width) as u32,
         dz_stride: stride(dz),
         dq_stride: stride(dq),
         dk_stride: stride(dk),
@@ -266,9 +337,12 @@ pub(crate) fn backward(
         mini_batch: k as u32,
         group: group as u32,
     };
-    let name = kernel(q.dtype(), ["ttt_linear_backward_plain_bf16", "ttt_linear_backward_plain_f32"]);
-    // SAFETY: as in `forward`; the gradients have the shapes of what they are gradients of (checked by the caller).
-    unsafe { cuda.launch_with(&PLAIN, name, [blocks, 1, 1], THREADS, 0, &params) };
+    let (source, name, threads, shared) = match fast {
+        Some(fast) => (fast.backward, (q.dtype(), "ttt_linear_backward"), 2 * width, shared_bytes(width)[1]),
+        None => (&PLAIN, plain(q.dtype(), ["ttt_linear_backward_plain_bf16", "ttt_linear_backward_plain_f32"]), THREADS, 0),
+    };
+    // SAFETY: as in `forward`; the gradients have the shapes of what they are gradients of (checked above).
+    unsafe { cuda.launch_with(source, name, [blocks, 1, 1], threads, shared, &params) };
     let reduce = ReduceParams {
         partials: partials.address(),
         dtok: p.dtok.as_view().address(),
@@ -281,6 +355,9 @@ pub(crate) fn backward(
     };
     let warps = heads * 2 * width + k;
     // SAFETY: `partials` has a row for each block; the sums are contiguous parameters' gradients, mutably borrowed.
-    unsafe { cuda.launch_with(&PLAIN, kernel(q.dtype(), ["ttt_linear_reduce"; 2]), [warps.div_ceil(THREADS / 32), 1, 1], THREADS, 0, &reduce) };
+    unsafe {
+        let kernel = (DType::F32, "ttt_linear_reduce");
+        cuda.launch_with(&PLAIN, kernel, [warps.div_ceil(THREADS / 32), 1, 1], THREADS, 0, &reduce);
+    }
     Ok(())
 }
