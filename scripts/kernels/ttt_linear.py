@@ -27,10 +27,11 @@ def struct(pointers, strides, numbers):
 
 
 INPUTS = "q k v lr tok gamma beta segments"
-Forward = struct(INPUTS + " z weights rows ghat checkpoints scratch", "q k v z lr ghat", "heads head_dim mini_batch group")
-Backward = struct(INPUTS + " ghat checkpoints dz dq dk dv dlr dstate partials scratch",
-                  "q k v lr ghat dz dq dk dv dlr", "heads head_dim mini_batch group")
-Reduce = struct("partials dtok dgamma dbeta", "", "segments heads head_dim mini_batch")
+Forward = struct(INPUTS + " z weights rows ghat checkpoints boundaries scratch", "q k v z lr ghat",
+                 "heads head_dim mini_batch group split parts")
+Backward = struct(INPUTS + " ghat checkpoints dz dq dk dv dlr dstate partials boundaries scratch",
+                  "q k v lr ghat dz dq dk dv dlr", "heads head_dim mini_batch group split parts")
+Reduce = struct("partials dtok dgamma dbeta", "", "segments heads head_dim mini_batch parts")
 
 # Relative error of a whole tensor: with the rounding points emulated, and without.
 TIGHT, LOOSE = 6e-3, 3e-2
@@ -60,8 +61,8 @@ def forward_shared(d):
 
 
 def backward_shared(d):
-    return (2 * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 2 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
-            + d // 16 * 32 * (2 * 16 + 4) + 8 * d)
+    return (2 * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 3 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
+            + d // 16 * 32 * (2 * 16 + 4) + 72 * d + 64)
 
 
 def ceil(a, b):
@@ -120,8 +121,8 @@ class Case:
 class Runner:
     """Uploads a case and launches one set of kernels on it."""
 
-    def __init__(self, device, case, plain):
-        self.dev, self.c, self.plain = device, case, plain
+    def __init__(self, device, case, plain, split=0):
+        self.dev, self.c, self.plain, self.split = device, case, plain, split
         c = case
         self.suffix = ("_plain_f32" if c.f32 else "_plain_bf16") if plain else ""
         self.threads = 256 if plain else 2 * c.d
@@ -136,7 +137,9 @@ class Runner:
         self.qkv, self.dz = up(self.element(wide)), up(self.element(c.dz))
         self.lr, self.tok, self.gamma, self.beta = up(f32(c.lr)), up(f32(c.tok)), up(f32(c.gamma)), up(f32(c.beta))
         self.table = up(np.array(c.segments, np.uint32).reshape(-1, 5))
-        self.blocks = len(c.segments) * c.H
+        self.tasks = len(c.segments) * c.H
+        self.parts = max(1, max(ceil(ceil(n + ph, c.K), split) for _, n, _, ph, _ in c.segments)) if split else 1
+        self.blocks = self.tasks * self.parts
 
     def common(self, p):
         c, a, D = self.c, self.dev.address, self.c.H * self.c.d
@@ -145,7 +148,9 @@ class Runner:
         p.q_stride = p.k_stride = p.v_stride = 3 * D + 16
         p.lr, p.tok, p.gamma, p.beta, p.segments = a(self.lr), a(self.tok), a(self.gamma), a(self.beta), a(self.table)
         p.lr_stride, p.ghat_stride = c.H, D
-        p.heads, p.head_dim, p.mini_batch, p.group = c.H, c.d, c.K, c.group
+        p.heads, p.head_dim, p.mini_batch, p.group, p.split, p.parts = c.H, c.d, c.K, c.group, self.split, self.parts
+        self.boundaries = self.poison(self.blocks, c.d * c.d + c.d)
+        p.boundaries = a(self.boundaries)
         return p
 
     def poison(self, *shape, element=False):
@@ -168,6 +173,8 @@ class Runner:
             p.ghat, p.checkpoints = a(self.ghat), a(self.saved)
         if scratch is not None:
             p.scratch = a(scratch)
+        if self.split:
+            self.dev.launch("ttt_linear_forward_chain", p, self.tasks, self.threads, forward_shared(c.d))
         self.dev.launch("ttt_linear_forward" + self.suffix, p, self.blocks, self.threads, 0 if self.plain else forward_shared(c.d))
         down = self.dev.download
         z = self.back(down(self.z))
@@ -183,7 +190,7 @@ class Runner:
         c, a, down = self.c, self.dev.address, self.dev.download
         D, n, up = c.H * c.d, len(c.segments), self.dev.upload
         dqkv, dlr = self.poison(c.tokens, 3 * D + 16, element=True), self.poison(c.tokens, c.H)
-        dstate, partials = up(c.dstate.astype(np.float32)), self.poison(n, c.H, c.K + 2 * c.d)
+        dstate, partials = up(c.dstate.astype(np.float32)), self.poison(n, c.H, self.parts, c.K + 2 * c.d)
         dtok, dgamma, dbeta = (up(np.ones(s, np.float32)) for s in ((c.K,), (c.H, c.d), (c.H, c.d)))
         size = c.d * c.d + c.d + 9 * c.K * c.d + 2 * c.K * c.K + 4 * c.K
         scratch = self.poison(self.blocks * size) if self.plain else None
@@ -195,14 +202,16 @@ class Runner:
         if scratch is not None:
             p.scratch = a(scratch)
         shared = 0 if self.plain else backward_shared(c.d)
+        if self.split:
+            self.dev.launch("ttt_linear_backward_chain", p, self.tasks, self.threads, shared)
         self.dev.launch("ttt_linear_backward" + self.suffix, p, self.blocks, self.threads, shared)
         out = {}
         if self.dev.kind == "gpu" or self.plain:
-            r = Reduce(a(partials), a(dtok), a(dgamma), a(dbeta), n, c.H, c.d, c.K)
+            r = Reduce(a(partials), a(dtok), a(dgamma), a(dbeta), n, c.H, c.d, c.K, self.parts)
             self.dev.launch("ttt_linear_reduce", r, ceil(c.H * 2 * c.d + c.K, 8), 256, 0)
             out.update(dtok=down(dtok) - 1, dgamma=down(dgamma) - 1, dbeta=down(dbeta) - 1)
         else:
-            sums = down(partials).sum(0)
+            sums = down(partials).sum((0, 2))
             out.update(dtok=sums[:, :c.K].sum(0), dgamma=sums[:, c.K:c.K + c.d], dbeta=sums[:, c.K + c.d:])
         wide, state = self.back(down(dqkv)), down(dstate)
         assert np.isnan(wide[:, :8]).all() and np.isnan(wide[:, 8 + 3 * D:]).all(), "a gradient was written outside its columns"
@@ -247,9 +256,9 @@ def same(a, b):
     return all(np.array_equal(a[n].view(np.uint32), b[n].view(np.uint32)) for n in a)
 
 
-def check(device, d, K, heads, segments, group, seed, plain, f32=False):
+def check(device, d, K, heads, segments, group, seed, plain, f32=False, split=0):
     case = Case(d, K, heads, segments, group, seed, f32)
-    runner = Runner(device, case, plain)
+    runner = Runner(device, case, plain, split)
     training = all(phase == 0 for _, phase in segments)
     rounding = reference.exact if f32 else reference.bf16
     got = runner.forward(keep=training)
@@ -267,7 +276,7 @@ def check(device, d, K, heads, segments, group, seed, plain, f32=False):
     ok = repeat and all(e < limit for e in tight.values()) and all(e < LOOSE for e in loose.values())
     worst = lambda errors: max(errors.items(), key=lambda item: -1 if item[1] < 0 else float("inf") if item[1] != item[1] else item[1])
     line = dict(check="ttt_linear", plain=plain, f32=f32, d=d, K=K, heads=heads, segments=segments if len(segments) < 8 else len(segments),
-                group=group, seed=seed, ok=bool(ok), bitwise=bool(repeat), tight={n: float(f"{e:.2g}") for n, e in tight.items()})
+                group=group, split=split, seed=seed, ok=bool(ok), bitwise=bool(repeat), tight={n: float(f"{e:.2g}") for n, e in tight.items()})
     if loose:
         line["loose"] = [worst(loose)[0], float(f"{worst(loose)[1]:.2g}")]
     print(json.dumps(line), flush=True)
@@ -275,12 +284,15 @@ def check(device, d, K, heads, segments, group, seed, plain, f32=False):
 
 
 def cases(K, quick):
-    """(segments, group): lengths and phases of the issue, alone and side by side."""
-    yield [(1, 0), (K - 1, 0), (K, 0), (K + 1, 0), (63, 0)], 2
-    yield [(1, 0), (1, 5 % K), (1, K - 1), (0, 3 % K), (K + 1, 5 % K), (63, K - 1), (5, 2 % K), (2 * K, 0)], 1
-    yield [(200 if quick else 1040, 0)], 16
+    """(segments, group, split): lengths and phases of the issue, alone and side by side, whole and decoupled."""
+    yield [(1, 0), (K - 1, 0), (K, 0), (K + 1, 0), (63, 0)], 2, 0
+    yield [(1, 0), (1, 5 % K), (1, K - 1), (0, 3 % K), (K + 1, 5 % K), (63, K - 1), (5, 2 % K), (2 * K, 0)], 1, 0
+    yield [(200 if quick else 1040, 0)], 16, 0
+    yield [(1, 0), (0, 0), (K, 0), (5 * K + 3, 0), (8 * K, 0)], 2, 4
+    yield [(7, 5 % K), (6 * K, K - 1)], 1, 2
     if not quick:
-        yield [(1040, K - 1), (1040, 5 % K)], 16
+        yield [(1040, K - 1), (1040, 5 % K)], 16, 0
+        yield [(1040, 0), (2000, 0)], 16, 16
 
 
 def run_checks(args):
@@ -294,16 +306,18 @@ def run_checks(args):
                 else:
                     device = Gpu(["plain.cu"] if plain else ["plain.cu", "forward.cu", "backward.cu"], [define])
                 for seed in range(args.seeds):
-                    for segments, group in cases(K, args.emulate):
-                        ok &= check(device, d, K, 2 if args.emulate else 3, segments, group, seed, plain, args.f32)
+                    for segments, group, split in cases(K, args.emulate):
+                        if plain and split:
+                            continue
+                        ok &= check(device, d, K, 2 if args.emulate else 3, segments, group, seed, plain, args.f32, split)
     return ok
 
 
 class Bench:
     """Kernels on random inputs of a shape, without a reference."""
 
-    def __init__(self, device, B, T, H, d, K=16, group=16, plain=False):
-        torch, self.dev, self.shape, self.plain = device.torch, device, (B, T, H, d), plain
+    def __init__(self, device, B, T, H, d, K=16, group=16, plain=False, split=0):
+        torch, self.dev, self.shape, self.plain, self.split = device.torch, device, (B, T, H, d), plain, split
         torch.manual_seed(0)
         n, D, S = B * T, H * d, d * d + d
         bf16, f32 = dict(device="cuda", dtype=torch.bfloat16), dict(device="cuda", dtype=torch.float32)
@@ -312,19 +326,21 @@ class Bench:
         lr, dlr = torch.sigmoid(torch.randn(n, H, **f32)) / d, torch.empty(n, H, **f32)
         tok = 1 / torch.arange(1, K + 1, **f32)
         gamma, beta = torch.ones(H, d, **f32), torch.zeros(H, d, **f32)
-        checkpoints = ceil(ceil(T, K), group)
+        checkpoints, parts = ceil(ceil(T, K), group), ceil(ceil(T, K), split) if split else 1
         weights, saved = 0.02 * torch.randn(B, H, S, **f32), torch.empty(B * H * checkpoints, S, **f32)
-        dstate, partials = torch.zeros(B, H, S, **f32), torch.empty(B, H, K + 2 * d, **f32)
+        dstate, partials = torch.zeros(B, H, S, **f32), torch.empty(B, H, parts, K + 2 * d, **f32)
+        boundaries = torch.empty(B, H, parts, S, **f32)
         table = torch.tensor([[b * T, T, b, 0, b * checkpoints] for b in range(B)], dtype=torch.int32, device="cuda")
         self.sums = [torch.zeros(K, **f32), torch.zeros(H, d, **f32), torch.zeros(H, d, **f32)]
-        self.held = [qkv, dqkv, dz, z, ghat, lr, dlr, tok, gamma, beta, weights, saved, dstate, partials, table]
-        self.blocks, self.threads = B * H, 256 if plain else 2 * d
+        self.held = [qkv, dqkv, dz, z, ghat, lr, dlr, tok, gamma, beta, weights, saved, dstate, partials, table, boundaries]
+        self.tasks, self.blocks, self.threads = B * H, B * H * parts, 256 if plain else 2 * d
         self.f, self.b = Forward(), Backward()
         for p in (self.f, self.b):
             p.q, p.k, p.v = (qkv.data_ptr() + 2 * i * D for i in range(3))
             p.q_stride = p.k_stride = p.v_stride = 3 * D
             p.lr, p.tok, p.gamma, p.beta, p.segments = (x.data_ptr() for x in (lr, tok, gamma, beta, table))
             p.lr_stride, p.ghat_stride, p.heads, p.head_dim, p.mini_batch, p.group = H, D, H, d, K, group
+            p.split, p.parts, p.boundaries = split, parts, boundaries.data_ptr()
         self.f.z, self.f.z_stride, self.f.weights = z.data_ptr(), D, weights.data_ptr()
         self.kept = (ghat.data_ptr(), saved.data_ptr())
         b = self.b
@@ -332,7 +348,7 @@ class Bench:
         b.dq, b.dk, b.dv = (dqkv.data_ptr() + 2 * i * D for i in range(3))
         b.dq_stride = b.dk_stride = b.dv_stride = 3 * D
         b.dlr, b.dlr_stride, b.dstate, b.partials = dlr.data_ptr(), H, dstate.data_ptr(), partials.data_ptr()
-        self.r = Reduce(partials.data_ptr(), *(x.data_ptr() for x in self.sums), B, H, d, K)
+        self.r = Reduce(partials.data_ptr(), *(x.data_ptr() for x in self.sums), B, H, d, K, parts)
         if plain:
             self.held.append(torch.empty(self.blocks * (S + 9 * K * d + 2 * K * K + 4 * K), **f32))
             self.f.scratch = self.b.scratch = self.held[-1].data_ptr()
@@ -340,10 +356,14 @@ class Bench:
     def forward(self, keep):
         self.f.ghat, self.f.checkpoints = self.kept if keep else (0, 0)
         shared = 0 if self.plain else forward_shared(self.shape[3])
+        if self.split:
+            self.dev.launch("ttt_linear_forward_chain", self.f, self.tasks, self.threads, shared)
         self.dev.launch("ttt_linear_forward" + "_plain_bf16" * self.plain, self.f, self.blocks, self.threads, shared)
 
     def backward(self):
         shared = 0 if self.plain else backward_shared(self.shape[3])
+        if self.split:
+            self.dev.launch("ttt_linear_backward_chain", self.b, self.tasks, self.threads, shared)
         self.dev.launch("ttt_linear_backward" + "_plain_bf16" * self.plain, self.b, self.blocks, self.threads, shared)
         B, T, H, d = self.shape
         self.dev.launch("ttt_linear_reduce", self.r, ceil(H * 2 * d + self.b.mini_batch, 8), 256, 0)
@@ -356,15 +376,15 @@ class Bench:
 def run_bench(args):
     for shape in args.shape:
         B, T, H, d = shape
-        device = Gpu(["plain.cu", args.forward, args.backward], [f"HEAD_DIM={d}"])
-        bench = Bench(device, *shape, plain=args.plain)
+        device = Gpu(["plain.cu", args.forward, args.backward], [f"HEAD_DIM={d}", *args.defines])
+        bench = Bench(device, *shape, plain=args.plain, split=args.split)
         if args.once:
             bench.forward(False), bench.both()
             device.torch.cuda.synchronize()
             continue
         times = [device.milliseconds(f) for f in (lambda: bench.forward(False), lambda: bench.forward(True), bench.backward, bench.both)]
         names = ("forward", "forward_kept", "backward", "forward_backward")
-        line = dict(bench="ttt_linear", plain=args.plain, B=B, T=T, H=H, d=d, device=device.torch.cuda.get_device_name())
+        line = dict(bench="ttt_linear", plain=args.plain, split=args.split, defines=args.defines, B=B, T=T, H=H, d=d, device=device.torch.cuda.get_device_name())
         line.update({n + "_ms": round(t, 4) for n, t in zip(names, times)})
         line["registers"] = [device.registers.get(n) for n in ("ttt_linear_forward", "ttt_linear_backward")]
         print(json.dumps(line), flush=True)
@@ -388,6 +408,8 @@ def main():
     p.add_argument("--plain", action="store_true", help="the plain kernels")
     p.add_argument("--forward", default="forward.cu", help="another source of the forward kernel")
     p.add_argument("--backward", default="backward.cu", help="another source of the backward kernel")
+    p.add_argument("--split", type=int, default=0, help="decoupled: mini-batches of a part")
+    p.add_argument("-D", dest="defines", action="append", default=[], help="for example BLOCKS_PER_SM=1")
     p.add_argument("--once", action="store_true", help="one launch of each and no times, for a profiler")
     args = parser.parse_args()
     sys.exit(0 if (run_checks if args.command == "check" else run_bench)(args) else 1)

@@ -10,8 +10,8 @@ namespace forward_kernel {
 namespace backward_kernel {
 #include "backward.cu"
 }
-using forward_kernel::ttt_linear_forward;
-using backward_kernel::ttt_linear_backward;
+using namespace forward_kernel;
+using namespace backward_kernel;
 #endif
 
 #define EXPORT(name, Params)                                                                               \
@@ -26,5 +26,7 @@ EXPORT(ttt_linear_backward_plain_f32, BackwardParams)
 EXPORT(ttt_linear_reduce, ReduceParams)
 #else
 EXPORT(ttt_linear_forward, ForwardParams)
+EXPORT(ttt_linear_forward_chain, ForwardParams)
 EXPORT(ttt_linear_backward, BackwardParams)
+EXPORT(ttt_linear_backward_chain, BackwardParams)
 #endif

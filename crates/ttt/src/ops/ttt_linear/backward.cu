@@ -8,7 +8,7 @@
 //   before the 3rd          (4) dlr, (5) dZ, dv; (2) N, dτ, dq; (3) the part of dk through dW'; (6) dW, db
 //   after it                (6) dk += dZ Wᵀ
 //
-// Launch: segments * heads blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
+// Launch: segments * heads * parts (chain: segments * heads) blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
 #include "tiles.cuh"
 
 struct Shared {
@@ -18,26 +18,30 @@ struct Shared {
     static constexpr u32 DW = W + D * PITCH;               // [out][in] bf16
     static constexpr u32 DZBAR = DW + D * PITCH;           // [token][out] bf16
     static constexpr u32 DZIN = DZBAR + TILE;              // [token][out] bf16: dZ
-    static constexpr u32 PATCHES = DZIN + TILE;            // two per warp
+    static constexpr u32 DE = DZIN + TILE;                 // [token][out] bf16: de = -dv, read by its warp alone
+    static constexpr u32 PATCHES = DE + TILE;              // two per warp
     static constexpr u32 FIRST = PATCHES + WARPS * 2 * PATCH; // [warp][half][token][4] f32
     static constexpr u32 REST = FIRST + WARPS * 32 * 16;   // [warp][half][token] f32
     static constexpr u32 SECOND = REST + WARPS * 32 * 4;   // [warp][half][token][4] f32
     static constexpr u32 GAMMA = SECOND + WARPS * 32 * 16; // [D] f32
     static constexpr u32 BETA = GAMMA + 4 * D;             // [D] f32
-    static constexpr u32 BYTES = BETA + 4 * D;
+    static constexpr u32 NEG_TAU = BETA + 4 * D;           // [TOKENS] f32: -tok
+    static constexpr u32 DGAMMA = NEG_TAU + 4 * TOKENS;    // [2][thread][4] f32: a lane's own sums, in row layout
+    static constexpr u32 BYTES = DGAMMA + THREADS * 32;
 };
 
-KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __grid_constant__ BackwardParams p) {
+// CHAIN: only what moves dW, down to the end of the first part.
+template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
     DYNAMIC_SHARED(memory);
     const u32 shared = shared_address(memory);
     const Lane l;
-    const u32 head = blockIdx.x % p.heads, K = p.mini_batch;
-    const Segment seg = p.segments[blockIdx.x / p.heads];
-    const u32 count = (seg.len + K - 1) / K, checkpoints = (count + p.group - 1) / p.group;
-    // Behind the last checkpoint; the walk takes them from the end.
-    const float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)(head + 1) * checkpoints) * STATE;
-    float* dstate = p.dstate + (u64)blockIdx.x * STATE;
-    float* partials = p.partials + (u64)blockIdx.x * (K + 2 * D);
+    const u32 parts = CHAIN ? 1 : p.parts, part = blockIdx.x % parts, task = blockIdx.x / parts;
+    const u32 head = task % p.heads, K = p.mini_batch;
+    const Segment seg = p.segments[task / p.heads];
+    const u32 all = (seg.len + K - 1) / K, checkpoints = (all + p.group - 1) / p.group; // mini-batches
+    // From mini-batch count - 1 down to begin. A part behind the end still writes its zeros.
+    const u32 begin = CHAIN ? p.split : min(all, part * p.split), count = CHAIN || !p.split ? all : min(all, begin + p.split);
+    float* boundary = p.boundaries + ((u64)task * p.parts + (CHAIN ? (max(all, 1u) - 1) / p.split : part)) * STATE;
     const u32 patch = shared + Shared::PATCHES + l.warp * 2 * PATCH, patch2 = patch + PATCH;
 
     const u32 load_row = threadIdx.x / (D / 8), load_chunk = threadIdx.x % (D / 8);
@@ -61,37 +65,46 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
     };
 #pragma unroll
     for (u32 i = 0; i < Shared::STAGES; i++) {
-        if (i < count) fetch(count - 1 - i);
+        if (begin + i < count) fetch(count - 1 - i);
         copy_async_commit();
     }
 
     float w[D / 8][4], b[4], dw[D / 8][4], db[4];
-    load_state(dw, db, dstate, l);
+    load_state(dw, db, !CHAIN && p.split && begin < count ? boundary : p.dstate + (u64)task * STATE, l);
+    u32 until_boundary = CHAIN ? (all + p.split - 1) % p.split + 1 : 0; // mini-batches of the part
+    if (CHAIN && all > 0) store_state(boundary, dw, db, l);
     float mean_g2 = 0.0f;
     if (threadIdx.x < D) store_shared(shared + Shared::GAMMA + 4 * threadIdx.x, p.gamma[head * D + threadIdx.x]);
     if (threadIdx.x < D) store_shared(shared + Shared::BETA + 4 * threadIdx.x, p.beta[head * D + threadIdx.x]);
     for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
-    float neg_tau[4], neg_tau_row[2]; // of columns and of rows g, g + 8 of M
-    load_neg_tau(neg_tau, p.tok, K, l);
+    if (threadIdx.x < TOKENS) store_shared(shared + Shared::NEG_TAU + 4 * threadIdx.x, threadIdx.x < K ? -p.tok[threadIdx.x] : 0.0f);
     const u32 causal_mask = Causal::mask(l);
-    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+
+    float dbeta[4] = {}, dtok[2] = {}, dtok_last = 0.0f; // dbeta: of outputs g, g, g + 8, g + 8
+    const u32 dgamma_at = shared + Shared::DGAMMA + 16 * threadIdx.x;
+    store_shared4(dgamma_at, 0.0f, 0.0f, 0.0f, 0.0f);
+    store_shared4(dgamma_at + 16 * THREADS, 0.0f, 0.0f, 0.0f, 0.0f);
+    auto add_dgamma = [&](const float (&x)[8]) {
 #pragma unroll
-    for (u32 i = 0; i < 2; i++) neg_tau_row[i] = l.g + 8 * i < K ? -p.tok[l.g + 8 * i] : 0.0f;
+        for (u32 i = 0; i < 2; i++) {
+            float sum[4];
+            load_shared4(sum, dgamma_at + 16 * THREADS * i);
+            store_shared4(dgamma_at + 16 * THREADS * i, sum[0] + x[4 * i], sum[1] + x[4 * i + 1], sum[2] + x[4 * i + 2], sum[3] + x[4 * i + 3]);
+        }
+    };
 
-    float dgamma[8] = {}, dbeta[8] = {}, dtok[2] = {}, dtok_last = 0.0f;
-
-    u32 in_group = 0; // mini-batches before m that the last checkpoint read also serves
+    u32 checkpoint = count; // W is read where the mini-batches below this begin
     copy_async_wait<Shared::STAGES - 1>();
     __syncthreads();
-    for (u32 m = count; m-- > 0;) {
+    for (u32 m = count; m-- > begin;) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
         const u32 tile_k = stage + Shared::K, tile_q = stage + Shared::Q, tile_ghat = stage + Shared::GHAT;
         const bool commits = (m + 1) * K <= seg.len;
         const float tau_last = commits ? p.tok[K - 1] : 0.0f;
-        if (in_group-- == 0) {
-            saved -= STATE;
-            load_state(w, b, saved, l);
-            in_group = m + 1 == count ? m % p.group : p.group - 1;
+        if (m + 1 == checkpoint) {
+            checkpoint = m / p.group;
+            load_state(w, b, p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints + checkpoint) * STATE, l);
+            checkpoint *= p.group;
         }
 
         u32 ghat[4];
@@ -108,30 +121,35 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
             ldmatrix_x4(k, tile_k + l.row_b + 32 * s);
             ldmatrix_x4(q, tile_q + l.row_b + 32 * s);
             pack_step(a, w, s);
-            store_a_fragment(shared + Shared::W + 16 * l.warp * PITCH + 32 * s, PITCH, a);
+            if (!CHAIN) store_a_fragment(shared + Shared::W + 16 * l.warp * PITCH + 32 * s, PITCH, a);
             mma_step(s, z[0], a, k[0], k[1], b);
             mma_step(s, z[1], a, k[2], k[3], b);
             mma_step(s, zbar[0], a, q[0], q[1], b);
             mma_step(s, zbar[1], a, q[2], q[3], b);
             pack_step(a, dw, s);
-            store_a_fragment(shared + Shared::DW + 16 * l.warp * PITCH + 32 * s, PITCH, a);
+            if (!CHAIN) store_a_fragment(shared + Shared::DW + 16 * l.warp * PITCH + 32 * s, PITCH, a);
             mma_step(s, dg[0], a, k[0], k[1], db);
             mma_step(s, dg[1], a, k[2], k[3], db);
             ldmatrix_x4(q, tile_q + l.row + 32 * s);
-            mma_step(s, qk[0], q, k[0], k[1], ones);
-            mma_step(s, qk[1], q, k[2], k[3], ones);
+            mma_step(s, qk[0], q, k[0], k[1]);
+            mma_step(s, qk[1], q, k[2], k[3]);
         }
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) qk[i / 4][i % 4] += 1.0f;
         const Causal causal(qk[0], qk[1], causal_mask);
         {
             float y[2][4];
             causal.apply(y, ghat);
+            float neg_tau[2][2];
+            load_shared2(neg_tau[0], shared + Shared::NEG_TAU + 8 * l.c);
+            load_shared2(neg_tau[1], shared + Shared::NEG_TAU + 8 * l.c + 32);
 #pragma unroll
-            for (u32 i = 0; i < 8; i++) zbar[i / 4][i % 4] += neg_tau[i / 4 * 2 + i % 2] * y[i / 4][i % 4];
+            for (u32 i = 0; i < 8; i++) zbar[i / 4][i % 4] += neg_tau[i / 4][i % 2] * y[i / 4][i % 4];
         }
         put_columns(patch, l, z);
         put_columns(patch2, l, zbar);
         // (3) dĜ = -τ_last P, and dτ_last = -Σ P ⊙ Ĝ
-        if (commits) {
+        if (!CHAIN && commits) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 dtok_last -= dg[i / 2][i % 2 * 2] * low_f32(ghat[i]) + dg[i / 2][i % 2 * 2 + 1] * high_f32(ghat[i]);
@@ -200,17 +218,17 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         u32 packed[4];
         {
             // (1) dZ̄ = rs (p - mean p - x̂ mean p x̂), as a sum of p, Z̄ and 1
-            float dzbar[8], gamma[8];
+            float dzbar[8], dgamma[8], gamma[8];
             load_table(gamma, shared + Shared::GAMMA, l);
             const float by_z = -rs_out * rs_out * mean_px, by_1 = -rs_out * mean_p - mu_out * by_z;
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 dzbar[i] = rs_out * (gamma[i] * dz[i]) + (by_z * zb[i] + by_1);
-                dgamma[i] += dz[i] * (zb[i] * rs_out - mu_out * rs_out);
-                dbeta[i] += dz[i];
+                dgamma[i] = dz[i] * (zb[i] * rs_out - mu_out * rs_out);
                 x[i] = x[i] * rs - mu * rs;
                 e[i] += gamma[i] * x[i];
             }
+            if (!CHAIN) add_dgamma(dgamma);
             pack8(packed, dzbar);
         }
         store_shared4(shared + Shared::DZBAR + l.row + l.own, packed);
@@ -219,8 +237,9 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         u32 dzbar[4];
         ldmatrix_x4_trans(dzbar, shared + Shared::DZBAR + l.row_b + l.own);
         {
-            const u32 m00 = movmatrix(scale_pair(causal.low, neg_tau_row[0])), m10 = movmatrix(scale_pair(causal.cross, neg_tau_row[1]));
-            const u32 m11 = movmatrix(scale_pair(causal.high, neg_tau_row[1]));
+            const float tau0 = load_shared(shared + Shared::NEG_TAU + 4 * l.g), tau1 = load_shared(shared + Shared::NEG_TAU + 4 * l.g + 32);
+            const u32 m00 = movmatrix(scale_pair(causal.low, tau0)), m10 = movmatrix(scale_pair(causal.cross, tau1));
+            const u32 m11 = movmatrix(scale_pair(causal.high, tau1));
             mma_k16(dg[0], dzbar, m00, m10);
             mma_k16(dg[1], dzbar, 0, m11);
         }
@@ -262,30 +281,48 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 
         const bool present = l.token < K && m * K + l.token < seg.len;
         const u32 row = seg.first_row + m * K + l.token;
-        float de[8];
         {
+            float de[8];
             const float r = load_shared(stage + Shared::LR + 4 * l.token);
             const float mean_dgg = rs * (mean[2] - mean_g * mean[0] - mean_gx * mean[1]); // of dĜ G
-            if (threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean_dgg * D; // (4)
+            if (!CHAIN && threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean_dgg * D; // (4)
             const float a1 = r * mean[0], a2 = r * mean[1], a3 = r * mean_dgg;
             const float a4 = rs * (r * mean[3] - a1 * mean_g2 - a2 * mean_g2x - mean_gx * a1 - a2 * mean_g);
             const float a5 = rs * (r * mean[4] - a1 * mean_g2x - a2 * mean_g2x2 - 2.0f * mean_gx * a2) + a3;
             // (5) u = rs (dG - a1 - a2 x̂); dZ = rs (γ² u - rs (m dG + a2 γe) - a4 - a5 x̂)
             const float u_d = rs * r, u_x = -rs * a2, u_1 = -rs * a1;
             const float z_d = -rs * rs * mean_gx * r, z_e = -rs * rs * a2, z_x = -rs * a5, z_1 = -rs * a4;
-            float dzin[8], gamma[8];
+            float dzin[8], dgamma[8], gamma[8];
             load_table(gamma, shared + Shared::GAMMA, l);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 const float u = u_d * dgr[i] + (u_x * x[i] + u_1);
                 de[i] = gamma[i] * u;
                 dzin[i] = rs * (gamma[i] * de[i]) + (z_d * dgr[i] + (z_e * (gamma[i] * e[i]) + (z_x * x[i] + z_1)));
-                dgamma[i] += u * (gamma[i] * x[i] + e[i]);
-                dbeta[i] += de[i];
+                dgamma[i] = u * (gamma[i] * x[i] + e[i]);
             }
+            if (!CHAIN) add_dgamma(dgamma);
             pack8(packed, dzin);
             store_shared4(shared + Shared::DZIN + l.row + l.own, packed);
+            if (CHAIN) {
+                __syncwarp();
+                u32 columns[4];
+                ldmatrix_x4_trans(columns, shared + Shared::DZIN + l.row_b + l.own);
+                add_outer(dw, db, dzbar, tile_q, l);
+                add_outer(dw, db, columns, tile_k, l);
+                if (--until_boundary == 0) {
+                    boundary -= STATE;
+                    store_state(boundary, dw, db, l);
+                    until_boundary = p.split;
+                }
+                copy_async_wait<Shared::STAGES - 2>();
+                __syncthreads();
+                if (m >= begin + Shared::STAGES) fetch(m - Shared::STAGES);
+                copy_async_commit();
+                continue;
+            }
             pack8(packed, de);
+            store_shared4(shared + Shared::DE + l.row + l.own, packed);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) packed[i] ^= 0x80008000u;
             if (present) store_global4(at_row(p.dv, row, 2 * p.dv_stride, store_column), packed);
@@ -312,12 +349,13 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
 #pragma unroll
         for (u32 i = 0; i < 8; i++) dk[i / 4][i % 4] *= -tau_last; // (3)
         {
+            const float tau0 = load_shared(shared + Shared::NEG_TAU + 4 * l.g), tau1 = load_shared(shared + Shared::NEG_TAU + 4 * l.g + 32);
             dtok[0] -= low_f32(causal.low) * n[0][0] + high_f32(causal.low) * n[0][1];
             dtok[1] -= low_f32(causal.cross) * n[0][2] + high_f32(causal.cross) * n[0][3] + low_f32(causal.high) * n[1][2]
                        + high_f32(causal.high) * n[1][3];
-            const u32 m00 = pack_bf16(neg_tau_row[0] * n[0][0], neg_tau_row[0] * n[0][1]) & causal_mask; // dM
-            const u32 m10 = pack_bf16(neg_tau_row[1] * n[0][2], neg_tau_row[1] * n[0][3]);
-            const u32 m11 = pack_bf16(neg_tau_row[1] * n[1][2], neg_tau_row[1] * n[1][3]) & causal_mask;
+            const u32 m00 = pack_bf16(tau0 * n[0][0], tau0 * n[0][1]) & causal_mask; // dM
+            const u32 m10 = pack_bf16(tau1 * n[0][2], tau1 * n[0][3]);
+            const u32 m11 = pack_bf16(tau1 * n[1][2], tau1 * n[1][3]) & causal_mask;
             const u32 dm[4] = {m00, m10, 0, m11}, dmt[4] = {movmatrix(m00), 0, movmatrix(m10), movmatrix(m11)};
             u32 k[4], q[4];
             ldmatrix_x4_trans(k, tile_k + l.row + l.own);
@@ -331,7 +369,11 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         __syncwarp();
         // (6) dW' -> dW
         {
-            u32 dzin[4];
+            u32 dzin[4], columns[4];
+            ldmatrix_x4_trans(columns, stage + Shared::DZ + l.row_b + l.own);
+            mma_k16(dbeta, columns, ONES, ONES);
+            ldmatrix_x4_trans(columns, shared + Shared::DE + l.row_b + l.own);
+            mma_k16(dbeta, columns, ONES, ONES);
             ldmatrix_x4_trans(dzin, shared + Shared::DZIN + l.row_b + l.own);
             add_outer(dw, db, dzbar, tile_q, l);
             add_outer(dw, db, dzin, tile_k, l);
@@ -347,7 +389,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         }
         copy_async_wait<Shared::STAGES - 2>();
         __syncthreads();
-        if (m >= Shared::STAGES) fetch(m - Shared::STAGES);
+        if (m >= begin + Shared::STAGES) fetch(m - Shared::STAGES);
         copy_async_commit();
 #pragma unroll
         for (u32 s = 0; s < STEPS; s++) { // (6)
@@ -361,6 +403,8 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         {
             float out[8];
             take_row(out, patch2, l);
+            float de[8];
+            load8(de, shared + Shared::DE + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] += de[i];
             pack8(packed, out);
@@ -368,19 +412,27 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         }
     }
 
-    store_state(dstate, dw, db, l);
+    if (CHAIN) return;
+    if (part == 0) store_state(p.dstate + (u64)task * STATE, dw, db, l);
+    float* partials = p.partials + (u64)blockIdx.x * (K + 2 * D);
+    float dgamma[8];
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        float sum[4];
+        load_shared4(sum, dgamma_at + 16 * THREADS * i);
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) dgamma[4 * i + j] = sum[j];
+    }
     // Sums over the tokens of a row layout; then over lanes and warps for tok.
 #pragma unroll
     for (u32 step = 1; step < 16; step *= 2)
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) {
-            dgamma[i] += __shfl_xor_sync(FULL_WARP, dgamma[i], step);
-            dbeta[i] += __shfl_xor_sync(FULL_WARP, dbeta[i], step);
-        }
+        for (u32 i = 0; i < 8; i++) dgamma[i] += __shfl_xor_sync(FULL_WARP, dgamma[i], step);
     if (l.token == 0) {
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) partials[K + l.column() + i] = dgamma[i], partials[K + D + l.column() + i] = dbeta[i];
+        for (u32 i = 0; i < 8; i++) partials[K + l.column() + i] = dgamma[i];
     }
+    if (l.c == 0) partials[K + D + 16 * l.warp + l.g] = dbeta[0], partials[K + D + 16 * l.warp + l.g + 8] = dbeta[2];
 #pragma unroll
     for (u32 step = 1; step < 32; step *= 2) {
         if (step < 4) {
@@ -402,3 +454,6 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_backward(const __g
         }
     }
 }
+
+KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_backward(const __grid_constant__ BackwardParams p) { backward<false>(p); }
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_backward_chain(const __grid_constant__ BackwardParams p) { backward<true>(p); }

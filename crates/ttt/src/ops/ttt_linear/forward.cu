@@ -4,7 +4,7 @@
 // γ²Z, γ²Z², wZ, w with w = γ(β - t)) cross the warps in one exchange and give mean, variance, mean g and mean g x̂ at once
 // (backward.md 3.3); Ĝ goes back as bf16 and is the A operand of Z̄ and of the update. Z̄ has an exchange of its own.
 //
-// Launch: segments * heads blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
+// Launch: segments * heads * parts (chain: segments * heads) blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
 #include "tiles.cuh"
 
 constexpr u32 GHAT_PITCH = 48; // bytes from token to token of a warp's [16, 16] bf16 tile
@@ -19,20 +19,25 @@ struct Shared {
     static constexpr u32 BYTES = OUTPUT + WARPS * 32 * 4;
 };
 
-KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __grid_constant__ ForwardParams p) {
+// CHAIN: only what moves W, up to the start of the last part.
+template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
     DYNAMIC_SHARED(memory);
     const u32 shared = shared_address(memory);
     const Lane l;
-    const u32 head = blockIdx.x % p.heads, K = p.mini_batch;
-    const Segment seg = p.segments[blockIdx.x / p.heads];
-    if (seg.len == 0) return;
+    const u32 parts = CHAIN ? 1 : p.parts, part = blockIdx.x % parts, task = blockIdx.x / parts;
+    const u32 head = task % p.heads, K = p.mini_batch;
+    const Segment seg = p.segments[task / p.heads];
     const u32 phase = seg.phase, end = phase + seg.len; // positions of its tokens, from the start of the open mini-batch
-    const u32 count = (end + K - 1) / K;
+    const u32 all = (end + K - 1) / K; // mini-batches
+    const u32 begin = CHAIN ? 0 : part * p.split;
+    const u32 count = CHAIN ? (all - 1) / p.split * p.split : p.split ? min(all, begin + p.split) : all; // up to here
+    if (seg.len == 0 || begin >= (CHAIN ? all : count)) return;
+    float* boundary = p.boundaries + ((u64)task * p.parts + part) * STATE;
     const u64 place = (u64)seg.slot * p.heads + head;
     float* state = p.weights + place * STATE;
     float* rows = p.rows + place * (K - 1) * 2 * D; // not read when p.rows is null
-    const u32 checkpoints = (count + p.group - 1) / p.group;
-    float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints) * STATE;
+    const u32 checkpoints = (all + p.group - 1) / p.group;
+    float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints + begin / p.group) * STATE;
     const u32 patch = shared + Shared::PATCHES + l.warp * PATCH;
     const u32 ghat_tile = shared + Shared::GHAT + l.warp * 16 * GHAT_PITCH;
 
@@ -46,7 +51,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         const u32 to = stage + load_row * PITCH + 16 * load_chunk;
         const bool restored = load_row < K && position < phase; // only in the first mini-batch
         if (!restored) copy_async_16(to + Shared::K, at_row(p.k, row, 2 * p.k_stride, load_column), present);
-        copy_async_16(to + Shared::Q, at_row(p.q, row, 2 * p.q_stride, load_column), present);
+        if (!CHAIN) copy_async_16(to + Shared::Q, at_row(p.q, row, 2 * p.q_stride, load_column), present);
         copy_async_16(to + Shared::V, at_row(p.v, row, 2 * p.v_stride, load_column), present);
         if (threadIdx.x < TOKENS) {
             const u32 at = m * K + threadIdx.x;
@@ -63,14 +68,15 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         }
     };
 #pragma unroll
-    for (u32 m = 0; m < Shared::STAGES - 1; m++) {
-        if (m < count) fetch(m);
+    for (u32 i = 0; i < Shared::STAGES - 1; i++) {
+        if (begin + i < count) fetch(begin + i);
         copy_async_commit();
     }
 
     float w[D / 8][4], b[4];
-    load_state(w, b, state, l);
-    u32 until_checkpoint = p.group;
+    load_state(w, b, !CHAIN && p.split ? boundary : state, l);
+    u32 until_checkpoint = CHAIN ? p.split : p.group;
+    if (CHAIN) store_state(boundary, w, b, l);
     float gamma[8], beta[8], mean_g2 = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i], beta[i] = p.beta[head * D + l.column() + i];
@@ -83,7 +89,7 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
 
     copy_async_wait<Shared::STAGES - 2>();
     __syncthreads();
-    for (u32 m = 0; m < count; m++) {
+    for (u32 m = begin; m < count; m++) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
         const u32 tile_k = stage + Shared::K, tile_q = stage + Shared::Q;
         const bool complete = (m + 1) * K <= end;
@@ -95,9 +101,10 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
             u32 a[4], k[4], q[4];
             pack_step(a, w, s);
             ldmatrix_x4(k, tile_k + l.row_b + 32 * s);
-            ldmatrix_x4(q, tile_q + l.row_b + 32 * s);
             mma_step(s, z[0], a, k[0], k[1], b);
             mma_step(s, z[1], a, k[2], k[3], b);
+            if (CHAIN) continue;
+            ldmatrix_x4(q, tile_q + l.row_b + 32 * s);
             mma_step(s, zbar[0], a, q[0], q[1], b);
             mma_step(s, zbar[1], a, q[2], q[3], b);
             ldmatrix_x4(q, tile_q + l.row + 32 * s);
@@ -169,9 +176,9 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
             for (u32 i = 0; i < 4; i++) packed[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
         }
         store_shared4(ghat_tile + l.token * GHAT_PITCH + l.half * 16, packed);
-        if (p.ghat && fresh)
+        if (!CHAIN && p.ghat && fresh)
             store_global4(at_row(p.ghat, seg.first_row + position - phase, 2 * p.ghat_stride, store_column), packed);
-        if (p.rows && fresh && !complete) {
+        if (!CHAIN && p.rows && fresh && !complete) {
             float k[8], ghat[8];
             load8(k, tile_k + l.row + l.own);
             unpack8(ghat, packed);
@@ -182,6 +189,20 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
         __syncwarp();
         u32 ghat[4];
         ldmatrix_x4_trans(ghat, ghat_tile + (l.lane % 8 + l.half * 8) * GHAT_PITCH + l.lane / 8 % 2 * 16);
+
+        if (CHAIN) { // complete: only the last mini-batch of a segment is not
+            u32 update[4];
+            scale_columns(update, ghat, neg_tau_last);
+            add_outer(w, b, update, tile_k, l);
+            if (--until_checkpoint == 0) {
+                boundary += STATE;
+                store_state(boundary, w, b, l);
+                until_checkpoint = p.split;
+            }
+            copy_async_wait<Shared::STAGES - 2>();
+            __syncthreads();
+            continue;
+        }
 
         // Z̄ᵀ = Wᵀ qᵀ + b - τ ⊙ (M Ĝ)ᵀ
         float y[2][4];
@@ -222,5 +243,8 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 3 : 1) ttt_linear_forward(const __gr
             until_checkpoint = p.group;
         }
     }
-    if (end >= K) store_state(state, w, b, l);
+    if (!CHAIN && count == all && end >= K) store_state(state, w, b, l);
 }
+
+KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_forward(const __grid_constant__ ForwardParams p) { forward<false>(p); }
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_forward_chain(const __grid_constant__ ForwardParams p) { forward<true>(p); }

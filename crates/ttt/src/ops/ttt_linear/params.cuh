@@ -14,6 +14,11 @@ struct Segment {
     u32 first_checkpoint; // checkpoints (of one head) of all earlier segments: the sum of ceil(ceil(len / K) / group)
 };
 
+// Few heads and long sequences run decoupled: `ttt_linear_forward_chain` (a block a segment and head) walks the weights alone and
+// leaves them at the start of every part of `split` mini-batches, then `ttt_linear_forward` does the parts side by side (a block a
+// segment, head and part, in this order, the part running fastest). Backward likewise, from the end. Without: no chain, split = 0,
+// parts = 1.
+
 // S = d * d + d fast weights of a head: [W row-major [in, out] | b].
 struct ForwardParams {
     const void* q;           // [tokens, H d] element, rotated
@@ -31,12 +36,15 @@ struct ForwardParams {
     void* ghat;              // [tokens, H d] element, written: scaled inner gradients for the backward. Null: not kept
     float* checkpoints;      // for each segment, for each head, [ceil(ceil(len / K) / group), S], written: the weights after the last
                              // complete mini-batch of each group of `group`. Null: not kept
+    float* boundaries;       // decoupled: [segments, H, parts, S], weights at the start of each part; else unused
     float* scratch;          // plain kernels: forward_scratch(d, K) f32 for each block, which is (segment, head); fast: unused
     u32 q_stride, k_stride, v_stride, z_stride, lr_stride, ghat_stride;
     u32 heads;      // H
     u32 head_dim;   // d; in the fast kernels that of the compilation
     u32 mini_batch; // K <= 64; <= 16 in the fast kernels
     u32 group;      // mini-batches of a checkpoint group, >= 1
+    u32 split;      // mini-batches of a part, a multiple of group; 0: not decoupled
+    u32 parts;      // parts of the longest segment, ceil(mini-batches / split); 1 when not decoupled
 };
 
 // All phases are 0; an update by a tail shorter than K was dropped.
@@ -57,17 +65,20 @@ struct BackwardParams {
     void* dv;
     float* dlr;      // [tokens, H], written
     float* dstate;   // [segments, H, S]: gradient of the final weights, becomes that of the initial ones
-    float* partials; // [segments, H, K + 2 d], written: [dtok | dgamma | dbeta] of each block; `ttt_linear_reduce` adds them up
+    float* partials; // [segments, H, parts, K + 2 d], written: [dtok | dgamma | dbeta] of each block; `ttt_linear_reduce` adds them
+    float* boundaries; // decoupled: [segments, H, parts, S], gradient of the weights at the end of each part; else unused
     float* scratch;  // plain kernels: backward_scratch(d, K) f32 for each block; fast: unused
     u32 q_stride, k_stride, v_stride, lr_stride, ghat_stride, dz_stride, dq_stride, dk_stride, dv_stride, dlr_stride;
     u32 heads;
     u32 head_dim;
     u32 mini_batch;
     u32 group;
+    u32 split;
+    u32 parts;
 };
 
 struct ReduceParams {
-    const float* partials; // [segments, H, K + 2 d]
+    const float* partials; // [segments, H, parts, K + 2 d]
     float* dtok;           // [K], added to
     float* dgamma;         // [H, d], added to
     float* dbeta;          // [H, d], added to
@@ -75,6 +86,7 @@ struct ReduceParams {
     u32 heads;
     u32 head_dim;
     u32 mini_batch;
+    u32 parts;
 };
 
 // f32 numbers of scratch for a block of the plain kernels.

@@ -322,12 +322,15 @@ KERNEL __launch_bounds__(THREADS) ttt_linear_reduce(const __grid_constant__ Redu
     if (out >= p.heads * 2 * d + K) return;
     float sum = 0.0f;
     if (out < K) {
-        for (u32 t = lane; t < p.segments * p.heads; t += 32) sum += p.partials[(u64)t * len + out];
+        for (u32 t = lane; t < p.segments * p.heads * p.parts; t += 32) sum += p.partials[(u64)t * len + out];
         sum = warp_sum(sum);
         if (lane == 0) p.dtok[out] += sum;
     } else {
         const u32 head = (out - K) / (2 * d), column = (out - K) % (2 * d);
-        for (u32 s = lane; s < p.segments; s += 32) sum += p.partials[((u64)s * p.heads + head) * len + K + column];
+        for (u32 s = lane; s < p.segments * p.parts; s += 32) {
+            const u64 block = ((u64)(s / p.parts) * p.heads + head) * p.parts + s % p.parts;
+            sum += p.partials[block * len + K + column];
+        }
         sum = warp_sum(sum);
         if (lane == 0) (column < d ? p.dgamma + head * d + column : p.dbeta + head * d + column - d)[0] += sum;
     }

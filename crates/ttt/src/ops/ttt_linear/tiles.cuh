@@ -14,6 +14,11 @@
 #error "compile with -D HEAD_DIM=64 (a multiple of 16 up to 128)"
 #endif
 
+// Blocks an SM that registers must leave room for. More registers shorten a block's time when there are few blocks.
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM (HEAD_DIM <= 64 ? 3 : 1)
+#endif
+
 constexpr u32 D = HEAD_DIM;
 constexpr u32 TOKENS = 16;
 constexpr u32 WARPS = D / 16;
