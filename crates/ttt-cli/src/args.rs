@@ -187,7 +187,7 @@ pub struct Generate {
 
 const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
-[b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
+[b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
 
 /// Arguments of `ttt verify`.

@@ -10,7 +10,7 @@ use crate::layer::Keep;
 use crate::ops::inner::FastWeights;
 use crate::params::ParamTable;
 
-/// Logits that the loss holds at once: 16 MiB of them.
+/// Logits that the loss holds at once, of whole rows: 16 MiB of them.
 const LOGITS: usize = 4 << 20;
 
 /// Floating-point operations for one token (a multiply-add counts as two).
@@ -287,8 +287,11 @@ pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
     let (activations, fast_weights) = (held.0 + x, held.1);
     let hidden = l.take(shape.rows());
     let dhidden = l.take(shape.rows());
-    l.touch(LOGITS.min(shape.n * config.vocab_size));
-    l.free(hidden);
+    // The loss brings the rows that count together, a chunk at a time.
+    let chunk = (LOGITS / config.vocab_size).clamp(1, shape.n);
+    let logits = l.take(chunk * config.vocab_size);
+    l.touch(chunk * config.hidden_size);
+    l.free(logits + hidden);
     let mut dx = l.take(shape.rows());
     l.free(x + dhidden);
     for k in kept.into_iter().rev() {

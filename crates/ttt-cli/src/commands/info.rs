@@ -11,7 +11,7 @@ use ttt::lm::Lm;
 use ttt::params::Entry;
 use ttt::plan;
 use ttt::tensor::DType;
-use ttt::train::checkpoint::TrainerState;
+use ttt::train::checkpoint::{STATE, TrainerState};
 
 use crate::args::{DeviceName, Info};
 use crate::commands::plan::describe;
@@ -33,7 +33,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     let tokenizer = Tokenizer::from_folder(&path)?;
     let state = plan::inference_memory(config, 1, 1).states;
     let hash = model_hash(lm.params());
-    let trainer = trainer_state(&path)?;
+    let trainer = path.join(STATE).exists().then(|| TrainerState::read(&path)).transpose()?;
     if args.json {
         let tokenizer = tokenizer.as_ref().map(|t| {
             json!({"kind": kind(t), "vocab_size": t.vocab_size(), "bos": t.bos(), "eos": t.eos(), "fingerprint": t.fingerprint()})
@@ -97,15 +97,6 @@ fn part(entry: &Entry) -> (usize, &'static str) {
     } else {
         (0, "embedding and output")
     }
-}
-
-fn trainer_state(folder: &std::path::Path) -> Result<Option<TrainerState>> {
-    let path = folder.join("trainer_state.json");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(&path).map_err(|e| ttt::Error::io(&path, e))?;
-    Ok(Some(serde_json::from_str(&text).map_err(|e| ttt::Error::format(&path, e.to_string()))?))
 }
 
 /// What a tokenizer is.

@@ -6,10 +6,11 @@ mod watch;
 use std::io::Write;
 
 use anyhow::Result;
+use clap::ValueEnum;
 use ttt::train::checkpoint::Checkpoints;
 use ttt::train::run::{Job, Outcome};
 
-use crate::args::Train;
+use crate::args::{DeviceName, Train};
 use crate::{model, units};
 use watch::Watch;
 
@@ -21,7 +22,7 @@ pub fn run(args: &Train, out: &mut dyn Write) -> Result<()> {
     let watch = Watch::new(&job, args.quiet)?;
     let outcome = ttt::train::run::run(&job, &watch);
     watch.finish();
-    let resume = format!("  {} train --resume {}", model::program(), units::quoted(&job.folder));
+    let resume = format!("  {} train --resume {}{}", model::program(), units::quoted(&job.folder), unsaved_flags(args));
     match outcome {
         Ok(outcome) => Ok(summary(&job, &outcome, out)?),
         Err(ttt::Error::Interrupted) => {
@@ -36,6 +37,14 @@ pub fn run(args: &Train, out: &mut dyn Write) -> Result<()> {
             Err(error.into())
         }
     }
+}
+
+/// The flags that are not among a run's settings.
+fn unsaved_flags(args: &Train) -> String {
+    let device = args.device.device.to_possible_value().filter(|_| args.device.device != DeviceName::Auto);
+    let device = device.map(|name| format!(" --device {}", name.get_name()));
+    let quiet = args.quiet.then(|| " --quiet".to_owned());
+    [device, quiet].into_iter().flatten().collect()
 }
 
 fn summary(job: &Job, outcome: &Outcome, out: &mut dyn Write) -> std::io::Result<()> {

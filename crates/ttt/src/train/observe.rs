@@ -11,6 +11,8 @@ use crate::train::metrics::Record;
 pub enum Event<'a> {
     /// Where the text comes from.
     Corpus(&'a str),
+    /// Something is odd, but the run goes on.
+    Warning(&'a str),
     /// The text is being turned into tokens.
     Tokenizing(Progress),
     /// The loop begins.

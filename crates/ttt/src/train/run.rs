@@ -18,6 +18,7 @@ use crate::state::States;
 use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
 use crate::train::corpus::{self, Corpus};
+use crate::train::lock::{self, RunLock};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::observe::{Event, Observer};
 use crate::train::settings::Recompute;
@@ -57,7 +58,14 @@ pub struct Outcome {
 pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
     job.settings.validate()?;
     check_folder(job)?;
-    let mut run = Run::new(job, observer)?;
+    let lock = job.resume.then(|| RunLock::take(&job.folder)).transpose()?;
+    let mut settings = job.settings.located()?;
+    if job.resume {
+        settings = settings.continued(&Settings::of_run(&job.folder)?.located()?, &job.folder)?;
+        settings.validate()?;
+    }
+    let job = Job { settings, ..job.clone() };
+    let mut run = Run::new(&job, lock, observer)?;
     run.train(observer)
 }
 
@@ -70,7 +78,8 @@ fn check_folder(job: &Job) -> Result<()> {
             false => Err(Error::Config(format!("{} is no run folder: it holds no settings.toml", job.folder.display()))),
         };
     }
-    let in_use = std::fs::read_dir(&job.folder).is_ok_and(|mut entries| entries.next().is_some());
+    let names = std::fs::read_dir(&job.folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let in_use = names.into_iter().any(|name| name != lock::NAME);
     if in_use {
         return Err(Error::Config(format!(
             "the run folder {0} exists and is not empty; continue it with `--resume {0}`, or name another one",
@@ -116,15 +125,19 @@ struct Run<'j> {
     started: Instant,
     /// Seconds in steps, and tokens, since the last record of a step.
     since_record: (f64, u64),
+    _lock: RunLock,
 }
 
 impl<'j> Run<'j> {
-    fn new(job: &'j Job, observer: &dyn Observer) -> Result<Run<'j>> {
+    fn new(job: &'j Job, lock: Option<RunLock>, observer: &dyn Observer) -> Result<Run<'j>> {
         let checkpoints = Checkpoints::new(&job.folder, job.settings.checkpoint.keep, job.settings.checkpoint.milestone_every);
         let newest = if job.resume { checkpoints.latest()? } else { None };
         let settings = &job.settings;
         let config = settings.model_config()?;
         let tokenizer = corpus::tokenizer(settings, &config, newest.as_deref())?;
+        if let Some(warning) = tokenizer.unused_ids(config.vocab_size) {
+            observer.event(Event::Warning(&warning));
+        }
         let prompt = sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
@@ -140,15 +153,17 @@ impl<'j> Run<'j> {
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
         let mut optimizer = Optimizer::new(&model)?;
-        let fingerprint = corpus.fingerprint();
+        let data = corpus.id(settings, &tokenizer);
         let state = match newest {
             Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
-            None => TrainerState::new(fingerprint.clone()),
+            None => TrainerState::new(data.clone()),
         };
-        if state.data != fingerprint {
+        let changes = state.data.changes(&data);
+        if !changes.is_empty() {
             return Err(Error::Data(format!(
-                "the training data is not what {} was trained on: files, tokenizer or split have changed, so the run cannot go on exactly",
-                job.folder.display()
+                "{0} was trained on something else: {1}; put that back, or start a new run from its weights with `--init-from {0}`",
+                job.folder.display(),
+                changes.join(", ")
             )));
         }
         if state.step > settings.steps() {
@@ -163,10 +178,15 @@ impl<'j> Run<'j> {
         if let Some(parent) = job.folder.parent().filter(|p| *p != Path::new("")) {
             std::fs::create_dir_all(parent).at(parent)?;
         }
-        if std::fs::create_dir(&job.folder).is_err() {
-            check_folder(job)?;
-            std::fs::create_dir_all(&job.folder).at(&job.folder)?;
-        }
+        let lock = match lock {
+            Some(lock) => lock,
+            None => {
+                std::fs::create_dir_all(&job.folder).at(&job.folder)?;
+                let lock = RunLock::take(&job.folder)?;
+                check_folder(job)?;
+                lock
+            }
+        };
         let text = settings.to_toml();
         write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
         let path = job.folder.join("metrics.jsonl");
@@ -191,6 +211,7 @@ impl<'j> Run<'j> {
             peak_flops,
             started: Instant::now(),
             since_record: (0.0, 0),
+            _lock: lock,
         })
     }
 

@@ -17,7 +17,7 @@ use ttt::train::run::Job;
 use ttt::train::settings::{Recompute, Settings};
 
 use crate::commands::plan::describe;
-use crate::progress::Bar;
+use crate::progress::{Bar, warn};
 use crate::units;
 
 /// Training losses that the table's mean is over.
@@ -97,6 +97,7 @@ impl Observer for Watch {
         let mut view = self.view();
         match event {
             Event::Corpus(text) => say(text),
+            Event::Warning(text) => warn(text),
             Event::Tokenizing(p) => {
                 let bar = view.bar.get_or_insert_with(|| Bar::bytes(p.total_bytes));
                 let message = if p.waiting {
