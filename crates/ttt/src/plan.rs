@@ -29,6 +29,12 @@ impl Flops {
     pub fn forward(&self) -> f64 {
         self.matmul + self.inner_loop
     }
+
+    /// Forward and backward together when the initial fast weights alone are learned: products with frozen matrices have one
+    /// gradient, that of their input.
+    pub fn training_initial_state(&self) -> f64 {
+        2.0 * self.matmul + 3.0 * self.inner_loop
+    }
 }
 
 /// Floating-point operations per token of a model.
@@ -72,6 +78,14 @@ impl Memory {
     /// All parts together: the peak.
     pub fn total(&self) -> usize {
         self.weights + self.gradients + self.optimizer + self.activations + self.fast_weights + self.states + self.transient
+    }
+
+    /// That of training, when the initial fast weights alone are learned: both moments, and weights and gradients once more, of
+    /// those; no gradients of frozen matrices.
+    pub fn of_initial_state(self, config: &Config) -> Memory {
+        let table = ParamTable::new(config).0;
+        let bytes = |table: ParamTable| size_class(table.len() * 4);
+        Memory { gradients: bytes(table.gradients_of_initial_state()), optimizer: 4 * bytes(table.initial_state()), ..self }
     }
 }
 

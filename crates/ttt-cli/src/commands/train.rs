@@ -60,6 +60,15 @@ fn summary(job: &Job, outcome: &Outcome, out: &mut dyn Write) -> std::io::Result
     writeln!(out, "  run    {folder}  (settings.toml, metrics.jsonl, checkpoints)")?;
     writeln!(out, "  curve  {folder}/loss.svg")?;
     writeln!(out, "  model  {}", outcome.model.display())?;
+    if let Some(skill) = &outcome.skill {
+        let size = std::fs::metadata(skill)?.len();
+        writeln!(
+            out,
+            "  skill  {}  ({}; --skill loads it over the model it was learned for)",
+            skill.display(),
+            units::bytes(size)
+        )?;
+    }
     writeln!(out, "try it:")?;
     let (program, run) = (model::program(), units::quoted(&job.folder));
     writeln!(out, "  {program} generate {run} --prompt {}", units::quoted(&job.settings.sample.prompt))

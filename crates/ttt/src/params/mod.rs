@@ -60,6 +60,24 @@ impl Params {
         &self.table
     }
 
+    /// Whether there is room for a parameter: in a table of gradients those that nobody wants have no elements.
+    pub fn holds(&self, id: ParamId) -> bool {
+        self.table.entry(id).elements() > 0
+    }
+
+    /// Copies every parameter that both have, by name.
+    ///
+    /// # Panics
+    /// When one that both have differs in its number of elements, or the types of the elements differ.
+    pub fn copy_shared(&mut self, from: &Params) {
+        let table = self.table.clone();
+        for (index, entry) in table.entries().iter().enumerate() {
+            if let Some(id) = from.table.find(&entry.name) {
+                with_dtype!(self.data.dtype(), E => self.values_mut::<E>(ParamId(index)).copy_from_slice(from.values(id)));
+            }
+        }
+    }
+
     /// The whole buffer.
     pub fn data(&self) -> &Tensor {
         &self.data

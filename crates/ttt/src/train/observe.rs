@@ -21,6 +21,8 @@ pub enum Event<'a> {
         config: &'a Config,
         /// Number of its parameters.
         parameters: usize,
+        /// Number of those that are learned.
+        learned: usize,
         /// Training tokens of the corpus.
         train_tokens: u64,
         /// Validation tokens of the corpus.

@@ -9,7 +9,7 @@ use crate::data::{Examples, Sampler, Tokenizer, Tokens};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
-use crate::hub::{ModelFolder, write_atomic};
+use crate::hub::{ModelFolder, Skill, SkillInfo, write_atomic};
 use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::adamw;
@@ -47,6 +47,8 @@ pub struct Outcome {
     pub validation: Record,
     /// Folder of the final model.
     pub model: PathBuf,
+    /// File of the learned initial state, when that is all that was learned.
+    pub skill: Option<PathBuf>,
     /// Time trained.
     pub seconds: f64,
 }
@@ -152,7 +154,10 @@ impl<'j> Run<'j> {
             Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
-        let mut optimizer = Optimizer::new(&model)?;
+        let mut optimizer = match settings.train.only_initial_state {
+            true => Optimizer::of_initial_state(&model)?,
+            false => Optimizer::new(&model)?,
+        };
         let data = corpus.id(settings, &tokenizer);
         let state = match newest {
             Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
@@ -224,6 +229,7 @@ impl<'j> Run<'j> {
         observer.event(Event::Start {
             config: &self.config,
             parameters: self.model.params().table().parameters(),
+            learned: self.optimizer.m.table().parameters(),
             train_tokens: self.corpus.train().len() as u64,
             validation_tokens: self.corpus.validation().len() as u64,
             from_step,
@@ -290,9 +296,22 @@ impl<'j> Run<'j> {
         }
         let model = self.job.folder.join("final");
         checkpoint::save_model(&model, &self.model, &self.tokenizer)?;
+        let skill = settings.train.only_initial_state.then(|| self.save_skill()).transpose()?;
         self.plot()?;
         let validation = validation.expect("the last pass of the loop evaluates");
-        Ok(Outcome { validation, model, seconds: self.state.elapsed_seconds })
+        Ok(Outcome { validation, model, skill, seconds: self.state.elapsed_seconds })
+    }
+
+    fn save_skill(&self) -> Result<PathBuf> {
+        let folder = std::path::absolute(&self.job.folder).at(&self.job.folder)?;
+        let info = SkillInfo {
+            name: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            tokens: self.state.tokens,
+            tokenizer: self.tokenizer.fingerprint().to_owned(),
+        };
+        let path = self.job.folder.join("skill.safetensors");
+        Skill::save(&path, self.model.params(), &info)?;
+        Ok(path)
     }
 
     fn step(&mut self, lr: f64) -> Result<StepReport> {
@@ -372,13 +391,15 @@ impl<'j> Run<'j> {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
+        let flops = plan::flops(&self.config);
+        let per_token = if self.job.settings.train.only_initial_state { flops.training_initial_state() } else { flops.training };
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
             bits_per_byte: (bytes > 0.0).then(|| report.nll / std::f64::consts::LN_2 / bytes),
             lr: Some(lr),
             grad_norm: Some(report.grad_norm),
             tokens_per_second: Some(speed),
-            mfu: Some(plan::flops(&self.config).training * speed / self.peak_flops),
+            mfu: Some(per_token * speed / self.peak_flops),
             elapsed_seconds: Some(elapsed),
             memory_bytes: Some(self.job.device.memory().usage().peak as u64),
             ..Record::new(Split::Train, self.state.step, self.state.tokens, report.loss)

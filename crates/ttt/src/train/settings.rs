@@ -165,6 +165,8 @@ pub struct Train {
     /// Steps of that warm-up; without it, those of the optimizer for TTT-MLP and 0 for TTT-Linear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inner_lr_warmup: Option<u64>,
+    /// Whether the initial fast weights, W0, alone are learned, and every other parameter stays that of `model.folder`.
+    pub only_initial_state: bool,
     /// Processor threads; 0 for all.
     pub threads: usize,
 }
@@ -474,6 +476,9 @@ impl Settings {
         }
         if self.warmup_steps() > self.steps() {
             return wrong(format!("optimizer.warmup_steps {} is more than the run's {} steps", self.warmup_steps(), self.steps()));
+        }
+        if train.only_initial_state && self.model.folder.is_none() {
+            return wrong("train.only_initial_state needs a trained model to start from: --init-from MODEL".into());
         }
         let positive = f64::MIN_POSITIVE..=f64::MAX;
         let ranges = [
