@@ -368,6 +368,9 @@ pub struct Bench {
     /// train: only forward and backward, without clip and AdamW
     #[arg(long)]
     pub no_optimizer: bool,
+    /// train: learn the initial fast weights alone
+    #[arg(long, conflicts_with = "no_optimizer")]
+    pub only_initial_state: bool,
     /// prefill: logits of every position, not of the last one only
     #[arg(long)]
     pub all_logits: bool,
