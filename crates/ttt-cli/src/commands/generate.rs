@@ -8,6 +8,7 @@ use ttt::data::Tokenizer;
 use ttt::generate::{Generator, Sampling};
 
 use crate::args::Generate;
+use crate::progress::warn;
 use crate::{model, units};
 
 /// Runs the command.
@@ -15,8 +16,12 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     sampling.validate()?;
     let folder = model::resolve(&args.model)?;
-    let lm = model::load(&folder, &args.device, args.dtype)?;
+    let mut lm = model::load(&folder, &args.device, args.dtype)?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
+    model::load_skill(&mut lm, args.skill.as_deref(), tokenizer.as_ref())?;
+    if let Some(warning) = tokenizer.as_ref().and_then(|t| t.unused_ids(lm.config().vocab_size)) {
+        warn(&warning);
+    }
     let (prompt, text) = prompt(args, tokenizer.as_ref())?;
 
     let start = Instant::now();

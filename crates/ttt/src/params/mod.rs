@@ -18,6 +18,7 @@ pub use table::{BlockIds, Entry, ModelIds, ParamId, ParamTable, TttIds};
 use crate::Result;
 use crate::device::Device;
 use crate::device::view::{View, ViewMut};
+use crate::ops::add;
 use crate::tensor::{DType, Tensor, with_dtype};
 
 /// One number for every parameter of a model, in one flat buffer.
@@ -99,6 +100,24 @@ impl Params {
     /// The table that lays the buffer out.
     pub fn table(&self) -> &Arc<ParamTable> {
         &self.table
+    }
+
+    /// Whether there is room for a parameter: in a table of gradients those that nobody wants have no elements.
+    pub fn holds(&self, id: ParamId) -> bool {
+        self.table.entry(id).elements() > 0
+    }
+
+    /// Copies every parameter that both have, by name.
+    ///
+    /// # Panics
+    /// When one that both have differs in its shape, or the types of the elements or the devices differ.
+    pub fn copy_shared(&mut self, from: &Params) {
+        let table = self.table.clone();
+        for (index, entry) in table.entries().iter().enumerate() {
+            if let Some(id) = from.table.find(&entry.name) {
+                add::copy_to(self.view_mut(ParamId(index)), from.view(id));
+            }
+        }
     }
 
     /// The whole buffer.

@@ -118,7 +118,7 @@ pub struct ModelIds {
 impl ParamTable {
     /// The table of a model, and where its layers find their parameters.
     pub fn new(config: &Config) -> (ParamTable, ModelIds) {
-        let mut t = ParamTable { entries: Vec::new(), by_name: HashMap::new(), len: 0 };
+        let mut t = ParamTable::empty();
         let (d, i, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
         let (h, hd, k, taps) = (config.num_attention_heads, config.head_dim(), config.mini_batch_size, config.conv_kernel);
         let normal = Init::Normal(config.initializer_range);
@@ -201,6 +201,38 @@ impl ParamTable {
         let head = if config.tie_word_embeddings { embed } else { t.add("lm_head.weight", &[v, d], normal) };
         t.len = t.len.next_multiple_of(ALIGN);
         (t, ModelIds { embed, blocks, norm, head })
+    }
+
+    /// The initial fast weights alone, in this table's order.
+    pub fn initial_state(&self) -> ParamTable {
+        let mut t = ParamTable::empty();
+        for entry in self.entries.iter().filter(|e| e.initial_state) {
+            let id = t.add(&entry.name, &entry.shape, entry.init);
+            t.entries[id.0].initial_state = true;
+        }
+        t.len = t.len.next_multiple_of(ALIGN);
+        t
+    }
+
+    /// For gradients when the initial fast weights alone are learned: the same ids, but matrices that stay as they are have no
+    /// rows, so that their gradients take neither memory nor work.
+    pub fn gradients_of_initial_state(&self) -> ParamTable {
+        let mut t = ParamTable::empty();
+        for entry in &self.entries {
+            // Norms and biases are small, start constant, and their gradients come with others'.
+            let matrix = entry.shape.len() == 2 && matches!(entry.init, Init::Normal(_));
+            let unwanted = matrix && !entry.initial_state;
+            let shape = if unwanted { vec![0, entry.shape[1]] } else { entry.shape.clone() };
+            // Matrices that are one in the model stay one.
+            let id = if unwanted { t.join(&entry.name, &shape, entry.init) } else { t.add(&entry.name, &shape, entry.init) };
+            t.entries[id.0].initial_state = entry.initial_state;
+        }
+        t.len = t.len.next_multiple_of(ALIGN);
+        t
+    }
+
+    fn empty() -> ParamTable {
+        ParamTable { entries: Vec::new(), by_name: HashMap::new(), len: 0 }
     }
 
     fn add(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {

@@ -41,7 +41,10 @@ macro_rules! fast {
             text: include_str!("forward.cu"),
             defines: &[concat!("HEAD_DIM=", $d)],
             types: &[DType::Bf16],
-            kernels: &[Entry { name: "ttt_linear_forward", registers: $registers }],
+            kernels: &[
+                Entry { name: "ttt_linear_forward", registers: $registers },
+                Entry { name: "ttt_linear_forward_chain", registers: 255 },
+            ],
         };
         /// The fast backward of this head size.
         pub(crate) static $backward: Source = Source {
@@ -50,7 +53,10 @@ macro_rules! fast {
             text: include_str!("backward.cu"),
             defines: &[concat!("HEAD_DIM=", $d)],
             types: &[DType::Bf16],
-            kernels: &[Entry { name: "ttt_linear_backward", registers: $registers }],
+            kernels: &[
+                Entry { name: "ttt_linear_backward", registers: $registers },
+                Entry { name: "ttt_linear_backward_chain", registers: 255 },
+            ],
         };
     };
 }
@@ -80,7 +86,8 @@ fn fast(cuda: &Cuda, inputs: &Inputs, others: &[View]) -> Option<&'static Fast> 
 fn shared_bytes(d: usize) -> [usize; 2] {
     let (tile, warps, patch) = (16 * (2 * d + 16), d / 16, 4 * 16 * 20);
     let forward = 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * (16 + 4);
-    let backward = 2 * (5 * tile + 64) + 2 * d * (2 * d + 16) + 2 * tile + warps * 2 * patch + warps * 32 * (16 + 4 + 16) + 8 * d;
+    let backward =
+        2 * (5 * tile + 64) + 2 * d * (2 * d + 16) + 3 * tile + warps * 2 * patch + warps * 32 * (16 + 4 + 16) + 72 * d + 64;
     [forward, backward]
 }
 
@@ -118,6 +125,7 @@ struct ForwardParams {
     rows: u64,
     ghat: u64,
     checkpoints: u64,
+    boundaries: u64,
     scratch: u64,
     q_stride: u32,
     k_stride: u32,
@@ -129,6 +137,8 @@ struct ForwardParams {
     head_dim: u32,
     mini_batch: u32,
     group: u32,
+    split: u32,
+    parts: u32,
 }
 
 /// `BackwardParams` of params.cuh.
@@ -152,6 +162,7 @@ struct BackwardParams {
     dlr: u64,
     dstate: u64,
     partials: u64,
+    boundaries: u64,
     scratch: u64,
     q_stride: u32,
     k_stride: u32,
@@ -167,6 +178,8 @@ struct BackwardParams {
     head_dim: u32,
     mini_batch: u32,
     group: u32,
+    split: u32,
+    parts: u32,
 }
 
 /// `ReduceParams` of params.cuh.
@@ -181,6 +194,7 @@ struct ReduceParams {
     heads: u32,
     head_dim: u32,
     mini_batch: u32,
+    parts: u32,
 }
 
 /// f32 numbers of scratch for a block of the forward and of the backward.
@@ -256,6 +270,7 @@ pub(crate) fn forward(
         rows: rows.view_mut().as_view().address(),
         ghat: kept.as_ref().map_or(0, |(_, ghat)| ghat.address()),
         checkpoints: kept.as_ref().map_or(0, |(states, _)| states.address()),
+        boundaries: 0,
         scratch: scratch.address(),
         q_stride: stride(q),
         k_stride: stride(inputs.k),
@@ -267,6 +282,8 @@ pub(crate) fn forward(
         head_dim: d as u32,
         mini_batch: k as u32,
         group: group as u32,
+        split: 0,
+        parts: 1,
     };
     let (source, name, threads, shared) = match fast {
         Some(fast) => (fast.forward, (dtype, "ttt_linear_forward"), 2 * d, shared_bytes(d)[0]),
@@ -321,6 +338,7 @@ pub(crate) fn backward(
         dlr: dlr.address(),
         dstate: dstate.view_mut().as_view().address(),
         partials: partials.address(),
+        boundaries: 0,
         scratch: scratch.address(),
         q_stride: stride(q),
         k_stride: stride(inputs.k),
@@ -336,6 +354,8 @@ pub(crate) fn backward(
         head_dim: width as u32,
         mini_batch: k as u32,
         group: group as u32,
+        split: 0,
+        parts: 1,
     };
     let (source, name, threads, shared) = match fast {
         Some(fast) => (fast.backward, (q.dtype(), "ttt_linear_backward"), 2 * width, shared_bytes(width)[1]),
@@ -352,6 +372,7 @@ pub(crate) fn backward(
         heads: heads as u32,
         head_dim: width as u32,
         mini_batch: k as u32,
+        parts: 1,
     };
     let warps = heads * 2 * width + k;
     // SAFETY: `partials` has a row for each block; the sums are contiguous parameters' gradients, mutably borrowed.
