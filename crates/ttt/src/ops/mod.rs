@@ -56,8 +56,6 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &ttt_linear::cuda::BACKWARD_64,
     &ttt_linear::cuda::FORWARD_96,
     &ttt_linear::cuda::BACKWARD_96,
-    &ttt_linear::cuda::FORWARD_128,
-    &ttt_linear::cuda::BACKWARD_128,
 ];
 
 /// Whether the fast f32 version of an operation runs, not the reference.

@@ -64,13 +64,11 @@ macro_rules! fast {
 fast!(FORWARD_48, BACKWARD_48, "48", 168);
 fast!(FORWARD_64, BACKWARD_64, "64", 168);
 fast!(FORWARD_96, BACKWARD_96, "96", 255);
-fast!(FORWARD_128, BACKWARD_128, "128", 255);
 
-static FAST: [Fast; 4] = [
+static FAST: [Fast; 3] = [
     Fast { head_dim: 48, forward: &FORWARD_48, backward: &BACKWARD_48 },
     Fast { head_dim: 64, forward: &FORWARD_64, backward: &BACKWARD_64 },
     Fast { head_dim: 96, forward: &FORWARD_96, backward: &BACKWARD_96 },
-    Fast { head_dim: 128, forward: &FORWARD_128, backward: &BACKWARD_128 },
 ];
 
 /// The fast kernels, where they cover the type, the sizes and the layout, and this GPU has the shared memory.
