@@ -117,8 +117,10 @@ fn ttt_linear_forward_and_every_gradient() {
         for lens in [&[1][..], &[15], &[16], &[17], &[63], &[1040], &[33, 0, 16, 7, 40]] {
             let case = ttt_case::Case::new(Inner::Linear, heads, d, k, lens);
             let (want, want_grads) = (case.forward(&reference(), DType::F64, None), case.backward(&reference(), DType::F64, 2));
-            for (dtype, ratio, token_ratio) in PRECISIONS {
-                let name = format!("{heads} heads of {d}, K = {k}, {lens:?} {dtype:?}");
+            // Rows of 8 aligned elements, which the fast kernels want, and others.
+            for ((dtype, ratio, token_ratio), pad) in [(PRECISIONS[0], 5), (PRECISIONS[1], 5), (PRECISIONS[1], 8)] {
+                let case = ttt_case::Case { pad, ..case.clone() };
+                let name = format!("{heads} heads of {d}, K = {k}, {lens:?} {dtype:?}, {pad} beside");
                 let ours = case.forward(gpu, dtype, None);
                 ttt_case::close(&format!("{name}: z"), &ours.z, &want.z, ratio);
                 let weights = [case.final_weights(&ours), case.final_weights(&want)];
@@ -139,8 +141,8 @@ fn ttt_linear_forward_and_every_gradient() {
 #[test]
 fn ttt_linear_in_chunks_is_ttt_linear() {
     let Some(gpu) = gpu() else { return };
-    let case = ttt_case::Case::new(Inner::Linear, 2, 64, 16, &[75]);
-    for (dtype, ratio, _) in PRECISIONS {
+    for ((dtype, ratio, _), pad) in [(PRECISIONS[0], 5), (PRECISIONS[1], 5), (PRECISIONS[1], 8)] {
+        let case = ttt_case::Case { pad, ..ttt_case::Case::new(Inner::Linear, 2, 64, 16, &[75]) };
         let whole = case.forward(gpu, dtype, None);
         let mut state = case.state(gpu, dtype);
         let (mut z, mut at) = (Vec::new(), 0);

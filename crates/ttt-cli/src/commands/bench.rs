@@ -13,7 +13,7 @@ use ttt::config::Config;
 use ttt::device::{Device, probe};
 use ttt::train::Settings;
 
-use crate::args::{Bench, BenchWhat, InnerName};
+use crate::args::{Bench, BenchWhat, DeviceName, InnerName};
 use crate::commands::plan;
 use crate::commands::train::settings::is_assignment;
 use crate::{model, units};
@@ -44,7 +44,14 @@ pub struct Measured {
 /// Runs the command.
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let config = config(args)?;
-    let device = model::device(args.device.device, args.device.threads.unwrap_or(0), &config)?;
+    if let (Some(BenchWhat::Ops), DeviceName::Cuda(_)) = (args.what, args.device.device) {
+        return Err(crate::Usage("`ttt bench ops` measures the processor; train, prefill and decode run on a GPU too".into()).into());
+    }
+    let name = match args.what {
+        Some(BenchWhat::Ops) if args.device.device == DeviceName::Auto => DeviceName::Cpu,
+        _ => args.device.device,
+    };
+    let device = model::device(name, args.device.threads.unwrap_or(0), &config)?;
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
     device.memory().trim();
     let all = match args.what {
@@ -69,9 +76,11 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "{}", plan::describe(&config))?;
     writeln!(
         out,
-        "{} threads, {:?} kernels; this machine reaches {:.0} GFLOP/s in a matrix product and reads {:.1} GB/s\n",
-        device.threads(),
-        device.kernels(),
+        "{}; this machine reaches {:.0} GFLOP/s in a matrix product and {:.1} GB/s of memory\n",
+        match device.as_cuda() {
+            Some(gpu) => gpu.info().name.clone(),
+            None => format!("{} threads, {:?} kernels", device.threads(), device.kernels()),
+        },
         ceilings.flops / 1e9,
         ceilings.bandwidth / 1e9
     )?;

@@ -49,6 +49,8 @@ pub struct Case {
     pub k: usize,
     pub lens: Vec<usize>,
     pub phase: usize,
+    /// Columns beside q, k and v in their matrix.
+    pub pad: usize,
     pub q: Vec<f64>,
     pub k_rows: Vec<f64>,
     pub v: Vec<f64>,
@@ -138,6 +140,7 @@ impl Case {
             k,
             lens: lens.to_vec(),
             phase: 0,
+            pad: 5,
             q: noise(1, wide, 1.0),
             k_rows: noise(2, wide, 1.0),
             v: noise(3, wide, 1.0),
@@ -193,16 +196,16 @@ impl Case {
 
     fn place(&self, device: &Device, dtype: DType, rows: &[usize]) -> Placed {
         let wide = self.heads * self.d;
-        let mut qkv = vec![f64::NAN; rows.len() * (3 * wide + 5)];
+        let mut qkv = vec![f64::NAN; rows.len() * (3 * wide + self.pad)];
         let mut lr = vec![];
         for (i, row) in rows.iter().enumerate() {
             for (part, x) in [&self.v, &self.q, &self.k_rows].into_iter().enumerate() {
-                qkv[i * (3 * wide + 5) + part * wide..][..wide].copy_from_slice(&x[row * wide..][..wide]);
+                qkv[i * (3 * wide + self.pad) + part * wide..][..wide].copy_from_slice(&x[row * wide..][..wide]);
             }
             lr.extend_from_slice(&self.lr[row * self.heads..][..self.heads]);
         }
         Placed {
-            qkv: tensor(device, dtype, &[rows.len(), 3 * wide + 5], &qkv),
+            qkv: tensor(device, dtype, &[rows.len(), 3 * wide + self.pad], &qkv),
             lr: tensor(device, master(dtype), &[rows.len(), self.heads], &lr),
             tok: tensor(device, master(dtype), &[1, self.k], &self.tok),
             gamma: tensor(device, master(dtype), &[self.heads, self.d], &self.gamma),
