@@ -45,7 +45,9 @@ pub struct Measured {
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let config = config(args)?;
     if let (Some(BenchWhat::Ops), DeviceName::Cuda(_)) = (args.what, args.device.device) {
-        return Err(crate::Usage("`ttt bench ops` measures the processor; train, prefill and decode run on a GPU too".into()).into());
+        return Err(
+            crate::Usage("`ttt bench ops` measures the processor; train, prefill and decode run on a GPU too".into()).into()
+        );
     }
     let name = match args.what {
         Some(BenchWhat::Ops) if args.device.device == DeviceName::Auto => DeviceName::Cpu,

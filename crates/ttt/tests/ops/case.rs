@@ -203,7 +203,7 @@ impl Case {
         let mut inputs = self.inputs();
         if dtype == DType::Bf16 {
             for (_, input) in inputs.iter_mut().enumerate().filter(|(n, _)| !self.in_f32.contains(n)) {
-                input.iter_mut().for_each(|x| *x = half::bf16::from_f64(*x).to_f64());
+                input.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x as f32).to_f64());
             }
         }
         let is = self.run(device, dtype, &inputs, strided);

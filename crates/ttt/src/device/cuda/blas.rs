@@ -94,7 +94,8 @@ impl Blas {
     pub(crate) fn product(&self, a: Operand, b: Operand, y: Operand, add: bool) {
         let ([m, k], [k2, n]) = (a.shape(), b.shape());
         assert!(k == k2 && [m, n] == [y.rows, y.cols] && !y.transposed, "{:?} x {:?} into {:?}", a.shape(), b.shape(), y.shape());
-        if m == 0 || n == 0 {
+        assert!(k > 0 || add || m * n == 0, "a product of {:?} and {:?}", a.shape(), b.shape());
+        if m == 0 || n == 0 || k == 0 {
             return;
         }
         self.context.bind();

@@ -68,8 +68,13 @@ pub fn compile(name: &str, text: &str, headers: &[(&str, String)], options: &[St
         )
     };
     status.result().map_err(|e| failed(e.to_string()))?;
+    let mut options = options.to_vec();
+    // What its own cache answers comes without the assembler's report.
+    if version().is_some_and(|version| version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0) >= 13) {
+        options.push("--no-cache".into());
+    }
     // SAFETY: the program was made above and is not destroyed yet.
-    let (status, log) = unsafe { (result::compile_program(program, options), result::get_program_log(program)) };
+    let (status, log) = unsafe { (result::compile_program(program, &options), result::get_program_log(program)) };
     let log = String::from_utf8_lossy(&log.unwrap_or_default().iter().map(|c| *c as u8).collect::<Vec<u8>>())
         .trim_end_matches('\0')
         .to_owned();

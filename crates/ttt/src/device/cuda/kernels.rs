@@ -26,6 +26,9 @@ pub struct Source {
     pub text: &'static str,
     /// Macros that are defined, such as `HEAD_DIM=64`.
     pub defines: &'static [&'static str],
+    /// Macros that are defined for architectures other than Hopper's, for which a kernel's registers were not tuned; any number
+    /// of registers is allowed there.
+    pub untuned: &'static [&'static str],
     /// Types of activations that it is compiled for, as `T`; `[F32]` for a source that does not mention `T`.
     pub types: &'static [DType],
     /// Its kernels.
@@ -81,12 +84,23 @@ impl Unit {
         format!("{}-{}-{}", self.source.name, format!("{:?}", self.dtype).to_lowercase(), self.arch)
     }
 
+    /// Whether its kernels were tuned for the architecture.
+    fn tuned(&self) -> bool {
+        self.arch == "sm_90a" || self.source.untuned.is_empty()
+    }
+
+    /// The most registers that a kernel of it may take.
+    pub fn register_limit(&self, entry: &Entry) -> u32 {
+        if self.tuned() { entry.registers } else { 255 }
+    }
+
     fn options(&self) -> Vec<String> {
         let mut options = vec![format!("--gpu-architecture={}", self.arch), "--std=c++17".into(), "-Xptxas=-v".into()];
         if self.dtype == DType::Bf16 {
             options.push("-DTTT_BF16".into());
         }
-        options.extend(self.source.defines.iter().map(|define| format!("-D{define}")));
+        let untuned = if self.tuned() { &[][..] } else { self.source.untuned };
+        options.extend(self.source.defines.iter().chain(untuned).map(|define| format!("-D{define}")));
         options
     }
 

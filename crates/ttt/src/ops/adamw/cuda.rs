@@ -12,6 +12,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "ops/adamw/kernel.cu",
     text: include_str!("kernel.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "adamw", registers: 64 },

@@ -14,6 +14,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "ops/cross_entropy/kernel.cu",
     text: include_str!("kernel.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "likelihood1", registers: 64 },

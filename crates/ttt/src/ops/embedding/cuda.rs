@@ -13,6 +13,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "ops/embedding/kernel.cu",
     text: include_str!("kernel.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[Entry { name: "pieces", registers: 48 }, Entry { name: "add_pieces", registers: 48 }],
 };

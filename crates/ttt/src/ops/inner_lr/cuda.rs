@@ -14,6 +14,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "ops/inner_lr/kernel.cu",
     text: include_str!("kernel.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "gate", registers: 40 },

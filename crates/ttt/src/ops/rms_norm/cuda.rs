@@ -14,6 +14,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "ops/rms_norm/kernel.cu",
     text: include_str!("kernel.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
         Entry { name: "forward1", registers: 48 },

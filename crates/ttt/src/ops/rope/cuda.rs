@@ -14,6 +14,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "ops/rope/kernel.cu",
     text: include_str!("kernel.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[Entry { name: "turn2", registers: 48 }, Entry { name: "turn8", registers: 64 }],
 };

@@ -15,6 +15,7 @@ pub(crate) static PLAIN: Source = Source {
     file: "ops/ttt_linear/plain.cu",
     text: include_str!("plain.cu"),
     defines: &[],
+    untuned: &[],
     types: &[DType::F32],
     kernels: &[
         Entry { name: "ttt_linear_forward_plain_bf16", registers: 128 },
@@ -40,6 +41,7 @@ macro_rules! fast {
             file: "ops/ttt_linear/forward.cu",
             text: include_str!("forward.cu"),
             defines: &[concat!("HEAD_DIM=", $d)],
+            untuned: &["BLOCKS_PER_SM=1"],
             types: &[DType::Bf16],
             kernels: &[
                 Entry { name: "ttt_linear_forward", registers: $registers },
@@ -52,6 +54,7 @@ macro_rules! fast {
             file: "ops/ttt_linear/backward.cu",
             text: include_str!("backward.cu"),
             defines: &[concat!("HEAD_DIM=", $d)],
+            untuned: &["BLOCKS_PER_SM=1"],
             types: &[DType::Bf16],
             kernels: &[
                 Entry { name: "ttt_linear_backward", registers: $registers },
