@@ -27,7 +27,7 @@ def struct(pointers, strides, numbers):
 
 
 INPUTS = "q k v lr tok gamma beta segments"
-Forward = struct(INPUTS + " z weights rows ghat checkpoints boundaries scratch", "q k v z lr ghat",
+Forward = struct(INPUTS + " z weights rows ghat checkpoints boundaries opened scratch", "q k v z lr ghat",
                  "heads head_dim mini_batch group split parts")
 Backward = struct(INPUTS + " ghat checkpoints dz dq dk dv dlr dstate partials boundaries scratch",
                   "q k v lr ghat dz dq dk dv dlr", "heads head_dim mini_batch group split parts")
@@ -35,6 +35,7 @@ Reduce = struct("partials dtok dgamma dbeta", "", "segments heads head_dim mini_
 
 # Relative error of a whole tensor: with the rounding points emulated, and without.
 TIGHT, LOOSE = 6e-3, 3e-2
+DTOK = 2e-2  # a long sum that cancels
 F32 = 2e-5
 
 
@@ -57,7 +58,7 @@ def error(out, ref):
 
 
 def forward_shared(d):
-    return 4 * (3 * 16 * (2 * d + 16) + 64) + d // 16 * (16 * 48 + 1280) + d // 16 * 32 * 16 + d // 16 * 32 * 4
+    return 4 * (3 * 16 * (2 * d + 16) + 64) + d // 16 * (16 * 48 + 1280) + d // 16 * 32 * 32
 
 
 def backward_shared(d):
@@ -169,6 +170,8 @@ class Runner:
         p = self.common(Forward())
         p.z, p.z_stride, p.weights = a(self.z) + self.item * D, 2 * D, a(self.weights)
         p.rows = a(self.rows) if rows else 0
+        self.opened = self.poison(self.tasks, c.K - 1, 2 * c.d)
+        p.opened = a(self.opened)
         if keep:
             p.ghat, p.checkpoints = a(self.ghat), a(self.saved)
         if scratch is not None:
@@ -273,7 +276,8 @@ def check(device, d, K, heads, segments, group, seed, plain, f32=False, split=0)
         if not f32:
             loose.update(compare(case, grads, case.reference(reference.exact), True))
     limit = F32 if f32 else TIGHT
-    ok = repeat and all(e < limit for e in tight.values()) and all(e < LOOSE for e in loose.values())
+    ok = repeat and all(e < (max(limit, DTOK) if n == "dtok" and not f32 else limit) for n, e in tight.items())
+    ok = ok and all(e < LOOSE for e in loose.values())
     worst = lambda errors: max(errors.items(), key=lambda item: -1 if item[1] < 0 else float("inf") if item[1] != item[1] else item[1])
     line = dict(check="ttt_linear", plain=plain, f32=f32, d=d, K=K, heads=heads, segments=segments if len(segments) < 8 else len(segments),
                 group=group, split=split, seed=seed, ok=bool(ok), bitwise=bool(repeat), tight={n: float(f"{e:.2g}") for n, e in tight.items()})
@@ -302,7 +306,7 @@ def run_checks(args):
             for K in args.k:
                 define = "PLAIN" if plain else f"HEAD_DIM={d}"
                 if args.emulate:
-                    device = Emulator(define, args.order)
+                    device = Emulator(define)
                 else:
                     device = Gpu(["plain.cu"] if plain else ["plain.cu", "forward.cu", "backward.cu"], [define])
                 for seed in range(args.seeds):
@@ -396,7 +400,6 @@ def main():
     sub = parser.add_subparsers(dest="command", required=True)
     p = sub.add_parser("check", help="compare all outputs and gradients with NumPy")
     p.add_argument("--emulate", action="store_true", help="on the CPU")
-    p.add_argument("--order", type=int, default=2, help="emulator: order of warps; 0 first to last, 1 last to first, 2 at random")
     p.add_argument("--plain", action="store_true", help="the plain kernels")
     p.add_argument("--f32", action="store_true", help="f32 elements (plain kernels only)")
     p.add_argument("--d", type=int, nargs="+", default=[64])

@@ -1,5 +1,5 @@
 // The CPU twin of crates/ttt/src/device/cuda/prelude.cuh: a block is a set of fibers, one a thread, that meet at warp and block
-// operations. Order of warps and lanes is chosen by `emu::order`, asynchronous copies land when they are waited for, shared memory
+// operations. Order of blocks, warps and lanes is chosen by `emu::order`, asynchronous copies land when they are waited for, shared memory
 // starts as NaN: a missing barrier or wait changes results.
 #pragma once
 #include <ucontext.h>
@@ -138,12 +138,8 @@ static void run_block(u32 threads) {
             idle = 0;
         } else if (warps_left.size() > 1) {
             // Stuck at a block barrier: move on to the others.
-            std::swap(warps_left[pick], warps_left[order == 2 ? random(warps_left.size()) : (pick + 1) % warps_left.size()]);
-            if (order < 2) {
-                const u32 first = warps_left[0];
-                warps_left.erase(warps_left.begin());
-                warps_left.push_back(first);
-            }
+            warps_left.erase(warps_left.begin() + pick);
+            warps_left.insert(order == 1 ? warps_left.begin() : warps_left.end(), w);
         }
         idle = progress == before && left ? idle + 1 : 0;
         if (idle > 64 * warps.size()) fail("threads wait for each other");
@@ -160,8 +156,12 @@ template <class P> static void launch(void (*kernel)(P), const P* params, u32 bl
     shared = (u8*)aligned_alloc(128, shared_bytes + 128);
     blockDim = {threads, 1, 1};
     gridDim = {blocks, 1, 1};
-    for (u32 b = 0; b < blocks; b++) {
-        blockIdx = {order == 1 ? blocks - 1 - b : b, 0, 0};
+    std::vector<u32> left;
+    for (u32 b = 0; b < blocks; b++) left.push_back(order == 1 ? blocks - 1 - b : b);
+    while (!left.empty()) {
+        const u32 pick = order == 2 ? random(left.size()) : 0;
+        blockIdx = {left[pick], 0, 0};
+        left.erase(left.begin() + pick);
         run_block(threads);
     }
     free(shared);
@@ -193,6 +193,7 @@ DEVICE u16 bf16_bits(float x) { return (u16)emu_bf16(x); }
 DEVICE float bf16_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
 DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
+DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
 DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::shared); }
 DEVICE void emu_ldmatrix(u32 (&r)[4], u32 row, bool trans) {
     const u32 lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;

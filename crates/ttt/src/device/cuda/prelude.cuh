@@ -32,6 +32,13 @@ DEVICE float bf16_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
 // x as bf16 holds it.
 DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
+// 1 / sqrt(x) of a normal number, within 2 ulp.
+DEVICE float fast_rsqrt(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // ---- matrices ---------------------------------------------------------------------------------------------------------------
 // Fragments of a warp, g = lane / 4, c = lane % 4 (PTX ISA, mma.m16n8k16):
 //   A [16, 16]: a0 (g, 2c..), a1 (g + 8, 2c..), a2 (g, 2c + 8..), a3 (g + 8, 2c + 8..)

@@ -208,12 +208,12 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             mean[5 + j] = __shfl_sync(FULL_WARP, total[j], l.token + 16) * INV_D;
         }
         // mean: Z, Z², γ²Z, Z̄, Z̄² | γ²Z², wZ, w, p, pZ̄
-        const float mu = mean[0], rs = rsqrtf(max(mean[1] - mu * mu, 0.0f) + EPS);
+        const float mu = mean[0], rs = fast_rsqrt(max(mean[1] - mu * mu, 0.0f) + EPS);
         const float mean_g2x2 = rs * rs * (mean[5] - 2.0f * mu * mean[2] + mu * mu * mean_g2);
         const float mean_g2x = rs * (mean[2] - mu * mean_g2);
         const float mean_gx = mean_g2x2 + rs * (mean[6] - mu * mean[7]);
         const float mean_g = mean_g2x + mean[7];
-        const float mu_out = mean[3], rs_out = rsqrtf(max(mean[4] - mu_out * mu_out, 0.0f) + EPS);
+        const float mu_out = mean[3], rs_out = fast_rsqrt(max(mean[4] - mu_out * mu_out, 0.0f) + EPS);
         const float mean_p = mean[8], mean_px = rs_out * (mean[9] - mu_out * mean_p);
         u32 packed[4];
         {

@@ -14,9 +14,9 @@ struct Shared {
     static constexpr u32 K = 0, Q = TILE, V = 2 * TILE, LR = 3 * TILE, STAGE = 3 * TILE + 64;
     static constexpr u32 GHAT = STAGES * STAGE;              // per warp
     static constexpr u32 PATCHES = GHAT + WARPS * 16 * GHAT_PITCH;   // per warp
-    static constexpr u32 INNER = PATCHES + WARPS * PATCH;    // [warp][half][token][4] f32
+    static constexpr u32 INNER = PATCHES + WARPS * PATCH;    // [2 in the chain, one mini-batch after the other][warp][half][token][4] f32
     static constexpr u32 OUTPUT = INNER + WARPS * 32 * 16;   // [warp][half][token] f32
-    static constexpr u32 BYTES = OUTPUT + WARPS * 32 * 4;
+    static constexpr u32 BYTES = OUTPUT + WARPS * 32 * 16;
 };
 
 // CHAIN: only what moves W, up to the start of the last part.
@@ -31,11 +31,17 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
     const u32 all = (end + K - 1) / K; // mini-batches
     const u32 begin = CHAIN ? 0 : part * p.split;
     const u32 count = CHAIN ? (all - 1) / p.split * p.split : p.split ? min(all, begin + p.split) : all; // up to here
-    if (seg.len == 0 || begin >= (CHAIN ? all : count)) return;
+    if (seg.len == 0 || begin >= (CHAIN ? all : count)) return; // a chain of one part still leaves its start
     float* boundary = p.boundaries + ((u64)task * p.parts + part) * STATE;
     const u64 place = (u64)seg.slot * p.heads + head;
     float* state = p.weights + place * STATE;
     float* rows = p.rows + place * (K - 1) * 2 * D; // not read when p.rows is null
+    // The last part writes rows while the first may still read them, so the parts read a copy.
+    float* opened = p.opened + (u64)task * (K - 1) * 2 * D;
+    const float* restore = CHAIN || !p.split ? rows : opened;
+    if (CHAIN && phase > 0) {
+        for (u32 i = threadIdx.x; i < phase * 2 * D; i += THREADS) opened[i] = rows[i];
+    }
     const u32 checkpoints = (all + p.group - 1) / p.group;
     float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints + begin / p.group) * STATE;
     const u32 patch = shared + Shared::PATCHES + l.warp * PATCH;
@@ -60,12 +66,16 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
             copy_async_4(stage + Shared::LR + 4 * threadIdx.x, at_row(p.lr, lr_row, 4 * p.lr_stride, 4 * head), here);
         }
         if (restored) {
-            const float* from = rows + position * 2 * D + 8 * load_chunk;
+            const float* from = restore + position * 2 * D + 8 * load_chunk;
             u32 pairs[4];
 #pragma unroll
             for (u32 i = 0; i < 4; i++) pairs[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
             store_shared4(to + Shared::K, pairs);
         }
+    };
+    auto fetch_next = [&](u32 m) {
+        if (m + Shared::STAGES - 1 < count) fetch(m + Shared::STAGES - 1);
+        copy_async_commit();
     };
 #pragma unroll
     for (u32 i = 0; i < Shared::STAGES - 1; i++) {
@@ -134,12 +144,12 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
                 sums[5] += wr[i];
             }
         }
-        const u32 exchange = shared + Shared::INNER + (l.half * 16 + l.token) * 16;
+        const u32 exchange = shared + Shared::INNER + (CHAIN ? m % 2 * WARPS * 512 : 0) + (l.half * 16 + l.token) * 16;
         store_shared4(exchange + l.warp * 512, fold(l.half, sums[0], sums[3]), fold(l.half, sums[1], sums[4]),
                       fold(l.half, sums[2], sums[5]), 0.0f);
+        const float lr = load_shared(stage + Shared::LR + 4 * l.token);
+        if (CHAIN) copy_async_wait<Shared::STAGES - 3>(); // the next mini-batch has come
         __syncthreads();
-        if (m + Shared::STAGES - 1 < count) fetch(m + Shared::STAGES - 1);
-        copy_async_commit();
         float total[3] = {};
 #pragma unroll
         for (u32 i = 0; i < WARPS; i++) {
@@ -154,10 +164,10 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
             mean[j] = __shfl_sync(FULL_WARP, total[j], l.token) * INV_D;
             mean[3 + j] = __shfl_sync(FULL_WARP, total[j], l.token + 16) * INV_D;
         }
-        const float mu = mean[0], rs = rsqrtf(max(mean[1] - mu * mu, 0.0f) + EPS);
+        const float mu = mean[0], rs = fast_rsqrt(max(mean[1] - mu * mu, 0.0f) + EPS);
         const float mean_gx = rs * (rs * (mean[3] - 2.0f * mu * mean[2] + mu * mu * mean_g2) + mean[4] - mu * mean[5]);
         const float mean_g = rs * (mean[2] - mu * mean_g2) + mean[5];
-        const float scale = rs * load_shared(stage + Shared::LR + 4 * l.token);
+        const float scale = rs * lr;
         u32 packed[4];
         {
             float ghat[8];
@@ -170,8 +180,8 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
         }
         const u32 position = m * K + l.token;
         const bool fresh = l.token < K && position >= phase && position < end;
-        if (position < phase) { // a token of an earlier call
-            const float* from = rows + position * 2 * D + D + l.column();
+        if (m == 0 && position < phase) { // a token of an earlier call
+            const float* from = restore + position * 2 * D + D + l.column();
 #pragma unroll
             for (u32 i = 0; i < 4; i++) packed[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
         }
@@ -199,8 +209,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
                 store_state(boundary, w, b, l);
                 until_checkpoint = p.split;
             }
-            copy_async_wait<Shared::STAGES - 2>();
-            __syncthreads();
+            fetch_next(m);
             continue;
         }
 
@@ -216,6 +225,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
             add_outer(w, b, update, tile_k, l);
         }
         __syncwarp();
+        fetch_next(m);
         take_row(zr, patch, l);
         sums[0] = 0.0f, sums[1] = 0.0f;
 #pragma unroll
@@ -228,7 +238,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
         for (u32 i = 0; i < WARPS; i++) sum += load_shared(shared + Shared::OUTPUT + 4 * (32 * i + l.lane));
         const float mu_out = __shfl_sync(FULL_WARP, sum, l.token) * INV_D;
         const float square = __shfl_sync(FULL_WARP, sum, l.token + 16) * INV_D;
-        const float rs_out = rsqrtf(max(square - mu_out * mu_out, 0.0f) + EPS);
+        const float rs_out = fast_rsqrt(max(square - mu_out * mu_out, 0.0f) + EPS);
         if (fresh) {
             float q[8], out[8];
             load8(q, tile_q + l.row + l.own);

@@ -37,6 +37,7 @@ struct ForwardParams {
     float* checkpoints;      // for each segment, for each head, [ceil(ceil(len / K) / group), S], written: the weights after the last
                              // complete mini-batch of each group of `group`. Null: not kept
     float* boundaries;       // decoupled: [segments, H, parts, S], weights at the start of each part; else unused
+    float* opened;           // decoupled with rows: [segments, H, K - 1, 2 d], the rows below the phase; else unused
     float* scratch;          // plain kernels: forward_scratch(d, K) f32 for each block, which is (segment, head); fast: unused
     u32 q_stride, k_stride, v_stride, z_stride, lr_stride, ghat_stride;
     u32 heads;      // H

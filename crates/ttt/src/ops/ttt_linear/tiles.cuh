@@ -16,7 +16,7 @@
 
 // Blocks an SM that registers must leave room for. More registers shorten a block's time when there are few blocks.
 #ifndef BLOCKS_PER_SM
-#define BLOCKS_PER_SM (HEAD_DIM <= 64 ? 3 : 1)
+#define BLOCKS_PER_SM (HEAD_DIM > 64 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : __CUDA_ARCH__ == 800 ? 2 : 1)
 #endif
 
 constexpr u32 D = HEAD_DIM;
