@@ -191,6 +191,11 @@ impl Tokenizer {
         &self.fingerprint
     }
 
+    /// What a state file calls it: `bytes`, or the fingerprint. Ids of tokenizers with one name stand for the same text.
+    pub fn id(&self) -> &str {
+        if self.is_bytes() { "bytes" } else { &self.fingerprint }
+    }
+
     /// Whether ids are the bytes of the text.
     pub fn is_bytes(&self) -> bool {
         matches!(self.kind, Kind::Bytes)
