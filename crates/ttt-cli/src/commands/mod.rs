@@ -8,6 +8,8 @@ pub mod eval;
 pub mod generate;
 pub mod info;
 pub mod plan;
+pub mod read;
+pub mod state;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;

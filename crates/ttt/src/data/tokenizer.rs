@@ -181,6 +181,11 @@ impl Tokenizer {
         self.eos
     }
 
+    /// Ids between two documents that are read one after the other: EOS and BOS, as far as there are two such ids.
+    pub fn between_documents(&self) -> impl Iterator<Item = u32> {
+        [self.eos, super::store::document_bos(self)].into_iter().flatten()
+    }
+
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
