@@ -121,7 +121,8 @@ impl States {
     /// Counts the tokens of a batch that has been read.
     pub(crate) fn advance(&mut self, batch: &Batch) {
         for s in &batch.seqs {
-            self.positions[s.slot] += s.len as u64;
+            let before = if s.fresh { 0 } else { self.positions[s.slot] };
+            self.positions[s.slot] = before + s.len as u64;
         }
     }
 }

@@ -113,7 +113,7 @@ impl Optimizer {
             let (hidden, saved) = model.forward(&micro.batch, None, settings.keep, settings.inner_lr)?;
             let (nll, dhidden) = model.loss(&hidden, &micro.targets, &weights, &mut self.grads)?;
             drop(hidden);
-            model.backward(&micro.batch, saved.expect("the pass keeps something"), dhidden, &mut self.grads)?;
+            model.backward(&micro.batch, saved.expect("the pass keeps something"), dhidden, None, &mut self.grads)?;
             loss += nll.iter().zip(&weights).map(|(n, w)| n * w).sum::<f64>();
             sum += nll.iter().zip(&micro.mask).map(|(n, m)| n * m).sum::<f64>();
             counted += micro.mask.iter().sum::<f64>();
