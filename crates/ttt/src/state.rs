@@ -65,6 +65,11 @@ impl States {
         self.positions[slot]
     }
 
+    /// Says how many tokens a slot has read, whose tensors were filled otherwise.
+    pub(crate) fn set_position(&mut self, slot: usize, position: u64) {
+        self.positions[slot] = position;
+    }
+
     /// Bytes of all slots.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerState::bytes).sum()

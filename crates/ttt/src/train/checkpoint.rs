@@ -12,6 +12,8 @@ use crate::data::Tokenizer;
 use crate::hub::safetensors::{self, Dtype, File};
 use crate::hub::{self, ModelFolder, SaveOptions, weights, write_atomic, write_folder};
 use crate::lm::Lm;
+use crate::state::States;
+use crate::train::carried;
 use crate::train::step::Optimizer;
 use crate::{AtPath, Error, Result};
 
@@ -80,11 +82,19 @@ impl Checkpoints {
         }
     }
 
-    /// Writes a checkpoint, points `latest` to it, and removes old ones that are no milestones.
+    /// Writes a checkpoint, with the states that the next step continues, points `latest` to it, and removes old ones that are no
+    /// milestones.
     ///
     /// # Errors
     /// [`Error::Io`]; earlier checkpoints are then as they were.
-    pub fn save(&self, model: &Lm, optimizer: &Optimizer, tokenizer: &Tokenizer, state: &TrainerState) -> Result<PathBuf> {
+    pub fn save(
+        &self,
+        model: &Lm,
+        optimizer: &Optimizer,
+        tokenizer: &Tokenizer,
+        state: &TrainerState,
+        carried: Option<&States>,
+    ) -> Result<PathBuf> {
         let folder = self.folder();
         std::fs::create_dir_all(&folder).at(&folder)?;
         let name = format!("step-{:08}", state.step);
@@ -94,6 +104,7 @@ impl Checkpoints {
             let mut moments = weights::sources(&optimizer.m, "m.", Dtype::F32);
             moments.extend(weights::sources(&optimizer.v, "v.", Dtype::F32));
             safetensors::write(tmp.join("optimizer.safetensors"), &[], moments)?;
+            carried.map(|states| carried::write(tmp, states)).transpose()?;
             let json = serde_json::to_string_pretty(state).expect("a trainer state is plain data");
             write_atomic(tmp.join("trainer_state.json"), |w| w.write_all(json.as_bytes()))
         })?;
@@ -138,11 +149,12 @@ fn write_model(folder: &Path, model: &Lm, tokenizer: &Tokenizer) -> Result<()> {
     tokenizer.save(folder)
 }
 
-/// Reads a checkpoint: weights and moments into `model` and `optimizer`, and returns where the run was.
+/// Reads a checkpoint: weights and moments into `model` and `optimizer`, the states that the next step continues into `carried`, and
+/// returns where the run was.
 ///
 /// # Errors
 /// Files that cannot be read, or that belong to another model.
-pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<TrainerState> {
+pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer, carried: Option<&mut States>) -> Result<TrainerState> {
     let path = folder.join("trainer_state.json");
     let text = std::fs::read_to_string(&path).at(&path)?;
     let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
@@ -160,5 +172,6 @@ pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<
     weights::read_into(&mut optimizer.m, &moments, "m.")?;
     weights::read_into(&mut optimizer.v, &moments, "v.")?;
     optimizer.step = state.step;
+    carried.map(|states| carried::read(folder, states)).transpose()?;
     Ok(state)
 }

@@ -14,7 +14,7 @@ use ttt::plan;
 use ttt::train::metrics::{Record, Split};
 use ttt::train::observe::{Event, Observer};
 use ttt::train::run::Job;
-use ttt::train::settings::{Recompute, Settings};
+use ttt::train::settings::{Carry, Settings};
 
 use crate::commands::plan::describe;
 use crate::progress::Bar;
@@ -151,16 +151,26 @@ impl Watch {
             units::grouped(train.batch_tokens),
             epochs
         ));
-        let group = train.checkpoint_group;
-        let keep = match train.recompute {
-            Recompute::None => Keep::Saved { group },
-            Recompute::Block => Keep::Input { group },
+        if self.settings.carries() {
+            say(&format!(
+                "carry   sequences of {} tokens in segments of {}; {} a step, {}",
+                units::grouped(train.sequence_length as u64),
+                units::grouped(self.settings.segment_length() as u64),
+                train.segments_per_step,
+                match train.carry {
+                    Carry::State => "no gradient across cuts",
+                    Carry::Gradient => "with gradient across the cuts in a step",
+                }
+            ));
+        }
+        let lens = vec![self.settings.segment_length(); self.settings.micro_batch()];
+        let memory = match self.settings.planned_segments() {
+            Some(segments) => plan::segmented_memory(config, &lens, self.settings.keep(), segments),
+            None => plan::training_memory(config, &lens, self.settings.keep()),
         };
-        let lens = vec![train.sequence_length; self.settings.micro_batch()];
-        let memory = plan::training_memory(config, &lens, keep);
         let fixed = memory.weights + memory.gradients + memory.optimizer;
         say(&format!(
-            "memory  {} planned: {} weights, gradients and moments, {} activations and fast weights",
+            "memory  {} planned: {} weights, gradients and moments, {} activations, fast weights and states",
             units::bytes(memory.total() as u64),
             units::bytes(fixed as u64),
             units::bytes((memory.total() - fixed) as u64),
