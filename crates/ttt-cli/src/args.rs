@@ -37,7 +37,7 @@ pub enum Command {
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
     Plan(Plan),
-    /// Describe a model folder or a run
+    /// Describe a model folder, a run or a skill file
     Info(Info),
     /// Write a model in another number type, or in several files
     Convert(Convert),
@@ -62,7 +62,8 @@ Examples:
   ttt train model.inner=mlp optimizer.learning_rate=2e-3
   ttt train --data 'texts/*.txt' --data more.jsonl.gz --tokens 10M --out runs/mine
   ttt train --resume runs/mine                         go on; exactly as if it had not stopped
-  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model";
+  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model
+  ttt train --only-initial-state --init-from runs/mine --data letters.txt --out runs/letters";
 
 /// Arguments of `ttt train`.
 #[derive(Debug, clap::Args)]
@@ -86,6 +87,9 @@ pub struct Train {
     /// Start from the weights, shape and tokenizer of a trained model
     #[arg(long, value_name = "MODEL")]
     pub init_from: Option<PathBuf>,
+    /// Learn a skill: the initial fast weights of the model of --init-from, and nothing else; written to skill.safetensors
+    #[arg(long)]
+    pub only_initial_state: bool,
     /// Compute activations again in the backward pass instead of keeping them: slower, needs less memory
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
@@ -108,6 +112,9 @@ pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
     #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
     pub data: Vec<String>,
@@ -139,6 +146,9 @@ pub struct Generate {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Text to continue
     #[arg(long, short, value_name = "TEXT", group = "input")]
     pub prompt: Option<String>,
@@ -187,7 +197,7 @@ pub struct Generate {
 
 const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
-[b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
+[b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
 
 /// Arguments of `ttt verify`.
@@ -230,7 +240,7 @@ pub struct Plan {
 /// Arguments of `ttt info`.
 #[derive(Debug, clap::Args)]
 pub struct Info {
-    /// Folder of a model or a run
+    /// Folder of a model or a run, or a skill file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// Also list every tensor

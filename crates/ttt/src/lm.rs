@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
 use crate::dstates::DStates;
-use crate::hub::ModelFolder;
+use crate::hub::{ModelFolder, Skill, SkillInfo};
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass, Route, routes};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -130,6 +130,17 @@ impl Lm {
     /// Its weights, to change.
     pub fn params_mut(&mut self) -> &mut Params {
         &mut self.params
+    }
+
+    /// Puts a skill, initial fast weights from a file, in the place of the model's own. States that were made before belong to the
+    /// model as it was.
+    ///
+    /// # Errors
+    /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
+    pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
+        let skill = Skill::open(path)?;
+        self.device.clone().install(|| skill.apply(self.params_mut()))?;
+        Ok(skill.info().clone())
     }
 
     /// The states of `slots` sequences, each at its beginning.
@@ -266,7 +277,8 @@ impl Lm {
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
-    /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.
+    /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
+    /// `grads`.
     ///
     /// After a pass with states, `dstates` hands the gradient across the cut between it and the pass that continued its states: it
     /// holds that of the states after the pass ([`DStates::zeros`] for the last) and becomes that of the states before it. Without
@@ -297,7 +309,9 @@ impl Lm {
                 let dstate = dstates.as_mut().map(|d| &mut d.layers[i]);
                 dx = block.backward(&pass, saved, dx, dstate, grads)?;
             }
-            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            if grads.holds(self.ids.embed) {
+                embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            }
             Ok(())
         })
     }

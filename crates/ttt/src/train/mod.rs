@@ -4,6 +4,7 @@ mod carried;
 pub mod checkpoint;
 mod corpus;
 mod keys;
+mod lock;
 pub mod loss;
 pub mod metrics;
 pub mod observe;
@@ -14,4 +15,5 @@ pub mod settings;
 pub mod step;
 pub mod tensorboard;
 
+pub use corpus::{DataId, TextId};
 pub use settings::Settings;
