@@ -108,7 +108,12 @@ fn bench_and_doctor() {
     let place = Place::new();
     let small = ["model.hidden_size=32", "model.num_attention_heads=2", "model.num_hidden_layers=1", "model.vocab_size=64"];
     let line = |more: &[&'static str]| [&["bench"][..], more, &["--length", "32", "--repeat", "2", "--json"]].concat();
-    for (what, results) in [(&["train"][..], 1), (&["train", "--no-optimizer", "--recompute", "block"], 1), (&["ops"], 17)] {
+    for (what, results) in [
+        (&["train"][..], 1),
+        (&["train", "--no-optimizer", "--recompute", "block"], 1),
+        (&["train", "--only-initial-state"], 1),
+        (&["ops"], 17),
+    ] {
         let json = place.run(&line(&[what, &small].concat())).ok().json();
         let all = json["results"].as_array().unwrap();
         assert_eq!(all.len(), results, "{json}");

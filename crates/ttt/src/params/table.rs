@@ -219,7 +219,9 @@ impl ParamTable {
     pub fn gradients_of_initial_state(&self) -> ParamTable {
         let mut t = ParamTable::empty();
         for entry in &self.entries {
-            let unwanted = !entry.initial_state && entry.shape.len() == 2;
+            // Norms and biases are small, start constant, and their gradients come with others'.
+            let matrix = entry.shape.len() == 2 && matches!(entry.init, Init::Normal(_));
+            let unwanted = matrix && !entry.initial_state;
             let shape = if unwanted { vec![0, entry.shape[1]] } else { entry.shape.clone() };
             // Matrices that are one in the model stay one.
             let id = if unwanted { t.join(&entry.name, &shape, entry.init) } else { t.add(&entry.name, &shape, entry.init) };

@@ -3,7 +3,7 @@
 mod carried;
 pub mod checkpoint;
 mod corpus;
-mod keys;
+pub(crate) mod keys;
 mod lock;
 pub mod loss;
 pub mod metrics;

@@ -474,7 +474,13 @@ impl Settings {
     /// # Errors
     /// A setting differs that is not in [`MAY_CHANGE`].
     pub fn continued(&self, run: &Settings, folder: &Path) -> Result<Settings> {
-        let [now, then] = [self, run].map(|s| Table::try_from(s).expect("settings are representable in TOML"));
+        let mut settings = self.clone();
+        // One of its own checkpoints is as good as another: the newest is read anyway.
+        let own = std::path::absolute(folder).at(folder)?.join("checkpoints");
+        if [self, run].iter().all(|s| s.model.folder.as_ref().is_some_and(|model| model.starts_with(&own))) {
+            settings.model.folder = run.model.folder.clone();
+        }
+        let [now, then] = [&settings, run].map(|s| Table::try_from(s).expect("settings are representable in TOML"));
         for (section, entries) in now.iter().chain(&then) {
             for name in entries.as_table().expect("a section is a table").keys() {
                 let key = format!("{section}.{name}");
@@ -491,7 +497,6 @@ impl Settings {
                 )));
             }
         }
-        let mut settings = self.clone();
         if settings.train.tokens != run.train.tokens {
             settings.optimizer.warmup_steps = Some(run.warmup_steps());
         }
