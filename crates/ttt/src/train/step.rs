@@ -164,7 +164,7 @@ impl Optimizer {
         };
         let grad_norm = device.install(|| grad_norm::sum_of_squares(grads.data())).sqrt();
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(self.not_finite(model, groups, settings.inner_lr)?);
+            return Err(self.not_finite(model, groups, carry.map(|carry| &*carry.states), settings.inner_lr)?);
         }
         let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
         let (m, v, made) = (self.m.data_mut(), self.v.data_mut(), self.step);
@@ -210,8 +210,9 @@ impl Optimizer {
         Ok(sums)
     }
 
-    /// Looks for the first tensor that is not finite: parameters, then activations in the order of the forward pass, then gradients.
-    fn not_finite(&self, model: &Lm, groups: &[&[MicroBatch]], inner_lr: f64) -> Result<Error> {
+    /// Looks for the first tensor that is not finite: parameters, then activations in the order of the forward pass, every sequence
+    /// from its own beginning, then carried states, then gradients.
+    fn not_finite(&self, model: &Lm, groups: &[&[MicroBatch]], carried: Option<&States>, inner_lr: f64) -> Result<Error> {
         let at = |tensor: String, element| Error::NotFinite { step: self.step, tensor, element };
         let first_in = |params: &Params, what: &str| {
             params.table().entries().iter().find_map(|e| {
@@ -225,6 +226,12 @@ impl Optimizer {
         for micro in groups.iter().flat_map(|group| *group) {
             if let Some((name, element)) = model.first_non_finite(&micro.batch, inner_lr)? {
                 return Ok(at(name, element));
+            }
+        }
+        for (i, layer) in carried.iter().flat_map(|states| states.layers.iter().enumerate()) {
+            let element = layer.fast.weights().as_slice::<f32>().iter().position(|x| !x.is_finite());
+            if let Some(element) = element {
+                return Ok(at(format!("carried fast weights of model.layers.{i}"), element));
             }
         }
         Ok(first_in(&self.grads, "gradient of ").unwrap_or_else(|| at("global norm of the gradient".into(), 0)))
@@ -302,5 +309,33 @@ fn check_dtype(model: &Lm) -> Result<()> {
     match model.dtype() {
         DType::F32 => Ok(()),
         _ => Err(Error::Config("training runs in f32 on a CPU".into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Inner};
+    use crate::device::Device;
+
+    #[test]
+    fn carried_fast_weights_that_are_not_finite_are_named() {
+        let config = Config { vocab_size: 20, hidden_size: 32, ..Config::preset("tiny", Inner::Linear).unwrap() };
+        let mut model = Lm::new(&config, &Device::cpu().unwrap(), DType::F32, 1).unwrap();
+        let mut states = model.states(1).unwrap();
+        let adamw = Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let settings = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep: Keep::Saved { group: 2 } };
+        let batch = Batch::one(&[3; 16]);
+        let groups = [vec![MicroBatch { batch, targets: vec![5; 16], mask: vec![1.0; 16] }]];
+        let mut optimizer = Optimizer::new(&model).unwrap();
+        let mut step = |states: &mut States| {
+            let carry = Carry { states, gradient: false, recompute: false };
+            optimizer.step_segments(&mut model, &groups, carry, &settings)
+        };
+        step(&mut states).unwrap();
+        states.layers[2].fast.weights_mut().as_mut_slice::<f32>()[7] = f32::NAN;
+        let error = step(&mut states).unwrap_err();
+        let named = "carried fast weights of model.layers.2";
+        assert!(matches!(&error, Error::NotFinite { step: 1, tensor, element: 7 } if tensor == named), "{error}");
     }
 }
