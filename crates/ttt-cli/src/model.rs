@@ -46,7 +46,12 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
 /// The model that a path means, on the device that was named.
 pub fn load(path: &Path, args: &DeviceArgs, dtype: Option<Precision>) -> Result<Lm> {
     let folder = ModelFolder::open(resolve(path)?).context("cannot load the model")?;
-    let device = device(args.device, args.threads.unwrap_or(0), folder.config())?;
+    // Only a CPU computes in f64.
+    let name = match (args.device, dtype) {
+        (DeviceName::Auto, Some(Precision::F64)) => DeviceName::Cpu,
+        (name, _) => name,
+    };
+    let device = device(name, args.threads.unwrap_or(0), folder.config())?;
     Lm::from_folder(&folder, folder.config(), &device, self::dtype(dtype, &device)).context("cannot load the model")
 }
 

@@ -365,6 +365,26 @@ impl Tensor {
         }
     }
 
+    /// Copies the elements of `range` of another tensor to those from `to` on.
+    ///
+    /// # Panics
+    /// When they do not exist, type or device differ, or another handle to this tensor exists.
+    pub fn copy_from(&mut self, to: usize, from: &Tensor, range: Range<usize>) {
+        let fits = range.start <= range.end && range.end <= from.len() && to + range.len() <= self.len();
+        assert!(fits && self.dtype == from.dtype, "{range:?} of {from:?} to {to} of {self:?}");
+        let size = self.dtype.size();
+        match self.device.clone().as_cuda() {
+            Some(cuda) => {
+                let [at, to] = [range.start, to].map(|at| (at * size) as u64);
+                let base = self.view_mut().as_view().address();
+                cuda.context().copy(base + to, from.address() + at, range.len() * size);
+            }
+            None => with_dtype!(self.dtype, E => {
+                self.as_mut_slice::<E>()[to..][..range.len()].copy_from_slice(&from.as_slice::<E>()[range]);
+            }),
+        }
+    }
+
     /// As a matrix: all axes but the last are rows.
     pub fn view(&self) -> View<'_> {
         let [rows, cols] = self.matrix_shape();

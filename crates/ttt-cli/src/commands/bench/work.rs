@@ -22,12 +22,12 @@ const DECODED: usize = 16;
 /// Seed of the weights.
 const SEED: u64 = 0;
 
-fn model(config: &Config, device: &Device) -> Result<Lm> {
+pub fn model(config: &Config, device: &Device) -> Result<Lm> {
     Ok(Lm::new(config, device, crate::model::dtype(None, device), SEED)?)
 }
 
 /// Ids without meaning, spread over the vocabulary.
-fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
+pub fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
     let mut x = 1u64;
     let mut next = || {
         x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -69,7 +69,7 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
             let (hidden, saved) = lm.forward(&batch, None, keep, 1.0)?;
             let (_, dhidden) = lm.loss(&hidden, &targets, &weights, &mut grads)?;
             drop(hidden);
-            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?)
+            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, None, &mut grads)?)
         });
     }
     let (mut optimizer, training, what) = match args.only_initial_state {

@@ -86,7 +86,7 @@ fn fast(cuda: &Cuda, inputs: &Inputs, others: &[View]) -> Option<&'static Fast> 
 /// `Shared::BYTES` of forward.cu and of backward.cu.
 fn shared_bytes(d: usize) -> [usize; 2] {
     let (tile, warps, patch) = (16 * (2 * d + 16), d / 16, 4 * 16 * 20);
-    let forward = 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * (16 + 4);
+    let forward = 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * 32;
     let backward =
         2 * (5 * tile + 64) + 2 * d * (2 * d + 16) + 3 * tile + warps * 2 * patch + warps * 32 * (16 + 4 + 16) + 72 * d + 64;
     [forward, backward]
@@ -127,6 +127,7 @@ struct ForwardParams {
     ghat: u64,
     checkpoints: u64,
     boundaries: u64,
+    opened: u64,
     scratch: u64,
     q_stride: u32,
     k_stride: u32,
@@ -272,6 +273,7 @@ pub(crate) fn forward(
         ghat: kept.as_ref().map_or(0, |(_, ghat)| ghat.address()),
         checkpoints: kept.as_ref().map_or(0, |(states, _)| states.address()),
         boundaries: 0,
+        opened: 0,
         scratch: scratch.address(),
         q_stride: stride(q),
         k_stride: stride(inputs.k),

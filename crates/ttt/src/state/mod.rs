@@ -1,4 +1,8 @@
-//! What sequences carry from token to token: the learned state as a value.
+//! What sequences carry from token to token: the learned state as a value, and as a file ([`file`](mod@file)).
+
+pub mod file;
+
+pub use file::{StateFile, StateHeader};
 
 use crate::Result;
 use crate::batch::{Batch, Segment};
@@ -56,6 +60,32 @@ impl States {
         }
     }
 
+    /// A copy on the CPU when the states lie in a GPU's memory: what files are written from. All of it is f32 or f64 there.
+    pub(crate) fn on_cpu(&self) -> Result<Option<States>> {
+        let Some(device) = self.layers.first().map(|layer| layer.fast.weights().device().clone()) else { return Ok(None) };
+        if device.as_cuda().is_none() {
+            return Ok(None);
+        }
+        let host = device.cpu_beside();
+        let to = |window: &Option<Tensor>| window.as_ref().map(|window| window.to(&host)).transpose();
+        let layer =
+            |l: &LayerState| Ok(LayerState { fast: l.fast.to(&host)?, pre_conv: to(&l.pre_conv)?, qk_conv: to(&l.qk_conv)? });
+        let layers = self.layers.iter().map(layer).collect::<Result<_>>()?;
+        Ok(Some(States { layers, positions: self.positions.clone(), mini_batch: self.mini_batch }))
+    }
+
+    /// Takes the values of states on the CPU, of the same shape.
+    pub(crate) fn set_from_cpu(&mut self, from: &States) -> Result<()> {
+        for (to, from) in self.layers.iter_mut().zip(&from.layers) {
+            for ((_, from), to) in from.tensors().zip(to.tensors_mut()) {
+                let moved = from.to(to.device())?;
+                *to = if moved.dtype() == to.dtype() { moved } else { moved.cast(to.dtype())? };
+            }
+        }
+        self.positions.clone_from(&from.positions);
+        Ok(())
+    }
+
     /// Number of slots.
     pub fn slots(&self) -> usize {
         self.positions.len()
@@ -64,6 +94,11 @@ impl States {
     /// Tokens that a slot has read.
     pub fn position(&self, slot: usize) -> u64 {
         self.positions[slot]
+    }
+
+    /// Says how many tokens a slot has read, whose tensors were filled otherwise.
+    pub(crate) fn set_position(&mut self, slot: usize, position: u64) {
+        self.positions[slot] = position;
     }
 
     /// Bytes of all slots.
@@ -120,7 +155,8 @@ impl States {
     /// Counts the tokens of a batch that has been read.
     pub(crate) fn advance(&mut self, batch: &Batch) {
         for s in &batch.seqs {
-            self.positions[s.slot] += s.len as u64;
+            let before = if s.fresh { 0 } else { self.positions[s.slot] };
+            self.positions[s.slot] = before + s.len as u64;
         }
     }
 }
