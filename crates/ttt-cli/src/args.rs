@@ -33,6 +33,11 @@ pub enum Command {
     Eval(Eval),
     /// Continue a text
     Generate(Generate),
+    /// Learn texts of any length into a state file, in constant memory
+    Read(Read),
+    /// Describe, compare and copy state files
+    #[command(subcommand)]
+    State(State),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
@@ -133,6 +138,12 @@ pub struct Eval {
     /// Also print the result of each document
     #[arg(long)]
     pub per_document: bool,
+    /// Judge every document as the continuation of what this state file has read
+    #[arg(long, value_name = "STATE", conflicts_with = "context")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state after the document, of which there may be only one, to this file
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
@@ -182,6 +193,12 @@ pub struct Generate {
     /// Print the prompt as well
     #[arg(long)]
     pub echo: bool,
+    /// Go on after what this state file has read; no token that begins a text is added, and the prompt may be empty
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state at the end to this file; --state-in continues from it as if there had been no end
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
@@ -196,6 +213,99 @@ pub struct Generate {
     /// Say how fast it was, on the standard error
     #[arg(long, short)]
     pub verbose: bool,
+}
+
+const READ_EXAMPLES: &str = "\
+Between documents stand the tokens that end and begin one, as in training. A text file is one document, read piece by piece; a \
+line of a .jsonl file is one.
+
+Examples:
+  ttt read runs/tiny book.txt --state-out book.state                       read a book once
+  ttt generate runs/tiny --state-in book.state -p ' And then'              ask it many times
+  ttt read runs/tiny more.txt --state-in book.state --state-out both.state";
+
+/// Arguments of `ttt read`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = READ_EXAMPLES)]
+pub struct Read {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<String>,
+    /// File to write the state to
+    #[arg(long, value_name = "STATE")]
+    pub state_out: PathBuf,
+    /// Go on after what this state file has read; no token that begins a text is added
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Print a JSON object, with speed and resident memory for every 100,000 tokens
+    #[arg(long)]
+    pub json: bool,
+    /// Precision of the arithmetic; f64 runs the plain reference loops
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Precision,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// The commands of `ttt state`.
+#[derive(Debug, Subcommand)]
+pub enum State {
+    /// Describe a state: what made it, how much it has read, its size
+    Info(StateInfo),
+    /// Say how far apart two states of one model are
+    Diff(StateDiff),
+    /// Copy a state, so that both can go on from it
+    Fork(StateFork),
+}
+
+/// Arguments of `ttt state info`.
+#[derive(Debug, clap::Args)]
+pub struct StateInfo {
+    /// The state file
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Also say how far the fast weights of each layer have moved from this model's initial ones
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `ttt state diff`.
+#[derive(Debug, clap::Args)]
+pub struct StateDiff {
+    /// A state file
+    #[arg(value_name = "A")]
+    pub a: PathBuf,
+    /// Another of the same model
+    #[arg(value_name = "B")]
+    pub b: PathBuf,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ttt state fork`.
+#[derive(Debug, clap::Args)]
+pub struct StateFork {
+    /// The state file to copy
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Files to write; every copy is read again and compared
+    #[arg(value_name = "NEW", required = true)]
+    pub new: Vec<PathBuf>,
+    /// Overwrite files that exist
+    #[arg(long)]
+    pub force: bool,
 }
 
 const VERIFY_HELP: &str = "\
@@ -373,7 +483,8 @@ Examples:
   ttt bench prefill --preset 125m --inner mlp --length 512
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
-  ttt bench ops                                          every operation on its own";
+  ttt bench ops                                          every operation on its own
+  ttt bench state                                        saving and restoring a state";
 
 /// Arguments of `ttt bench`.
 #[derive(Debug, clap::Args)]
@@ -434,6 +545,8 @@ pub enum BenchWhat {
     Decode,
     // Every operation on its own
     Ops,
+    // Saving and restoring a state
+    State,
 }
 
 /// An inner model.

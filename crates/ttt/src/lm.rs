@@ -1,14 +1,14 @@
 //! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
 use crate::dstates::DStates;
-use crate::hub::{ModelFolder, Skill, SkillInfo};
+use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass, Route, routes};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -28,6 +28,8 @@ pub struct Lm {
     blocks: Vec<Block>,
     rope: rope::Table,
     params: Params,
+    /// [`Lm::hash`], once it was asked for.
+    hash: OnceLock<String>,
 }
 
 /// What [`Lm::backward`] needs.
@@ -80,7 +82,7 @@ impl Lm {
         let device = params.data().device().clone();
         let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
         let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
-        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
+        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params, hash: OnceLock::new() })
     }
 
     /// The model of a folder, its weights converted to `dtype`.
@@ -129,6 +131,7 @@ impl Lm {
 
     /// Its weights, to change.
     pub fn params_mut(&mut self) -> &mut Params {
+        self.hash.take();
         &mut self.params
     }
 
@@ -141,6 +144,11 @@ impl Lm {
         let skill = Skill::open(path)?;
         self.device.clone().install(|| skill.apply(self.params_mut()))?;
         Ok(skill.info().clone())
+    }
+
+    /// Identity of its weights ([`model_hash`]), computed when it is first asked for.
+    pub fn hash(&self) -> &str {
+        self.hash.get_or_init(|| model_hash(&self.params))
     }
 
     /// The states of `slots` sequences, each at its beginning.

@@ -5,6 +5,7 @@ mod bad_input;
 mod commands;
 mod flow;
 mod skills;
+mod state;
 #[cfg(unix)]
 mod stop;
 mod verify;

@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use crate::params::{Entry, ParamId, Params};
-use crate::tensor::with_dtype;
+use crate::tensor::{DType, with_dtype};
 
 /// SHA-256, in hexadecimal, over every parameter's name, shape and f32 values in the order of the table.
 ///
@@ -32,6 +32,10 @@ fn hash_of(params: &Params, which: impl Fn(&Entry) -> bool) -> String {
         }
         with_dtype!(params.data().dtype(), E => {
             for chunk in params.values::<E>(ParamId(index)).chunks(1 << 14) {
+                if cfg!(target_endian = "little") && E::DTYPE == DType::F32 {
+                    hash.update(bytemuck::cast_slice::<E, u8>(chunk));
+                    continue;
+                }
                 bytes.clear();
                 for x in chunk {
                     bytes.extend_from_slice(&(x.to_f64() as f32).to_le_bytes());

@@ -22,12 +22,12 @@ const DECODED: usize = 16;
 /// Seed of the weights.
 const SEED: u64 = 0;
 
-fn model(config: &Config, device: &Device) -> Result<Lm> {
+pub fn model(config: &Config, device: &Device) -> Result<Lm> {
     Ok(Lm::new(config, device, DType::F32, SEED)?)
 }
 
 /// Ids without meaning, spread over the vocabulary.
-fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
+pub fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
     let mut x = 1u64;
     let mut next = || {
         x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
