@@ -8,6 +8,7 @@ pub mod eval;
 pub mod generate;
 pub mod info;
 pub mod plan;
+pub mod task;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;
