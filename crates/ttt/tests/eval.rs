@@ -72,9 +72,7 @@ fn losses(judge: &mut Judge<'_>, pieces: &[&[u32]]) -> Vec<(u64, f64)> {
 #[test]
 fn every_token_is_predicted_before_it_is_learned_from() {
     let device = Device::cpu().unwrap();
-    for (i, (inner, backbone)) in
-        [(Inner::Linear, Backbone::Mamba), (Inner::Mlp, Backbone::Transformer)].into_iter().enumerate()
-    {
+    for (i, (inner, backbone)) in [(Inner::Linear, Backbone::Mamba), (Inner::Mlp, Backbone::Transformer)].into_iter().enumerate() {
         let model = shaken_model(&small(inner, backbone), &device, DType::F64, 3 + i as u64);
         let mut random = Random::new(7 + i as u64);
         let tokens = random.tokens(2200, 20);

@@ -12,7 +12,11 @@ fn file(folder: &Path, name: &str, contents: &[u8]) -> SourceFile {
 }
 
 /// Name, ids, prompt ids, bytes and prompt bytes of every document.
-fn read(file: &SourceFile, separator: Option<&str>, tokenizer: &Tokenizer) -> ttt::Result<Vec<(String, Vec<u32>, usize, usize, usize)>> {
+fn read(
+    file: &SourceFile,
+    separator: Option<&str>,
+    tokenizer: &Tokenizer,
+) -> ttt::Result<Vec<(String, Vec<u32>, usize, usize, usize)>> {
     let mut pieces = Pieces::open(file, separator, tokenizer)?;
     let mut all: Vec<(String, Vec<u32>, usize, usize, usize)> = Vec::new();
     let mut open = false;

@@ -143,7 +143,9 @@ fn scores_are_those_of_the_model_alone() {
     let model = shaken_model(&config, &Device::cpu().unwrap(), DType::F64, 1);
     let alphabet = Alphabet::ids(128);
     // Short ones go through the model together, the long one in chunks.
-    for (task, sequences) in [(recall(8, 32), 150), (needle(50, Some(0.5)), 30), (needle(2500, Some(0.5)), 2), (Task::Copy(Copy { length: 4200 }), 1)] {
+    for (task, sequences) in
+        [(recall(8, 32), 150), (needle(50, Some(0.5)), 30), (needle(2500, Some(0.5)), 2), (Task::Copy(Copy { length: 4200 }), 1)]
+    {
         let got = score(&model, &task, &alphabet, 2, sequences).unwrap();
         let (mut right, mut nll, mut judged, mut exact) = (0, 0.0, 0, 0);
         for i in 0..sequences {

@@ -61,7 +61,10 @@ fn tasks_are_judged() {
 #[test]
 fn tasks_are_learned_from_files() {
     let place = Place::new();
-    place.run(&["task", "recall", "--pairs", "4", "--sequences", "300", "--out", "r"]).ok().says(&["300 sequences of 16", "train r/run.toml"]);
+    place
+        .run(&["task", "recall", "--pairs", "4", "--sequences", "300", "--out", "r"])
+        .ok()
+        .says(&["300 sequences of 16", "train r/run.toml"]);
     assert_eq!(place.files().iter().filter(|f| f.starts_with("r/")).count(), 3);
     let line = ["train", "r/run.toml", "--out", "m", "-q", "model.hidden_size=32", "--threads", "2"];
     place.run(&line).ok().says(&["steps   10 of 512 tokens"]);

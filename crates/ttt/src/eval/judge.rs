@@ -1,11 +1,11 @@
 //! Reading a text of any length in constant memory, each token predicted before it is learned from.
 
+use crate::Result;
 use crate::batch::Batch;
 use crate::layer::Keep;
 use crate::lm::{InnerErrors, Lm};
 use crate::ops::inner::FastWeights;
 use crate::state::States;
-use crate::Result;
 
 /// Tokens read at once: long enough for full speed, short enough that memory does not grow with the text.
 const CHUNK: usize = 2048;

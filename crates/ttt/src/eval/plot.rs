@@ -39,8 +39,7 @@ pub fn report_svg(report: &Report, title: &str) -> Result<String> {
         }
         let (head, layers) = lower.split_vertically(40);
         let line = |color: RGBColor| color.stroke_width(2);
-        let entries =
-            [("inner loss under W0", line(GREEN)), ("before each update", line(ORANGE)), ("after it", line(BLUE))];
+        let entries = [("inner loss under W0", line(GREEN)), ("before each update", line(ORANGE)), ("after it", line(BLUE))];
         legend(&head, LEFT, 22, &entries)?;
         for (i, (area, rows)) in layers.split_evenly((inner.len().div_ceil(COLUMNS), COLUMNS)).iter().zip(&inner).enumerate() {
             draw_layer(area, i, rows)?;
@@ -130,7 +129,7 @@ pub fn grid_svg(title: &str, lengths: &[usize], depths: &[f64], values: &[Vec<f6
     let (cell, high) = ((760 / lengths.len() as i32).clamp(28, 110), 44);
     let (left, top) = (110, 76);
     let [right, bottom] = [left + cell * lengths.len() as i32, top + high * depths.len() as i32];
-    let size = ((right + 40).max(620) as u32, bottom as u32 + 118);
+    let size = ((right + 40).max(620) as u32, bottom as u32 + 130);
     svg(size, |root| {
         let at = |size, color, h, v| font(size, color).pos(Pos::new(h, v));
         root.draw(&Text::new(title.to_owned(), (left, 18), font(20, INK)))?;
@@ -153,7 +152,7 @@ pub fn grid_svg(title: &str, lengths: &[usize], depths: &[f64], values: &[Vec<f6
         }
         root.draw(&Text::new("length (tokens)", (left, bottom + 38), at(15, QUIET, HPos::Left, VPos::Center)))?;
         // The scale.
-        let (x, y, wide) = (left, bottom + 62, 400);
+        let (x, y, wide) = (left, bottom + 78, 400);
         for i in 0..100 {
             let shade = shade((i as f64 + 0.5) / 100.0).filled();
             root.draw(&Rectangle::new([(x + i * wide / 100, y), (x + (i + 1) * wide / 100, y + 14)], shade))?;
@@ -191,9 +190,8 @@ fn middle(from: u64, to: u64) -> f64 {
 
 /// All values that are numbers, with a little air.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    let (low, high) = values
-        .filter(|x| x.is_finite())
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
+    let (low, high) =
+        values.filter(|x| x.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
     if low > high {
         return (0.0, 1.0);
     }

@@ -7,8 +7,9 @@ use super::{ClusteredMean, Evaluation};
 
 /// Equal parts of a bucket that count as one cluster each where documents are too few.
 const PARTS: usize = 16;
-/// Documents that an interval needs.
+/// Documents that an interval over documents needs, and clusters that any interval needs.
 const ENOUGH: u64 = 8;
+const FEWEST: u64 = 4;
 
 /// What the clusters of an interval are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -31,7 +32,7 @@ pub struct LossRow {
     pub tokens: u64,
     /// Mean negative log likelihood, in nats.
     pub loss: f64,
-    /// Half the width of its 95 % interval; none where there is one cluster.
+    /// Half the width of its 95 % interval; none of fewer than four clusters, of which it would say nothing.
     pub margin: Option<f64>,
     /// What the interval is from.
     pub clusters: Clusters,
@@ -194,7 +195,14 @@ impl Report {
     fn row(&self, from: u64, to: u64, documents: &ClusteredMean, parts: &ClusteredMean) -> LossRow {
         let enough = documents.clusters() >= ENOUGH;
         let (mean, clusters) = if enough { (documents, Clusters::Documents) } else { (parts, Clusters::Parts) };
-        LossRow { from, to, tokens: documents.count() as u64, loss: documents.mean(), margin: mean.margin(), clusters }
+        LossRow {
+            from,
+            to,
+            tokens: documents.count() as u64,
+            loss: documents.mean(),
+            margin: mean.margin().filter(|_| mean.clusters() >= FEWEST),
+            clusters,
+        }
     }
 }
 

@@ -162,7 +162,8 @@ fn print(rows: &[Row], alphabet: &Alphabet, out: &mut dyn Write) -> Result<()> {
     let head: String = names.map(|name| format!("{name:>8}")).collect();
     writeln!(out, "{head}{:>10}{:>9}{:>9}{:>10}{:>9}", "accuracy", "± 95 %", "chance", "all right", "loss")?;
     for row in rows {
-        let settings: String = row.settings.as_object().expect("likewise").values().map(|v| format!("{:>8}", v.to_string())).collect();
+        let settings: String =
+            row.settings.as_object().expect("likewise").values().map(|v| format!("{:>8}", v.to_string())).collect();
         let Score { accuracy, loss, exact } = &row.score;
         let percent = |x: f64| format!("{:.1} %", 100.0 * x);
         let margin = accuracy.margin().map_or("-".into(), percent);

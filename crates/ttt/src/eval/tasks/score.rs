@@ -85,7 +85,8 @@ fn long(model: &Lm, example: &Example) -> Result<Vec<Answer>> {
     let mut all = Vec::new();
     for (i, chunk) in inputs.chunks(CHUNK).enumerate() {
         let from = i * CHUNK;
-        let judged: Vec<usize> = example.judged.iter().filter(|at| (from..from + chunk.len()).contains(&(*at - 1))).copied().collect();
+        let judged: Vec<usize> =
+            example.judged.iter().filter(|at| (from..from + chunk.len()).contains(&(*at - 1))).copied().collect();
         let mut rows: Vec<usize> = judged.iter().map(|at| at - 1 - from).collect();
         if rows.is_empty() {
             // Something must be asked for; it is not looked at.
