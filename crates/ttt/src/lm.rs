@@ -5,13 +5,13 @@ mod inner;
 pub use inner::InnerErrors;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
-use crate::hub::ModelFolder;
+use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
 use crate::layer::{Block, BlockSaved, Keep, Pass};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -31,6 +31,8 @@ pub struct Lm {
     blocks: Vec<Block>,
     rope: rope::Table,
     params: Params,
+    /// [`Lm::hash`], once it was asked for.
+    hash: OnceLock<String>,
 }
 
 /// What [`Lm::backward`] needs.
@@ -82,7 +84,7 @@ impl Lm {
         let device = params.data().device().clone();
         let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
         let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
-        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
+        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params, hash: OnceLock::new() })
     }
 
     /// The model of a folder, its weights converted to `dtype`.
@@ -131,7 +133,24 @@ impl Lm {
 
     /// Its weights, to change.
     pub fn params_mut(&mut self) -> &mut Params {
+        self.hash.take();
         &mut self.params
+    }
+
+    /// Puts a skill, initial fast weights from a file, in the place of the model's own. States that were made before belong to the
+    /// model as it was.
+    ///
+    /// # Errors
+    /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
+    pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
+        let skill = Skill::open(path)?;
+        self.device.clone().install(|| skill.apply(self.params_mut()))?;
+        Ok(skill.info().clone())
+    }
+
+    /// Identity of its weights ([`model_hash`]), computed when it is first asked for.
+    pub fn hash(&self) -> &str {
+        self.hash.get_or_init(|| model_hash(&self.params))
     }
 
     /// The states of `slots` sequences, each at its beginning.
@@ -262,7 +281,8 @@ impl Lm {
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
-    /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.
+    /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
+    /// `grads`.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -276,7 +296,9 @@ impl Lm {
             for (block, saved) in self.blocks.iter().zip(blocks).rev() {
                 dx = block.backward(&pass, saved, dx, grads)?;
             }
-            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            if grads.holds(self.ids.embed) {
+                embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            }
             Ok(())
         })
     }

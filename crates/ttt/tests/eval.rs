@@ -8,7 +8,6 @@ use ttt::config::{Backbone, Config, Inner};
 use ttt::device::Device;
 use ttt::eval::{Clusters, Judge, Judged, Report, evaluate_text, report_svg};
 use ttt::layer::Keep;
-use ttt::state::States;
 use ttt::tensor::DType;
 
 #[test]
@@ -77,7 +76,7 @@ fn every_token_is_predicted_before_it_is_learned_from() {
         let mut random = Random::new(7 + i as u64);
         let tokens = random.tokens(2200, 20);
         for measure in [false, true] {
-            let mut judge = Judge::new(&model, States::new(&model, 1).unwrap(), None, measure);
+            let mut judge = Judge::new(&model, None, measure).unwrap();
             judge.start(0);
             let mut cuts = vec![0, 1, 5, 2049];
             cuts.extend((0..6).map(|_| random.below(2200)));
@@ -102,7 +101,7 @@ fn every_token_is_predicted_before_it_is_learned_from() {
         let mut random = Random::new(9);
         let tokens = random.tokens(2200, 20);
         let judge = |tokens: &[u32]| {
-            let mut judge = Judge::new(&model, States::new(&model, 1).unwrap(), None, true);
+            let mut judge = Judge::new(&model, None, true).unwrap();
             judge.start(0);
             losses(&mut judge, &[tokens])
         };
@@ -149,20 +148,21 @@ fn inner_errors_do_not_depend_on_how_the_text_is_read() {
                 }
             }
         };
-        let mut judge = Judge::new(&model, States::new(&model, 1).unwrap(), None, true);
+        let mut judge = Judge::new(&model, None, true).unwrap();
         judge.start(0);
         let (first, layers) = measured(&mut judge, &tokens);
         assert_eq!(first, 0);
         check(0, &layers);
 
-        let mut judge = Judge::new(&model, States::new(&model, 1).unwrap(), None, false);
+        let mut judge = Judge::new(&model, None, false).unwrap();
         judge.start(0);
         judge.push(&tokens[..700], &mut |_| ()).unwrap();
-        let states = judge.into_states().unwrap();
-        assert_eq!(states.position(0), 700);
-        let mut judge = Judge::new(&model, states, None, true);
-        judge.go_on(0);
-        let (first, layers) = measured(&mut judge, &tokens[700..]);
+        judge.finish(&mut |_| ()).unwrap();
+        let (states, pending) = judge.into_parts();
+        assert_eq!((states.position(0), &pending[..]), (699, &tokens[699..700]));
+        let mut judge = Judge::new(&model, None, true).unwrap();
+        judge.start_from(&states, 0).unwrap();
+        let (first, layers) = measured(&mut judge, &[&pending, &tokens[700..]].concat());
         assert_eq!(first, 704);
         check(44, &layers);
     }
@@ -176,7 +176,7 @@ fn reports_add_up() {
     let documents: Vec<Vec<u32>> = [40, 2, 1, 300, 17, 200, 130, 33, 90, 1000].map(|n| random.tokens(n, 20)).into();
     for (per_octave, context) in [(1, None), (4, None), (2, Some(50))] {
         let mut report = Report::new(16, per_octave);
-        let mut judge = Judge::new(&model, States::new(&model, 1).unwrap(), context, true);
+        let mut judge = Judge::new(&model, context, true).unwrap();
         let (mut nll, mut tokens, mut own_tokens) = (0.0, 0, 0);
         for document in &documents {
             judge.start(0);

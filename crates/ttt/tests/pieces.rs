@@ -17,10 +17,10 @@ fn read(
     separator: Option<&str>,
     tokenizer: &Tokenizer,
 ) -> ttt::Result<Vec<(String, Vec<u32>, usize, usize, usize)>> {
-    let mut pieces = Pieces::open(file, separator, tokenizer)?;
     let mut all: Vec<(String, Vec<u32>, usize, usize, usize)> = Vec::new();
     let mut open = false;
-    while let Some(Piece { begins, ids, prompt, bytes, prompt_bytes, ends }) = pieces.next_piece()? {
+    for piece in Pieces::open(file, separator, tokenizer)? {
+        let Piece { begins, ids, prompt, bytes, prompt_bytes, ends } = piece?;
         assert_eq!(begins.is_some(), !open, "a document begins where the last one ended");
         assert!(bytes < 300_000 || !file.name.ends_with("txt"), "a piece of {bytes} bytes");
         if let Some(name) = begins {

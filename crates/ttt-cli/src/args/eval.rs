@@ -23,7 +23,7 @@ pub struct Report {
 #[command(next_help_heading = "Tasks made up for the purpose, instead of --data")]
 pub struct TaskArgs {
     /// Recall values by their keys, find a needle in a haystack, or copy a sequence
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["data", "separator", "per_document", "context"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["data", "separator", "per_document", "context", "state_in", "state_out"])]
     pub task: Option<TaskName>,
     /// Recall: numbers of key-value pairs [default: 8]
     #[arg(long, value_name = "N,...", value_delimiter = ',', requires = "task")]

@@ -23,8 +23,9 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     };
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
+    model::load_skill(&mut lm, args.skill.as_deref(), tokenizer.as_ref())?;
     match (sources, tokenizer) {
         (None, tokenizer) => tasks::run(args, &lm, tokenizer, out),
         (Some(sources), Some(tokenizer)) => texts::run(args, &lm, &tokenizer, &sources, out),

@@ -5,6 +5,8 @@ mod bad_input;
 mod commands;
 mod evaluate;
 mod flow;
+mod skills;
+mod state;
 #[cfg(unix)]
 mod stop;
 mod verify;

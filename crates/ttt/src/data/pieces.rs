@@ -34,15 +34,16 @@ pub struct Piece {
     pub ends: bool,
 }
 
-/// The documents of a file as pieces of ids: the same documents as [`crate::data::Documents`], and the same ids as
+/// Iterator over the documents of a file as pieces of ids: the same documents as [`crate::data::Documents`], and the same ids as
 /// [`crate::data::Store`] makes of them, in constant memory. Only a line of JSON is read as a whole, and a prompt and its
-/// completion become ids at once.
+/// completion become ids at once. After an error it ends.
 pub struct Pieces<'a> {
     tokenizer: &'a Tokenizer,
     source: Source<'a>,
     taken: Arc<AtomicU64>,
     /// The document of a line of JSON, and where its rest begins.
     open: Option<(Document, usize)>,
+    done: bool,
 }
 
 enum Source<'a> {
@@ -62,19 +63,15 @@ impl<'a> Pieces<'a> {
             true => Source::Lines(Lines::new(file, opened)),
             false => Source::Plain(PlainText::new(file, separator, opened)),
         };
-        Ok(Pieces { tokenizer, source, taken, open: None })
+        Ok(Pieces { tokenizer, source, taken, open: None, done: false })
     }
 
-    /// Bytes taken from the file so far, packed if it is packed.
-    pub fn position(&self) -> u64 {
+    /// Bytes that were taken from the file, packed.
+    pub fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// The next piece; `None` at the end of the file.
-    ///
-    /// # Errors
-    /// A file that cannot be read, text that is not UTF-8 or that the tokenizer refuses, a line that is no document.
-    pub fn next_piece(&mut self) -> Result<Option<Piece>> {
+    fn next_piece(&mut self) -> Result<Option<Piece>> {
         match &mut self.source {
             Source::Plain(text) => {
                 let mut begins = None;
@@ -118,5 +115,18 @@ impl<'a> Pieces<'a> {
                 Ok(Some(Piece { begins, ids, prompt: 0, bytes: next - from, prompt_bytes: 0, ends: next == len }))
             }
         }
+    }
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Result<Piece>;
+
+    fn next(&mut self) -> Option<Result<Piece>> {
+        if self.done {
+            return None;
+        }
+        let next = self.next_piece();
+        self.done = !matches!(next, Ok(Some(_)));
+        next.transpose()
     }
 }

@@ -48,31 +48,48 @@ pub struct Judged<'a> {
 }
 
 impl<'m> Judge<'m> {
-    /// A judge that continues the one sequence of `states`. With `context` the state starts afresh every so many tokens. With
-    /// `measure` it also measures the inner models.
+    /// A judge that has read nothing. With `context` the state starts afresh every so many tokens. With `measure` it also measures
+    /// the inner models.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
     ///
     /// # Panics
-    /// When there is another number of slots than 1, or a context of no tokens.
-    pub fn new(model: &'m Lm, states: States, context: Option<u64>, measure: bool) -> Judge<'m> {
-        assert_eq!(states.slots(), 1, "a judge reads one sequence");
+    /// When the context has no tokens.
+    pub fn new(model: &'m Lm, context: Option<u64>, measure: bool) -> Result<Judge<'m>> {
         assert_ne!(context, Some(0), "a context of no tokens");
         let config = model.config();
         let k = config.mini_batch_size;
         let state = config.num_attention_heads * FastWeights::state_len(config.ttt_layer_type, config.head_dim()) * 4;
         let mini_batches = if measure { (MEASURED_BYTES / state).clamp(1, CHUNK.div_ceil(k)) } else { CHUNK.div_ceil(k) };
         let chunk = mini_batches * k;
-        Judge { model, states, context, measure, chunk, pending: Vec::new(), at: 0, from: 1, since_reset: 0 }
+        let states = States::new(model, 1)?;
+        Ok(Judge { model, states, context, measure, chunk, pending: Vec::new(), at: 0, from: 1, since_reset: 0 })
     }
 
     /// Begins a text with a fresh state; its tokens from index `from` on will be judged. The first token of a text is never
     /// judged: nothing predicts it.
     pub fn start(&mut self, from: usize) {
         self.states.reset(self.model, 0);
-        self.go_on(from);
+        self.begin(from);
     }
 
-    /// Begins a text with the state as it is. Its first token is not judged.
-    pub fn go_on(&mut self, from: usize) {
+    /// Begins a text that continues the one sequence of `states`, which stay as they are. Its first token is not judged: a token
+    /// that the states have seen predicted and not read comes first.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When there is another number of slots than 1.
+    pub fn start_from(&mut self, states: &States, from: usize) -> Result<()> {
+        assert_eq!(states.slots(), 1, "a judge reads one sequence");
+        self.states = states.fork()?;
+        self.begin(from);
+        Ok(())
+    }
+
+    fn begin(&mut self, from: usize) {
         self.pending.clear();
         (self.at, self.from, self.since_reset) = (0, from.max(1) as u64, 0);
     }
@@ -108,17 +125,9 @@ impl<'m> Judge<'m> {
         Ok(())
     }
 
-    /// The state after the whole text, its last token included.
-    ///
-    /// # Errors
-    /// As [`Judge::push`].
-    pub fn into_states(mut self) -> Result<States> {
-        self.finish(&mut |_| ())?;
-        if !self.pending.is_empty() {
-            self.make_room();
-            self.model.forward(&Batch::one(&self.pending), Some(&mut self.states), Keep::Nothing, 1.0)?;
-        }
-        Ok(self.states)
+    /// The state after what was read, and the tokens that were not: the last one, after [`Judge::finish`].
+    pub fn into_parts(self) -> (States, Vec<u32>) {
+        (self.states, self.pending)
     }
 
     /// Tokens that the next pass may read: up to the end of a mini-batch when this one cannot be measured, of a chunk, of the

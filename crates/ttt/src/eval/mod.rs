@@ -17,7 +17,6 @@ pub use report::{Clusters, InnerRow, LossRow, Report};
 use crate::batch::Batch;
 use crate::layer::Keep;
 use crate::lm::Lm;
-use crate::state::States;
 use crate::{Error, Result};
 
 /// Sums over everything that was read.
@@ -66,7 +65,7 @@ pub fn evaluate_text(model: &Lm, tokens: &[u32], from: usize, context: Option<us
     if tokens.len() <= from {
         return Err(Error::Data(format!("a text of {} tokens has nothing to predict from token {from} on", tokens.len())));
     }
-    let mut judge = Judge::new(model, States::new(model, 1)?, context.map(|n| n.max(1) as u64), false);
+    let mut judge = Judge::new(model, context.map(|n| n.max(1) as u64), false)?;
     judge.start(from);
     let mut nll = 0.0;
     let mut sink = |judged: &Judged<'_>| nll += judged.nll.iter().sum::<f64>();

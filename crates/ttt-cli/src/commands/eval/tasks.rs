@@ -122,9 +122,8 @@ fn needle(args: &Eval, tokenizer: Option<Tokenizer>) -> Result<Vec<(Value, Task)
 fn beginning(sources: &Sources, tokenizer: &Tokenizer, wanted: usize) -> Result<Vec<u32>> {
     let mut ids = Vec::new();
     for file in &sources.files {
-        let mut pieces = Pieces::open(file, None, tokenizer)?;
-        while let Some(piece) = pieces.next_piece()? {
-            ids.extend(piece.ids);
+        for piece in Pieces::open(file, None, tokenizer)? {
+            ids.extend(piece?.ids);
             if ids.len() >= wanted {
                 ids.truncate(wanted);
                 return Ok(ids);

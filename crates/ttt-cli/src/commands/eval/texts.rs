@@ -7,11 +7,11 @@ use serde_json::json;
 use ttt::data::{Piece, Pieces, Sources, Tokenizer};
 use ttt::eval::{Evaluation, Judge, Judged, Report, report_svg};
 use ttt::lm::Lm;
-use ttt::state::States;
 
 use super::{report, save};
 use crate::args::Eval;
 use crate::progress::Bar;
+use crate::state::{self, Start};
 use crate::units;
 
 /// Evaluates the texts.
@@ -23,10 +23,13 @@ pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, out: 
     let mut before = 0;
     for file in &sources.files {
         let mut pieces = Pieces::open(file, args.separator.as_deref(), tokenizer)?;
-        while let Some(piece) = pieces.next_piece()? {
-            let position = before + pieces.position();
+        while let Some(piece) = pieces.next() {
+            let position = before + pieces.taken();
             let show = |total: &Evaluation| bar.set(position, &format!("{:.4} nats a token", total.loss()));
-            let Some(own) = reader.read(piece, &show)? else { continue };
+            let Some(own) = reader.read(piece?, &show)? else { continue };
+            if args.state_out.is_some() && reader.documents > 1 {
+                bail!("--state-out is the state after one document, but the data holds several; give one file");
+            }
             if args.per_document && args.json {
                 each.push(report::with_name(&reader.name, report::numbers(&own)));
             } else if args.per_document {
@@ -36,16 +39,26 @@ pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, out: 
         before += size(&file.path);
     }
     bar.finish();
-    let Reader { report, documents, skipped, .. } = reader;
+    let Reader { report, documents, skipped, judge, .. } = reader;
     if documents == 0 {
         bail!("the data holds nothing to predict: {skipped} documents of less than two tokens");
     }
+    let saved = match &args.state_out {
+        Some(path) => {
+            let (states, pending) = judge.into_parts();
+            Some(state::save(&states, lm, &pending, Some(tokenizer), path)?)
+        }
+        None => None,
+    };
     if let Some(path) = &args.report.plot {
         let title = format!("{}, {} tokens", args.model.display(), units::grouped(report.total().tokens));
         save(path, &report_svg(&report, &title)?)?;
     }
     if args.json {
         let mut object = report::object(&report);
+        if let Some(saved) = &saved {
+            object["state"] = saved.json();
+        }
         object["documents"] = json!(documents);
         object["skipped"] = json!(skipped);
         object["context"] = json!(args.context);
@@ -55,12 +68,18 @@ pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, out: 
         return Ok(writeln!(out, "{object}")?);
     }
     writeln!(out, "documents      {documents}{}", if skipped > 0 { format!(" ({skipped} too short)") } else { String::new() })?;
-    report::print(&report, out)
+    report::print(&report, out)?;
+    if let Some(saved) = &saved {
+        writeln!(out, "\n{saved}")?;
+    }
+    Ok(())
 }
 
-/// Reads documents one after the other, each with a fresh state.
+/// Reads documents one after the other, each with a fresh state or as the continuation of the same one.
 struct Reader<'a> {
     tokenizer: &'a Tokenizer,
+    /// What every document continues.
+    start: Option<Start>,
     judge: Judge<'a>,
     report: Report,
     /// The document that is read.
@@ -74,26 +93,32 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn new(args: &Eval, lm: &'a Lm, tokenizer: &'a Tokenizer) -> Result<Reader<'a>> {
-        let judge = Judge::new(lm, States::new(lm, 1)?, args.context, !args.report.no_inner);
+        let judge = Judge::new(lm, args.context, !args.report.no_inner)?;
+        let start = args.state_in.as_deref().map(|file| state::start(lm, Some(file), Some(tokenizer))).transpose()?;
         let report = Report::new(lm.config().mini_batch_size, args.report.buckets as usize);
-        Ok(Reader { tokenizer, judge, report, name: String::new(), bytes: 0, unseen: 0, documents: 0, skipped: 0 })
+        Ok(Reader { tokenizer, start, judge, report, name: String::new(), bytes: 0, unseen: 0, documents: 0, skipped: 0 })
     }
 
     /// Reads a piece; returns the sums of a document that it ends. Where the tokenizer has a token that begins a text, that is read
-    /// first, so that the document's first token is predicted too; a prompt is read and not judged.
+    /// first, or the state's pending token, so that the document's first token is predicted too; a prompt is read and not judged.
     fn read(&mut self, piece: Piece, show: &dyn Fn(&Evaluation)) -> Result<Option<Evaluation>> {
-        let Reader { judge, report, .. } = self;
+        let Reader { judge, report, start, .. } = self;
         let mut sink = |judged: &Judged<'_>| {
             report.add(judged);
             show(&report.so_far());
         };
         if let Some(name) = piece.begins {
             let bos = self.tokenizer.bos();
-            judge.start(piece.prompt + usize::from(bos.is_some()));
-            judge.push(bos.as_slice(), &mut sink)?;
+            let first = start.as_ref().map_or(bos.as_slice(), |start| &start.pending);
+            let from = first.len() + piece.prompt;
+            match &*start {
+                Some(start) => judge.start_from(&start.states, from)?,
+                None => judge.start(from),
+            }
+            judge.push(first, &mut sink)?;
             (self.name, self.bytes) = (name, 0);
-            self.unseen = match (piece.prompt, bos) {
-                (0, None) => self.tokenizer.decode(&piece.ids[..piece.ids.len().min(1)]).len(),
+            self.unseen = match from {
+                0 => self.tokenizer.decode(&piece.ids[..piece.ids.len().min(1)]).len(),
                 _ => piece.prompt_bytes,
             };
         }

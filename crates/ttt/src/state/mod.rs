@@ -1,4 +1,8 @@
-//! What sequences carry from token to token: the learned state as a value.
+//! What sequences carry from token to token: the learned state as a value, and as a file ([`file`](mod@file)).
+
+pub mod file;
+
+pub use file::{StateFile, StateHeader};
 
 use crate::Result;
 use crate::batch::{Batch, Segment};
