@@ -192,7 +192,7 @@ fn logits_and_gradient(model: &Lm, keep: Keep) -> [Vec<f64>; 2] {
     let (hidden, saved) = model.forward(&batch, None, keep, 0.7).unwrap();
     let logits = model.logits(&hidden, &(0..108).collect::<Vec<_>>()).unwrap().to_f64_vec();
     let (_, dhidden) = model.loss(&hidden, &targets, &weights, &mut grads).unwrap();
-    model.backward(&batch, saved.unwrap(), dhidden, &mut grads).unwrap();
+    model.backward(&batch, saved.unwrap(), dhidden, None, &mut grads).unwrap();
     [logits, grads.data().to_f64_vec()]
 }
 
@@ -246,6 +246,55 @@ fn reading_in_chunks_forking_and_resetting() {
         assert!(relative(&all(&mut fork, &tokens[39..], 1), &want) < ratio, "{dtype:?}: a copied slot");
         states.reset(&model, 0);
         assert!(relative(&all(&mut states, &tokens, 0), &want) < ratio, "{dtype:?}: a slot that was reset");
+    }
+}
+
+/// Gradient of two segments of the same sequences, carried across the cut.
+fn gradient_in_segments(model: &Lm) -> Vec<f64> {
+    let mut random = Random::new(21);
+    let mut states = model.states(2).unwrap();
+    let mut grads = Params::zeros(model.params().table(), model.device(), model.params().data().dtype()).unwrap();
+    let mut passes = Vec::new();
+    for len in [32, 20] {
+        let batch = Batch::packed(&[random.tokens(len, 300), random.tokens(len, 300)]);
+        let targets = random.tokens(2 * len, 300);
+        let (hidden, saved) = model.forward(&batch, Some(&mut states), Keep::Saved { group: 2 }, 1.0).unwrap();
+        let weights = vec![0.01; 2 * len];
+        let (_, dhidden) = model.loss(&hidden, &targets, &weights, &mut grads).unwrap();
+        passes.push((batch, saved.unwrap(), dhidden));
+    }
+    let mut dstates = ttt::dstates::DStates::zeros(&states).unwrap();
+    for (batch, saved, dhidden) in passes.into_iter().rev() {
+        model.backward(&batch, saved, dhidden, Some(&mut dstates), &mut grads).unwrap();
+    }
+    grads.data().to_f64_vec()
+}
+
+#[test]
+fn gradients_cross_cuts_and_states_go_to_files() {
+    let Some(gpu) = gpu() else { return };
+    let host = shaken_model(&small(0b1111), &gpu.cpu_beside(), DType::F32, 6);
+    let want = gradient_in_segments(&host);
+    for (dtype, ratio) in [(DType::F32, 5e-4), (DType::Bf16, 1e-1)] {
+        let model = moved(&host, gpu, dtype);
+        let error = relative(&gradient_in_segments(&model), &want);
+        assert!(error < ratio, "{dtype:?}: {error}");
+
+        // Saved on the GPU, restored there and on the CPU.
+        let next = |model: &Lm, states: &mut ttt::state::States| {
+            let (hidden, _) = model.forward(&Batch::one(&[5, 6, 7]), Some(states), Keep::Nothing, 1.0).unwrap();
+            model.logits(&hidden, &[2]).unwrap().to_f64_vec()
+        };
+        let mut states = model.states(1).unwrap();
+        model.forward(&Batch::one(&Random::new(3).tokens(37, 300)), Some(&mut states), Keep::Nothing, 1.0).unwrap();
+        let bytes = states.to_bytes(0, &model, &[], None).unwrap();
+        let logits = next(&model, &mut states);
+        for (model, ratio) in [(&model, 0.0), (&host, if dtype == DType::F32 { 1e-4 } else { 4e-2 })] {
+            let mut restored = model.states(1).unwrap();
+            restored.restore_bytes(0, model, bytes.clone()).unwrap();
+            let error = relative(&next(model, &mut restored), &logits);
+            assert!(error <= ratio, "{dtype:?} restored on {:?}: {error}", model.device());
+        }
     }
 }
 

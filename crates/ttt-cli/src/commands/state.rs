@@ -7,8 +7,9 @@ use serde_json::json;
 use ttt::config::Inner;
 use ttt::hub::write_atomic;
 use ttt::state::StateFile;
+use ttt::tensor::DType;
 
-use crate::args::{State, StateDiff, StateFork, StateInfo};
+use crate::args::{Precision, State, StateDiff, StateFork, StateInfo};
 use crate::{model, units};
 
 /// Runs the command.

@@ -31,7 +31,7 @@ pub struct Streams {
 
 /// Tokens that a stream reads as one sequence of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct Stretch {
     /// The stream.
     pub stream: usize,
     /// Inputs; the targets are one token further on.
@@ -74,7 +74,7 @@ impl Streams {
 
     /// What some of the streams read in segment `segment` of `step`: each a piece, or with resets at documents one for every
     /// document that it meets.
-    pub fn pieces(&self, tokens: &Tokens, step: u64, streams: Range<usize>, segment: usize) -> Vec<Piece> {
+    pub fn pieces(&self, tokens: &Tokens, step: u64, streams: Range<usize>, segment: usize) -> Vec<Stretch> {
         let steps = self.steps_per_sequence();
         let mut pieces = Vec::new();
         for stream in streams {
@@ -90,7 +90,7 @@ impl Streams {
                 let document = if self.cut.reset_at_documents { tokens.document_around(at) } else { window.clone() };
                 let end = document.end.min(range.end);
                 let fresh = (starts && at == range.start) || (self.cut.reset_at_documents && at == document.start);
-                pieces.push(Piece { stream, tokens: at..end, fresh });
+                pieces.push(Stretch { stream, tokens: at..end, fresh });
                 at = end;
             }
         }

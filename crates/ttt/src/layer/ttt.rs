@@ -1,5 +1,7 @@
 //! The TTT layer (paper section 2): projections, convolutions, RoPE, the inner loop, post-norm, gate and output projection.
 
+use std::borrow::Cow;
+
 use crate::Result;
 use crate::config::{Config, Inner};
 use crate::device::view::View;
@@ -42,6 +44,20 @@ pub struct TttSaved {
     inner: inner::Saved,
     /// The convolutions' window at the beginning, when the sequences had one.
     window: Option<Tensor>,
+}
+
+/// A pass of a GPU on the CPU (see [`TttLayer::statistics`]).
+struct OnCpu<'a> {
+    weights: Cow<'a, Params>,
+    rope: rope::Table,
+    saved: TttSaved,
+    end: FastWeights,
+}
+
+impl OnCpu<'_> {
+    fn pass<'b>(&'b self, gpu: &Pass<'b>) -> Pass<'b> {
+        Pass { weights: &self.weights, rope: &self.rope, ..*gpu }
+    }
 }
 
 /// What [`TttSaved`] has, whether or not fast weights were kept.
@@ -361,34 +377,53 @@ impl TttLayer {
 
     /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`. They are computed on the CPU.
     pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
-        if let Some(gpu) = saved.z.device().as_cuda() {
-            let host = gpu.host();
-            let (weights, rope) = (pass.weights.on_cpu()?, pass.rope.to(host)?);
-            let on_cpu = |tensor: &Tensor| tensor.to(host);
-            let mut initial = self.fast_weights(&weights, 1)?;
-            self.start(&weights, &mut initial, 0);
-            let saved = TttSaved {
-                projected: on_cpu(&saved.projected)?,
-                qk: match &saved.qk {
-                    Some([q, k]) => Some([on_cpu(q)?, on_cpu(k)?]),
-                    None => None,
-                },
-                lr: on_cpu(&saved.lr)?,
-                tok: on_cpu(&saved.tok)?,
-                z: on_cpu(&saved.z)?,
-                inner: saved.inner.on_cpu(&initial, pass.segments)?,
-                window: None,
-            };
-            return self.statistics(&Pass { weights: &weights, rope: &rope, ..*pass }, &saved, &end.to(host)?);
+        if let Some(cpu) = self.on_cpu(pass, saved, end)? {
+            return self.statistics(&cpu.pass(pass), &cpu.saved, &cpu.end);
         }
+        let rows = self.inner_errors(pass, saved, end)?;
         let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
-        let rows = match self.inner {
-            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, end),
-            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, end),
-        };
         let column = |i: usize| rows.iter().map(|r| r[i]).collect();
         let target_variance = self.target_variance(pass, inputs.k, inputs.v, rows.len())?;
         Ok(InnerStatistics { target_variance, initial: column(0), before: column(1), after: column(2) })
+    }
+
+    /// The last three of [`InnerStatistics`], a row for each full mini-batch of the pass. The initial weights are the learned
+    /// ones, wherever in its text the pass began.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn inner_errors(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Vec<[f64; 3]>> {
+        if let Some(cpu) = self.on_cpu(pass, saved, end)? {
+            return self.inner_errors(&cpu.pass(pass), &cpu.saved, &cpu.end);
+        }
+        let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
+        let mut initial = self.fast_weights(pass.weights, end.slots())?;
+        pass.segments.iter().for_each(|s| self.start(pass.weights, &mut initial, s.slot));
+        Ok(match self.inner {
+            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, &initial, end),
+            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, &initial, end),
+        })
+    }
+
+    /// What statistics read, on the CPU, when it lies in a GPU's memory.
+    fn on_cpu<'a>(&self, pass: &Pass<'a>, saved: &TttSaved, end: &FastWeights) -> Result<Option<OnCpu<'a>>> {
+        let Some(gpu) = saved.z.device().as_cuda() else { return Ok(None) };
+        let host = gpu.host();
+        let on_cpu = |tensor: &Tensor| tensor.to(host);
+        let qk = match &saved.qk {
+            Some([q, k]) => Some([on_cpu(q)?, on_cpu(k)?]),
+            None => None,
+        };
+        let saved = TttSaved {
+            projected: on_cpu(&saved.projected)?,
+            qk,
+            lr: on_cpu(&saved.lr)?,
+            tok: on_cpu(&saved.tok)?,
+            z: on_cpu(&saved.z)?,
+            inner: saved.inner.on_cpu(host, pass.segments, self.heads, self.mini_batch)?,
+            window: None,
+        };
+        Ok(Some(OnCpu { weights: pass.weights.on_cpu()?, rope: pass.rope.to(host)?, saved, end: end.to(host)? }))
     }
 
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {

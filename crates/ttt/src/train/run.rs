@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::data::{Examples, Piece, Sampler, Streams, Tokenizer, Tokens};
+use crate::data::{Examples, Sampler, Streams, Stretch, Tokenizer, Tokens};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
@@ -458,10 +458,10 @@ impl<'j> Run<'j> {
 }
 
 /// Pieces of the token stream as a batch: that of stream i is in slot i.
-fn segment_batch(tokens: &Tokens, pieces: &[Piece]) -> MicroBatch {
+fn segment_batch(tokens: &Tokens, pieces: &[Stretch]) -> MicroBatch {
     let mut micro = MicroBatch::default();
     let (mut inputs, mut mask) = (Vec::new(), Vec::new());
-    for Piece { stream, tokens: Range { start, end }, fresh } in pieces.iter().cloned() {
+    for Stretch { stream, tokens: Range { start, end }, fresh } in pieces.iter().cloned() {
         inputs.clear();
         tokens.read(start..end, &mut inputs);
         match fresh {

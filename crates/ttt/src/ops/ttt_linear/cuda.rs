@@ -257,6 +257,7 @@ pub(crate) fn forward(
     let blocks = list.len() * heads;
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
+    let start = if keep == Some(1) { Some(state.weights().copy()?) } else { None };
     let (weights, rows) = state.tensors_mut();
     let params = ForwardParams {
         q: q.address(),
@@ -295,7 +296,7 @@ pub(crate) fn forward(
     // SAFETY: sizes and segments were checked above; what is written is owned or mutably borrowed; the plain kernel has scratch
     // for each block.
     unsafe { cuda.launch_with(source, name, [blocks, 1, 1], threads, shared, &params) };
-    let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat) });
+    let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat), start });
     Ok((z, saved))
 }
 
