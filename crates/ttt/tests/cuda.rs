@@ -73,6 +73,44 @@ fn operations_in_mixed_precision() {
     }
 }
 
+/// Enough rows that a thread walks over several, in segments that start and end inside and at the ends of its rows.
+#[test]
+fn convolutions_of_many_rows() {
+    let Some(gpu) = gpu() else { return };
+    let (mut segments, mut first_row) = (Vec::new(), 0);
+    for (slot, len) in [1, 2, 3, 1500, 0, 33, 4, 1, 64, 3000, 32, 7].into_iter().enumerate() {
+        segments.push(Segment { first_row, len, slot, phase: 0 });
+        first_row += len;
+    }
+    let (n, c) = (first_row, 768);
+    let run = |device: &Device, dtype: DType| {
+        let make = |shape: &[usize], seed, dtype| {
+            let values: Vec<f64> = case::filled(&device.cpu_beside(), shape, seed).to_f64_vec();
+            let rounded: Vec<f64> = values.iter().map(|x| half::bf16::from_f32(*x as f32).to_f64()).collect();
+            case::placed(device, shape, &rounded, dtype)
+        };
+        let (x, dy, window) = (make(&[n, c], 1, dtype), make(&[n, c], 2, dtype), make(&[segments.len(), 3, c], 5, dtype));
+        let master = if dtype == DType::Bf16 { DType::F32 } else { dtype };
+        let (w, bias) = (make(&[c, 4], 3, master), make(&[1, c], 4, master));
+        let (mut dw, mut dbias) = (make(&[c, 4], 6, master), make(&[1, c], 7, master));
+        device.install(|| {
+            let y = ttt::ops::conv::forward(x.view(), w.view(), bias.view(), &segments, Some(&window)).unwrap();
+            let (dw_view, dbias_view) = (dw.view_mut(), dbias.view_mut());
+            let (dy, x, w) = (dy.view(), x.view(), w.view());
+            let dx = ttt::ops::conv::backward(dy, x, w, &segments, Some(&window), dw_view, dbias_view, None).unwrap();
+            [y, dx, dw, dbias].map(|t| t.to_f64_vec())
+        })
+    };
+    let want = run(&gpu.cpu_beside(), DType::F32);
+    for (dtype, ratio) in [(DType::F32, 1e-5), (DType::Bf16, 1e-2)] {
+        let ours = run(gpu, dtype);
+        for (name, (ours, want)) in ["y", "dx", "dw", "dbias"].iter().zip(ours.iter().zip(&want)) {
+            case::expect_close(&format!("{name} {dtype:?}"), ours, want, ratio);
+        }
+        assert_eq!(ours, run(gpu, dtype), "{dtype:?}: another result when run again");
+    }
+}
+
 #[test]
 fn optimizer_and_norms() {
     let Some(gpu) = gpu() else { return };

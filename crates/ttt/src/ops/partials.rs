@@ -25,7 +25,7 @@ pub(crate) fn add_up(sums: Mat<f32>, cols: Range<usize>, to: &mut [f32]) {
 
 /// On a GPU: rows of a block, and the number of blocks, so that few partial sums are to be added up and the GPU is full.
 pub(crate) fn gpu_rows(rows: usize) -> [usize; 2] {
-    let per_block = rows.div_ceil(528).max(1);
+    let per_block = rows.div_ceil(1056).max(1);
     [per_block, rows.div_ceil(per_block)]
 }
 

@@ -110,5 +110,5 @@ pub(crate) fn add_up_pieces(
     assert!(y.stride() == y.cols() || y.rows() <= 1, "sums go into a contiguous matrix");
     let args = args![y.address(), partials, count, width, first, piece.max(1), step, cols];
     // SAFETY: `partials` is [count, width], and the columns that are read lie in it (the callers lay it out so).
-    unsafe { cuda.launch(&SOURCE, (DType::F32, "add_up"), [cols.div_ceil(32), 1, 1], 256, 0, args) };
+    unsafe { cuda.launch(&SOURCE, (DType::F32, "add_up"), [cols.div_ceil(32), 1, 1], 1024, 0, args) };
 }

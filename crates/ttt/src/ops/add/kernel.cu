@@ -81,21 +81,22 @@ extern "C" __global__ void __launch_bounds__(256) to_f32_8(float *y, int ys, con
 }
 
 // y[c] += sum over `count` rows of width `width` of their column first + c / piece * step + c % piece, always in the same order:
-// 8 threads a column, each every eighth row. Blocks of 32 x 8 threads.
-extern "C" __global__ void __launch_bounds__(256)
+// 32 threads a column, each every 32nd row. Blocks of 32 x 32 threads.
+extern "C" __global__ void __launch_bounds__(1024)
     add_up(float *y, const float *partials, int count, int width, int first, int piece, int step, int cols) {
-    __shared__ float sums[8][33];
+    __shared__ float sums[32][33];
     int lane = threadIdx.x % 32, part = threadIdx.x / 32, col = blockIdx.x * 32 + lane;
     float sum = 0.0f;
     if (col < cols) {
         const float *from = partials + first + (i64)(col / piece) * step + col % piece;
-        for (int i = part; i < count; i += 8) sum += from[(i64)i * width];
+#pragma unroll 4
+        for (int i = part; i < count; i += 32) sum += from[(i64)i * width];
     }
     sums[part][lane] = sum;
     __syncthreads();
     if (part == 0 && col < cols) {
 #pragma unroll
-        for (int i = 1; i < 8; i++) sum += sums[i][lane];
+        for (int i = 1; i < 32; i++) sum += sums[i][lane];
         y[col] += sum;
     }
 }

@@ -22,6 +22,9 @@ pub(crate) static SOURCE: Source = Source {
         Entry { name: "backward_input1", registers: 64 },
         Entry { name: "backward_input8", registers: 80 },
         Entry { name: "backward_weight", registers: 80 },
+        Entry { name: "forward_taps4", registers: 128 },
+        Entry { name: "backward_input_taps4", registers: 128 },
+        Entry { name: "backward_weight_taps4", registers: 128 },
         Entry { name: "advance", registers: 64 },
         Entry { name: "backward_window", registers: 64 },
         Entry { name: "backward_advance", registers: 64 },
@@ -31,8 +34,20 @@ pub(crate) static SOURCE: Source = Source {
 /// The most taps that the kernels take.
 pub(crate) const MAX_TAPS: usize = 8;
 
-/// Threads of the kernels with a thread for each column.
+/// Threads of a block of the kernels with a thread for each column, and of those of four taps.
 const COLUMN_THREADS: usize = 128;
+
+/// Rows of a thread of the kernels of four taps, and blocks for all threads: few rows are spread over more threads.
+fn chunks(rows: usize, cols: usize, most: usize) -> (usize, [usize; 3]) {
+    let per_thread = (rows * (cols / 8)).div_ceil(132 * 1024).clamp(1, most);
+    (per_thread, [(rows.div_ceil(per_thread) * (cols / 8)).div_ceil(COLUMN_THREADS), 1, 1])
+}
+
+/// Whether the kernels of four taps cover these matrices.
+fn four_taps(w: View, views: &[View]) -> bool {
+    let contiguous = w.stride() == 4 && w.address().is_multiple_of(16);
+    w.cols() == 4 && contiguous && width(views) == 8
+}
 
 /// What all directions read.
 #[derive(Clone, Copy)]
@@ -54,6 +69,25 @@ pub(crate) fn forward(cuda: &Cuda, inputs: Inputs, w: View, bias: View, y: &View
     let segments = cuda.segments(inputs.segments)?;
     let wide = width(&[x, y, bias]);
     let ([rows, cols], taps) = (x.shape(), w.cols());
+    if four_taps(w, &[x, y, bias]) {
+        let (per_thread, grid) = chunks(rows, cols, 32);
+        let list = args![
+            y.address(),
+            x.address(),
+            x.stride(),
+            w.address(),
+            bias.address(),
+            inputs.window(),
+            segments.segments(),
+            segments.of_row(),
+            rows,
+            cols,
+            per_thread
+        ];
+        // SAFETY: shapes, segments and windows were checked by the caller; `y` is contiguous and mutably borrowed.
+        unsafe { cuda.launch(&SOURCE, (x.dtype(), "forward_taps4"), grid, COLUMN_THREADS, 0, list) };
+        return Ok(());
+    }
     let list = args![
         y.address(),
         x.address(),
@@ -81,6 +115,43 @@ pub(crate) fn backward(cuda: &Cuda, dy: View, inputs: Inputs, w: View, [dw, dbia
     let wide = width(&[dy, dx]);
     let ([rows, cols], taps) = (x.shape(), w.cols());
     assert!(taps <= MAX_TAPS, "{taps} taps; the kernels take {MAX_TAPS}");
+    if four_taps(w, &[x, dy, dx]) {
+        let (per_thread, grid) = chunks(rows, cols, 32);
+        let list = args![
+            dx.address(),
+            dy.address(),
+            dy.stride(),
+            w.address(),
+            segments.segments(),
+            segments.of_row(),
+            rows,
+            cols,
+            per_thread
+        ];
+        // SAFETY: shapes and segments were checked by the caller; `dx` is contiguous and mutably borrowed.
+        unsafe { cuda.launch(&SOURCE, (x.dtype(), "backward_input_taps4"), grid, COLUMN_THREADS, 0, list) };
+        let (per_thread, grid) = chunks(rows, cols, 64);
+        let (count, width) = (rows.div_ceil(per_thread), 5 * cols);
+        let partials = Tensor::empty(x.device(), &[count, width], DType::F32)?;
+        let list = args![
+            partials.address(),
+            dy.address(),
+            dy.stride(),
+            x.address(),
+            x.stride(),
+            inputs.window(),
+            segments.segments(),
+            segments.of_row(),
+            rows,
+            cols,
+            per_thread
+        ];
+        // SAFETY: as above; `partials` has a row for each chunk of rows.
+        unsafe { cuda.launch(&SOURCE, (x.dtype(), "backward_weight_taps4"), grid, COLUMN_THREADS, 0, list) };
+        add::cuda::add_up(cuda, dw, partials.address(), [count, width], 0);
+        add::cuda::add_up(cuda, dbias, partials.address(), [count, width], 4 * cols);
+        return Ok(());
+    }
     let list = args![
         dx.address(),
         dy.address(),

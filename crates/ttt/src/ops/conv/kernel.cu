@@ -62,6 +62,126 @@ WIDTHS(backward_input,
         int taps),
        (dx, dy, dys, w, ws, segments, of_row, rows, cols, taps))
 
+// Four taps, 8 columns a thread, several rows one after the other: weights and the rows of the window stay in registers, so each
+// row is read once. Threads: (chunks of rows) x (cols / 8), columns running fastest.
+struct Place {
+    int col, first, last;
+};
+__device__ __forceinline__ bool chunk_of(Place &p, int rows, int cols, int rows_per_thread) {
+    i64 i = thread_index(), wide = cols / 8;
+    p.col = (int)(i % wide) * 8;
+    i64 first = i / wide * rows_per_thread;
+    if (first >= rows) return false;
+    p.first = (int)first, p.last = min(rows, p.first + rows_per_thread);
+    return true;
+}
+__device__ __forceinline__ void load_weights(float (&w)[4][8], const float *from, int col) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float4 taps = ((const float4 *)from)[col + j];
+        w[0][j] = taps.x, w[1][j] = taps.y, w[2][j] = taps.z, w[3][j] = taps.w;
+    }
+}
+// What taps 0 to 2 meet at token t.
+__device__ __forceinline__ void load_history(float (&h)[3][8], const T *x, int xs, const T *window, const int *segment, int cols,
+                                             int t, int col) {
+#pragma unroll
+    for (int tap = 0; tap < 3; tap++) {
+        const T *from = input(x, xs, window, segment, cols, 3, t, tap);
+        if (from) {
+            load<8>(h[tap], from + col);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++) h[tap][j] = 0.0f;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    forward_taps4(T *y, const T *x, int xs, const float *w, const float *bias, const T *window, const int *segments,
+                  const u32 *of_row, int rows, int cols, int rows_per_thread) {
+    Place p;
+    if (!chunk_of(p, rows, cols, rows_per_thread)) return;
+    float weights[4][8], h[3][8], b[8];
+    load_weights(weights, w, p.col);
+    load<8>(b, bias + p.col);
+    for (int row = p.first; row < p.last; row++) {
+        const int *segment = segments + 4 * of_row[row];
+        int t = row - segment[0];
+        if (t == 0 || row == p.first) load_history(h, x, xs, window, segment, cols, t, p.col);
+        float now[8], sum[8];
+        load<8>(now, x + (i64)row * xs + p.col);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            sum[j] = b[j] + weights[0][j] * h[0][j] + weights[1][j] * h[1][j] + weights[2][j] * h[2][j] + weights[3][j] * now[j];
+            h[0][j] = h[1][j], h[1][j] = h[2][j], h[2][j] = now[j];
+        }
+        store<8>(y + (i64)row * cols + p.col, sum);
+    }
+}
+
+// From the last row of a chunk to the first; h holds the rows 1 to 3 ahead, or zeros behind the segment's end.
+extern "C" __global__ void __launch_bounds__(128)
+    backward_input_taps4(T *dx, const T *dy, int dys, const float *w, const int *segments, const u32 *of_row, int rows, int cols,
+                         int rows_per_thread) {
+    Place p;
+    if (!chunk_of(p, rows, cols, rows_per_thread)) return;
+    float weights[4][8], h[3][8];
+    load_weights(weights, w, p.col);
+    for (int row = p.last - 1; row >= p.first; row--) {
+        const int *segment = segments + 4 * of_row[row];
+        int left = segment[0] + segment[1] - row;
+        if (left == 1 || row == p.last - 1) {
+#pragma unroll
+            for (int ahead = 1; ahead < 4; ahead++) {
+                if (ahead < left) {
+                    load<8>(h[ahead - 1], dy + (i64)(row + ahead) * dys + p.col);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) h[ahead - 1][j] = 0.0f;
+                }
+            }
+        }
+        float now[8], sum[8];
+        load<8>(now, dy + (i64)row * dys + p.col);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            sum[j] = weights[3][j] * now[j] + weights[2][j] * h[0][j] + weights[1][j] * h[1][j] + weights[0][j] * h[2][j];
+            h[2][j] = h[1][j], h[1][j] = h[0][j], h[0][j] = now[j];
+        }
+        store<8>(dx + (i64)row * cols + p.col, sum);
+    }
+}
+
+// partials[chunk] = [dw (cols x 4) | dbias (cols)] of the chunk's rows.
+extern "C" __global__ void __launch_bounds__(128)
+    backward_weight_taps4(float *partials, const T *dy, int dys, const T *x, int xs, const T *window, const int *segments,
+                          const u32 *of_row, int rows, int cols, int rows_per_thread) {
+    Place p;
+    if (!chunk_of(p, rows, cols, rows_per_thread)) return;
+    float dw[4][8], dbias[8], h[3][8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) dw[0][j] = dw[1][j] = dw[2][j] = dw[3][j] = dbias[j] = 0.0f;
+    for (int row = p.first; row < p.last; row++) {
+        const int *segment = segments + 4 * of_row[row];
+        int t = row - segment[0];
+        if (t == 0 || row == p.first) load_history(h, x, xs, window, segment, cols, t, p.col);
+        float now[8], d[8];
+        load<8>(now, x + (i64)row * xs + p.col);
+        load<8>(d, dy + (i64)row * dys + p.col);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            dw[0][j] += d[j] * h[0][j], dw[1][j] += d[j] * h[1][j], dw[2][j] += d[j] * h[2][j], dw[3][j] += d[j] * now[j];
+            dbias[j] += d[j];
+            h[0][j] = h[1][j], h[1][j] = h[2][j], h[2][j] = now[j];
+        }
+    }
+    float *to = partials + (i64)(p.first / rows_per_thread) * cols * 5;
+#pragma unroll
+    for (int j = 0; j < 8; j++) ((float4 *)to)[p.col + j] = make_float4(dw[0][j], dw[1][j], dw[2][j], dw[3][j]);
+    store<8>(to + (i64)cols * 4 + p.col, dbias);
+}
+
 // partials[block y] = [dw (cols x taps) | dbias (cols)] of the block's rows; a thread a column, at most 8 taps.
 extern "C" __global__ void __launch_bounds__(128)
     backward_weight(float *partials, const T *dy, int dys, const T *x, int xs, const T *window, const int *segments,
