@@ -277,7 +277,7 @@ def check(device, d, K, heads, segments, group, seed, plain, f32=False, split=0)
             loose.update(compare(case, grads, case.reference(reference.exact), True))
     limit = F32 if f32 else TIGHT
     ok = repeat and all(e < (max(limit, DTOK) if n == "dtok" and not f32 else limit) for n, e in tight.items())
-    ok = ok and all(e < LOOSE for e in loose.values())
+    ok = ok and all(e < (2 * LOOSE if n == "dtok" else LOOSE) for n, e in loose.items())
     worst = lambda errors: max(errors.items(), key=lambda item: -1 if item[1] < 0 else float("inf") if item[1] != item[1] else item[1])
     line = dict(check="ttt_linear", plain=plain, f32=f32, d=d, K=K, heads=heads, segments=segments if len(segments) < 8 else len(segments),
                 group=group, split=split, seed=seed, ok=bool(ok), bitwise=bool(repeat), tight={n: float(f"{e:.2g}") for n, e in tight.items()})
@@ -314,6 +314,8 @@ def run_checks(args):
                         if plain and split:
                             continue
                         ok &= check(device, d, K, 2 if args.emulate else 3, segments, group, seed, plain, args.f32, split)
+                        if args.stop and not ok:
+                            return False
     return ok
 
 
@@ -334,9 +336,12 @@ class Bench:
         weights, saved = 0.02 * torch.randn(B, H, S, **f32), torch.empty(B * H * checkpoints, S, **f32)
         dstate, partials = torch.zeros(B, H, S, **f32), torch.empty(B, H, parts, K + 2 * d, **f32)
         boundaries = torch.empty(B, H, parts, S, **f32)
-        table = torch.tensor([[b * T, T, b, 0, b * checkpoints] for b in range(B)], dtype=torch.int32, device="cuda")
+        # One token a sequence is decoding: every phase, with rows.
+        phases = [b % K if T == 1 else 0 for b in range(B)]
+        table = torch.tensor([[b * T, T, b, phases[b], b * checkpoints] for b in range(B)], dtype=torch.int32, device="cuda")
+        rows = torch.randn(B, H, K - 1, 2 * d, **f32)
         self.sums = [torch.zeros(K, **f32), torch.zeros(H, d, **f32), torch.zeros(H, d, **f32)]
-        self.held = [qkv, dqkv, dz, z, ghat, lr, dlr, tok, gamma, beta, weights, saved, dstate, partials, table, boundaries]
+        self.held = [qkv, dqkv, dz, z, ghat, lr, dlr, tok, gamma, beta, weights, saved, dstate, partials, table, boundaries, rows]
         self.tasks, self.blocks, self.threads = B * H, B * H * parts, 256 if plain else 2 * d
         self.f, self.b = Forward(), Backward()
         for p in (self.f, self.b):
@@ -346,6 +351,8 @@ class Bench:
             p.lr_stride, p.ghat_stride, p.heads, p.head_dim, p.mini_batch, p.group = H, D, H, d, K, group
             p.split, p.parts, p.boundaries = split, parts, boundaries.data_ptr()
         self.f.z, self.f.z_stride, self.f.weights = z.data_ptr(), D, weights.data_ptr()
+        if T == 1:
+            self.f.rows = rows.data_ptr()
         self.kept = (ghat.data_ptr(), saved.data_ptr())
         b = self.b
         (b.ghat, b.checkpoints), b.dz, b.dz_stride = self.kept, dz.data_ptr(), D
@@ -386,6 +393,11 @@ def run_bench(args):
             bench.forward(False), bench.both()
             device.torch.cuda.synchronize()
             continue
+        if T == 1:
+            ms = device.milliseconds(lambda: [bench.forward(False) for _ in range(20)]) / 20
+            print(json.dumps(dict(bench="ttt_linear", plain=args.plain, B=B, H=H, d=d, decode_ms=round(ms, 5),
+                                  weights_GBps=round(B * H * 4 * (d * d + d) / ms / 1e6))), flush=True)
+            continue
         times = [device.milliseconds(f) for f in (lambda: bench.forward(False), lambda: bench.forward(True), bench.backward, bench.both)]
         names = ("forward", "forward_kept", "backward", "forward_backward")
         line = dict(bench="ttt_linear", plain=args.plain, split=args.split, defines=args.defines, B=B, T=T, H=H, d=d, device=device.torch.cuda.get_device_name())
@@ -404,6 +416,7 @@ def main():
     p.add_argument("--f32", action="store_true", help="f32 elements (plain kernels only)")
     p.add_argument("--d", type=int, nargs="+", default=[64])
     p.add_argument("--k", type=int, nargs="+", default=[16])
+    p.add_argument("--stop", action="store_true", help="at the first failure")
     p.add_argument("--seeds", type=int, default=1)
     p = sub.add_parser("bench", help="time them on random inputs")
     shape = lambda text: tuple(int(x) for x in text.split(","))

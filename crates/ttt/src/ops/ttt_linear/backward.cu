@@ -73,10 +73,9 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
     load_state(dw, db, !CHAIN && p.split && begin < count ? boundary : p.dstate + (u64)task * STATE, l);
     u32 until_boundary = CHAIN ? (all + p.split - 1) % p.split + 1 : 0; // mini-batches of the part
     if (CHAIN && all > 0) store_state(boundary, dw, db, l);
-    float mean_g2 = 0.0f;
+    const float mean_g2 = mean_square(p.gamma + head * D, l);
     if (threadIdx.x < D) store_shared(shared + Shared::GAMMA + 4 * threadIdx.x, p.gamma[head * D + threadIdx.x]);
     if (threadIdx.x < D) store_shared(shared + Shared::BETA + 4 * threadIdx.x, p.beta[head * D + threadIdx.x]);
-    for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
     if (threadIdx.x < TOKENS) store_shared(shared + Shared::NEG_TAU + 4 * threadIdx.x, threadIdx.x < K ? -p.tok[threadIdx.x] : 0.0f);
     const u32 causal_mask = Causal::mask(l);
 
@@ -365,8 +364,9 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             mma_k16(dk[0], dmt, q[0], q[1]);
             mma_k16(dk[1], dmt, q[2], q[3]);
         }
-        put_rows(patch, l, dq);
-        __syncwarp();
+        __syncwarp(); // DE
+        take_sum(packed, patch, l, dq, stage + Shared::DZ + l.own);
+        if (present) store_global4(at_row(p.dq, row, 2 * p.dq_stride, store_column), packed);
         // (6) dW' -> dW
         {
             u32 dzin[4], columns[4];
@@ -377,15 +377,6 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             ldmatrix_x4_trans(dzin, shared + Shared::DZIN + l.row_b + l.own);
             add_outer(dw, db, dzbar, tile_q, l);
             add_outer(dw, db, dzin, tile_k, l);
-        }
-        {
-            float out[8];
-            take_row(out, patch, l);
-            load8(dz, stage + Shared::DZ + l.row + l.own);
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) out[i] += dz[i];
-            pack8(packed, out);
-            if (present) store_global4(at_row(p.dq, row, 2 * p.dq_stride, store_column), packed);
         }
         copy_async_wait<Shared::STAGES - 2>();
         __syncthreads();
@@ -398,18 +389,9 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             mma_k16(dk[0], a, wt[s][0], wt[s][1]);
             mma_k16(dk[1], a, wt[s][2], wt[s][3]);
         }
-        put_rows(patch2, l, dk);
-        __syncwarp();
-        {
-            float out[8];
-            take_row(out, patch2, l);
-            float de[8];
-            load8(de, shared + Shared::DE + l.row + l.own);
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) out[i] += de[i];
-            pack8(packed, out);
-            if (present) store_global4(at_row(p.dk, row, 2 * p.dk_stride, store_column), packed);
-        }
+        take_sum(packed, patch2, l, dk, shared + Shared::DE + l.own);
+        __syncwarp(); // the patches are written again
+        if (present) store_global4(at_row(p.dk, row, 2 * p.dk_stride, store_column), packed);
     }
 
     if (CHAIN) return;
