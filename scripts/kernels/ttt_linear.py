@@ -29,7 +29,7 @@ def struct(pointers, strides, numbers):
 INPUTS = "q k v lr tok gamma beta segments"
 Forward = struct(INPUTS + " z weights rows ghat checkpoints boundaries opened scratch", "q k v z lr ghat",
                  "heads head_dim mini_batch group split parts")
-Backward = struct(INPUTS + " ghat checkpoints dz dq dk dv dlr dstate partials boundaries scratch",
+Backward = struct(INPUTS + " ghat checkpoints dz dq dk dv dlr dstate partials boundaries prepared scratch",
                   "q k v lr ghat dz dq dk dv dlr", "heads head_dim mini_batch group split parts")
 Reduce = struct("partials dtok dgamma dbeta", "", "segments heads head_dim mini_batch parts")
 
@@ -64,6 +64,10 @@ def forward_shared(d):
 def backward_shared(d):
     return (2 * (5 * 16 * (2 * d + 16) + 64) + 2 * d * (2 * d + 16) + 3 * 16 * (2 * d + 16) + d // 16 * 2 * 1280
             + d // 16 * 32 * (2 * 16 + 4) + 72 * d + 64)
+
+
+def chain_shared(d):
+    return 4 * (2 * 16 * (2 * d + 16) + 128 * d + 512) + d // 16 * (16 * 48 + 1280 + 1024)
 
 
 def ceil(a, b):
@@ -206,7 +210,10 @@ class Runner:
             p.scratch = a(scratch)
         shared = 0 if self.plain else backward_shared(c.d)
         if self.split:
-            self.dev.launch("ttt_linear_backward_chain", p, self.tasks, self.threads, shared)
+            prepared = self.poison(self.blocks * self.split * (128 * c.d + 512) // 4)
+            p.prepared = a(prepared)
+            self.dev.launch("ttt_linear_backward_prepare", p, self.blocks, self.threads, shared)
+            self.dev.launch("ttt_linear_backward_chain", p, self.tasks, self.threads, chain_shared(c.d))
         self.dev.launch("ttt_linear_backward" + self.suffix, p, self.blocks, self.threads, shared)
         out = {}
         if self.dev.kind == "gpu" or self.plain:
@@ -308,7 +315,7 @@ def run_checks(args):
                 if args.emulate:
                     device = Emulator(define)
                 else:
-                    device = Gpu(["plain.cu"] if plain else ["plain.cu", "forward.cu", "backward.cu"], [define])
+                    device = Gpu(["plain.cu"] if plain else ["plain.cu", "forward.cu", "backward.cu", "backward_chain.cu"], [define])
                 for seed in range(args.seeds):
                     for segments, group, split in cases(K, args.emulate):
                         if plain and split:
@@ -359,6 +366,9 @@ class Bench:
         b.dq, b.dk, b.dv = (dqkv.data_ptr() + 2 * i * D for i in range(3))
         b.dq_stride = b.dk_stride = b.dv_stride = 3 * D
         b.dlr, b.dlr_stride, b.dstate, b.partials = dlr.data_ptr(), H, dstate.data_ptr(), partials.data_ptr()
+        if split:
+            self.held.append(torch.empty(B * H * parts * split * (128 * d + 512), dtype=torch.uint8, device="cuda"))
+            b.prepared = self.held[-1].data_ptr()
         self.r = Reduce(partials.data_ptr(), *(x.data_ptr() for x in self.sums), B, H, d, K, parts)
         if plain:
             self.held.append(torch.empty(self.blocks * (S + 9 * K * d + 2 * K * K + 4 * K), **f32))
@@ -374,7 +384,8 @@ class Bench:
     def backward(self):
         shared = 0 if self.plain else backward_shared(self.shape[3])
         if self.split:
-            self.dev.launch("ttt_linear_backward_chain", self.b, self.tasks, self.threads, shared)
+            self.dev.launch("ttt_linear_backward_prepare", self.b, self.blocks, self.threads, shared)
+            self.dev.launch("ttt_linear_backward_chain", self.b, self.tasks, self.threads, chain_shared(self.shape[3]))
         self.dev.launch("ttt_linear_backward" + "_plain_bf16" * self.plain, self.b, self.blocks, self.threads, shared)
         B, T, H, d = self.shape
         self.dev.launch("ttt_linear_reduce", self.r, ceil(H * 2 * d + self.b.mini_batch, 8), 256, 0)
@@ -387,7 +398,7 @@ class Bench:
 def run_bench(args):
     for shape in args.shape:
         B, T, H, d = shape
-        device = Gpu(["plain.cu", args.forward, args.backward], [f"HEAD_DIM={d}", *args.defines])
+        device = Gpu(["plain.cu", args.forward, args.backward, "backward_chain.cu"], [f"HEAD_DIM={d}", *args.defines])
         bench = Bench(device, *shape, plain=args.plain, split=args.split)
         if args.once:
             bench.forward(False), bench.both()
