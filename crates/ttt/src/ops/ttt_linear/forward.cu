@@ -120,32 +120,33 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
             mma_step(s, qk[1], q, k[2], k[3], ones);
         }
         const Causal causal(qk[0], qk[1], causal_mask);
-        put_columns(patch, l, z);
-        __syncwarp();
-
-        float zr[8], wr[8];
-        float sums[6] = {};
-        take_row(zr, patch, l);
-        {
-            float k[8], v[8];
-            load8(k, tile_k + l.row + l.own);
+        float zr[8], wr[8], sums[6] = {};
+        { // while the products run
+            float v[8];
+            load8(wr, tile_k + l.row + l.own);
             load8(v, stage + Shared::V + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                wr[i] = gamma[i] * beta[i] - gamma[i] * (v[i] - k[i]);
-                const float gz = gamma[i] * gamma[i] * zr[i];
-                sums[0] += zr[i];
-                sums[1] += zr[i] * zr[i];
-                sums[2] += gz;
-                sums[3] += gz * zr[i];
-                sums[4] += wr[i] * zr[i];
+                wr[i] = gamma[i] * (beta[i] - (v[i] - wr[i]));
                 sums[5] += wr[i];
             }
+        }
+        const float lr = load_shared(stage + Shared::LR + 4 * l.token);
+        put_columns(patch, l, z);
+        __syncwarp();
+        take_row(zr, patch, l);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            const float gz = gamma[i] * gamma[i] * zr[i];
+            sums[0] += zr[i];
+            sums[1] += zr[i] * zr[i];
+            sums[2] += gz;
+            sums[3] += gz * zr[i];
+            sums[4] += wr[i] * zr[i];
         }
         const u32 exchange = shared + Shared::INNER + (CHAIN ? m % 2 * WARPS * 512 : 0) + (l.half * 16 + l.token) * 16;
         store_shared4(exchange + l.warp * 512, fold(l.half, sums[0], sums[3]), fold(l.half, sums[1], sums[4]),
                       fold(l.half, sums[2], sums[5]), 0.0f);
-        const float lr = load_shared(stage + Shared::LR + 4 * l.token);
         if (CHAIN) copy_async_wait<Shared::STAGES - 3>(); // the next mini-batch has come
         __syncthreads();
         float total[3] = {};
