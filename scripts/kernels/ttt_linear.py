@@ -70,6 +70,10 @@ def chain_shared(d):
     return 4 * (2 * 16 * (2 * d + 16) + 128 * d + 512) + d // 16 * (16 * 48 + 1280 + 1024)
 
 
+def decode_shared(d, k):
+    return 4 * (20 * d + (2 * d + 1) * k)
+
+
 def ceil(a, b):
     return -(-a // b)
 
@@ -182,7 +186,10 @@ class Runner:
             p.scratch = a(scratch)
         if self.split:
             self.dev.launch("ttt_linear_forward_chain", p, self.tasks, self.threads, forward_shared(c.d))
-        self.dev.launch("ttt_linear_forward" + self.suffix, p, self.blocks, self.threads, 0 if self.plain else forward_shared(c.d))
+        if not keep and not self.plain and all(n == 1 for _, n, _, _, _ in c.segments):
+            self.dev.launch("ttt_linear_decode", p, self.blocks, self.threads, decode_shared(c.d, c.K))
+        else:
+            self.dev.launch("ttt_linear_forward" + self.suffix, p, self.blocks, self.threads, 0 if self.plain else forward_shared(c.d))
         down = self.dev.download
         z = self.back(down(self.z))
         assert np.isnan(z[:, :D]).all(), "z was written outside its columns"
@@ -298,6 +305,7 @@ def cases(K, quick):
     """(segments, group, split): lengths and phases of the issue, alone and side by side, whole and decoupled."""
     yield [(1, 0), (K - 1, 0), (K, 0), (K + 1, 0), (63, 0)], 2, 0
     yield [(1, 0), (1, 5 % K), (1, K - 1), (0, 3 % K), (K + 1, 5 % K), (63, K - 1), (5, 2 % K), (2 * K, 0)], 1, 0
+    yield [(1, phase) for phase in range(1, K)] + [(1, 0)], 1, 0
     yield [(200 if quick else 1040, 0)], 16, 0
     yield [(1, 0), (0, 0), (K, 0), (5 * K + 3, 0), (8 * K, 0)], 2, 4
     yield [(7, 5 % K), (6 * K, K - 1)], 1, 2
@@ -315,7 +323,7 @@ def run_checks(args):
                 if args.emulate:
                     device = Emulator(define)
                 else:
-                    device = Gpu(["plain.cu"] if plain else ["plain.cu", "forward.cu", "backward.cu", "backward_chain.cu"], [define])
+                    device = Gpu(["plain.cu"] if plain else ["plain.cu", "forward.cu", "backward.cu", "backward_chain.cu", "decode.cu"], [define])
                 for seed in range(args.seeds):
                     for segments, group, split in cases(K, args.emulate):
                         if plain and split:
@@ -381,6 +389,9 @@ class Bench:
             self.dev.launch("ttt_linear_forward_chain", self.f, self.tasks, self.threads, shared)
         self.dev.launch("ttt_linear_forward" + "_plain_bf16" * self.plain, self.f, self.blocks, self.threads, shared)
 
+    def decode(self):
+        self.dev.launch("ttt_linear_decode", self.f, self.blocks, self.threads, decode_shared(self.shape[3], self.f.mini_batch))
+
     def backward(self):
         shared = 0 if self.plain else backward_shared(self.shape[3])
         if self.split:
@@ -398,14 +409,14 @@ class Bench:
 def run_bench(args):
     for shape in args.shape:
         B, T, H, d = shape
-        device = Gpu(["plain.cu", args.forward, args.backward, "backward_chain.cu"], [f"HEAD_DIM={d}", *args.defines])
+        device = Gpu(["plain.cu", args.forward, args.backward, "backward_chain.cu", "decode.cu"], [f"HEAD_DIM={d}", *args.defines])
         bench = Bench(device, *shape, plain=args.plain, split=args.split)
         if args.once:
             bench.forward(False), bench.both()
             device.torch.cuda.synchronize()
             continue
         if T == 1:
-            ms = device.milliseconds(lambda: [bench.forward(False) for _ in range(20)]) / 20
+            ms = device.milliseconds(lambda: [bench.decode() for _ in range(20)]) / 20
             print(json.dumps(dict(bench="ttt_linear", plain=args.plain, B=B, H=H, d=d, decode_ms=round(ms, 5),
                                   weights_GBps=round(B * H * 4 * (d * d + d) / ms / 1e6))), flush=True)
             continue

@@ -13,6 +13,10 @@ namespace backward_kernel {
 namespace chain_kernel {
 #include "backward_chain.cu"
 }
+namespace decode_kernel {
+#include "decode.cu"
+}
+using namespace decode_kernel;
 using namespace chain_kernel;
 using namespace forward_kernel;
 using namespace backward_kernel;
@@ -31,6 +35,7 @@ EXPORT(ttt_linear_reduce, ReduceParams)
 #else
 EXPORT(ttt_linear_forward, ForwardParams)
 EXPORT(ttt_linear_forward_chain, ForwardParams)
+EXPORT(ttt_linear_decode, ForwardParams)
 EXPORT(ttt_linear_backward, BackwardParams)
 EXPORT(ttt_linear_backward_prepare, BackwardParams)
 EXPORT(ttt_linear_backward_chain, BackwardParams)
