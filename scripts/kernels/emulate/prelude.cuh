@@ -263,11 +263,20 @@ DEVICE void store_shared4(u32 at, float x, float y, float z, float w) {
 }
 DEVICE void store_shared4(u32 at, const u32 (&x)[4]) { memcpy(emu::at(at, 16), x, 16); }
 DEVICE float load_shared(u32 at) { return *(const float*)emu::at(at, 4); }
+DEVICE u32 load_shared_u32(u32 at) { return *(const u32*)emu::at(at, 4); }
 DEVICE void load_shared2(float (&x)[2], u32 at) { memcpy(x, emu::at(at, 8), 8); }
 DEVICE void load_shared4(float (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 DEVICE void load_shared4(u32 (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 template <class T> inline T* at_row(T* base, u32 row, u32 stride, u32 column) {
     return (T*)((u64)base + ((u64)row * stride + column));
+}
+DEVICE void load_global4(float (&x)[4], const float* at) {
+    if ((u64)at % 16) emu::fail("a misaligned address");
+    memcpy(x, at, 16);
+}
+DEVICE void store_global4(float* at, const float (&x)[4]) {
+    if ((u64)at % 16) emu::fail("a misaligned address");
+    memcpy(at, x, 16);
 }
 DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     if ((u64)at % 16) emu::fail("a misaligned address");

@@ -3,13 +3,21 @@
 #if defined(PLAIN)
 #include "plain.cu"
 #else
-#include "tiles.cuh"
+#include "chain.cuh"
 namespace forward_kernel {
 #include "forward.cu"
 }
 namespace backward_kernel {
 #include "backward.cu"
 }
+namespace chain_kernel {
+#include "backward_chain.cu"
+}
+namespace decode_kernel {
+#include "decode.cu"
+}
+using namespace decode_kernel;
+using namespace chain_kernel;
 using namespace forward_kernel;
 using namespace backward_kernel;
 #endif
@@ -27,6 +35,8 @@ EXPORT(ttt_linear_reduce, ReduceParams)
 #else
 EXPORT(ttt_linear_forward, ForwardParams)
 EXPORT(ttt_linear_forward_chain, ForwardParams)
+EXPORT(ttt_linear_decode, ForwardParams)
 EXPORT(ttt_linear_backward, BackwardParams)
+EXPORT(ttt_linear_backward_prepare, BackwardParams)
 EXPORT(ttt_linear_backward_chain, BackwardParams)
 #endif

@@ -121,6 +121,11 @@ DEVICE float load_shared(u32 at) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
     return x;
 }
+DEVICE u32 load_shared_u32(u32 at) {
+    u32 x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
 DEVICE void load_shared2(float (&x)[2], u32 at) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(at) : "memory");
 }
@@ -144,6 +149,12 @@ template <class T> DEVICE T* at_row(T* base, u32 row, u32 stride, u32 column) {
     return (T*)((u64)base + ((u64)row * stride + column));
 }
 
+DEVICE void load_global4(float (&x)[4], const float* at) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(at) : "memory");
+}
+DEVICE void store_global4(float* at, const float (&x)[4]) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" :: "l"(at), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
 DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }

@@ -8,8 +8,8 @@
 //   before the 3rd          (4) dlr, (5) dZ, dv; (2) N, dτ, dq; (3) the part of dk through dW'; (6) dW, db
 //   after it                (6) dk += dZ Wᵀ
 //
-// Launch: segments * heads * parts (chain: segments * heads) blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
-#include "tiles.cuh"
+// Launch: segments * heads * parts blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
+#include "chain.cuh"
 
 struct Shared {
     static constexpr u32 STAGES = 2;
@@ -30,18 +30,18 @@ struct Shared {
     static constexpr u32 BYTES = DGAMMA + THREADS * 32;
 };
 
-// CHAIN: only what moves dW, down to the end of the first part.
-template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
+// PREPARE: only what the chain reads and does not depend on dW, into records (chain.cuh), for all parts but the first.
+template <bool PREPARE> DEVICE void backward(const BackwardParams& p) {
     DYNAMIC_SHARED(memory);
     const u32 shared = shared_address(memory);
     const Lane l;
-    const u32 parts = CHAIN ? 1 : p.parts, part = blockIdx.x % parts, task = blockIdx.x / parts;
+    const u32 part = blockIdx.x % p.parts, task = blockIdx.x / p.parts;
+    if (PREPARE && part == 0) return;
     const u32 head = task % p.heads, K = p.mini_batch;
     const Segment seg = p.segments[task / p.heads];
     const u32 all = (seg.len + K - 1) / K, checkpoints = (all + p.group - 1) / p.group; // mini-batches
     // From mini-batch count - 1 down to begin. A part behind the end still writes its zeros.
-    const u32 begin = CHAIN ? p.split : min(all, part * p.split), count = CHAIN || !p.split ? all : min(all, begin + p.split);
-    float* boundary = p.boundaries + ((u64)task * p.parts + (CHAIN ? (max(all, 1u) - 1) / p.split : part)) * STATE;
+    const u32 begin = min(all, part * p.split), count = p.split ? min(all, begin + p.split) : all;
     const u32 patch = shared + Shared::PATCHES + l.warp * 2 * PATCH, patch2 = patch + PATCH;
 
     const u32 load_row = threadIdx.x / (D / 8), load_chunk = threadIdx.x % (D / 8);
@@ -70,13 +70,10 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
     }
 
     float w[D / 8][4], b[4], dw[D / 8][4], db[4];
-    load_state(dw, db, !CHAIN && p.split && begin < count ? boundary : p.dstate + (u64)task * STATE, l);
-    u32 until_boundary = CHAIN ? (all + p.split - 1) % p.split + 1 : 0; // mini-batches of the part
-    if (CHAIN && all > 0) store_state(boundary, dw, db, l);
-    float mean_g2 = 0.0f;
+    if (!PREPARE) load_state(dw, db, (p.split && begin < count ? p.boundaries + (u64)blockIdx.x * STATE : p.dstate + (u64)task * STATE), l);
+    const float mean_g2 = mean_square(p.gamma + head * D, l);
     if (threadIdx.x < D) store_shared(shared + Shared::GAMMA + 4 * threadIdx.x, p.gamma[head * D + threadIdx.x]);
     if (threadIdx.x < D) store_shared(shared + Shared::BETA + 4 * threadIdx.x, p.beta[head * D + threadIdx.x]);
-    for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
     if (threadIdx.x < TOKENS) store_shared(shared + Shared::NEG_TAU + 4 * threadIdx.x, threadIdx.x < K ? -p.tok[threadIdx.x] : 0.0f);
     const u32 causal_mask = Causal::mask(l);
 
@@ -121,15 +118,17 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             ldmatrix_x4(k, tile_k + l.row_b + 32 * s);
             ldmatrix_x4(q, tile_q + l.row_b + 32 * s);
             pack_step(a, w, s);
-            if (!CHAIN) store_a_fragment(shared + Shared::W + 16 * l.warp * PITCH + 32 * s, PITCH, a);
+            if (!PREPARE) store_a_fragment(shared + Shared::W + 16 * l.warp * PITCH + 32 * s, PITCH, a);
             mma_step(s, z[0], a, k[0], k[1], b);
             mma_step(s, z[1], a, k[2], k[3], b);
             mma_step(s, zbar[0], a, q[0], q[1], b);
             mma_step(s, zbar[1], a, q[2], q[3], b);
-            pack_step(a, dw, s);
-            if (!CHAIN) store_a_fragment(shared + Shared::DW + 16 * l.warp * PITCH + 32 * s, PITCH, a);
-            mma_step(s, dg[0], a, k[0], k[1], db);
-            mma_step(s, dg[1], a, k[2], k[3], db);
+            if (!PREPARE) {
+                pack_step(a, dw, s);
+                store_a_fragment(shared + Shared::DW + 16 * l.warp * PITCH + 32 * s, PITCH, a);
+                mma_step(s, dg[0], a, k[0], k[1], db);
+                mma_step(s, dg[1], a, k[2], k[3], db);
+            }
             ldmatrix_x4(q, tile_q + l.row + 32 * s);
             mma_step(s, qk[0], q, k[0], k[1]);
             mma_step(s, qk[1], q, k[2], k[3]);
@@ -149,14 +148,14 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
         put_columns(patch, l, z);
         put_columns(patch2, l, zbar);
         // (3) dĜ = -τ_last P, and dτ_last = -Σ P ⊙ Ĝ
-        if (!CHAIN && commits) {
+        if (!PREPARE && commits) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 dtok_last -= dg[i / 2][i % 2 * 2] * low_f32(ghat[i]) + dg[i / 2][i % 2 * 2 + 1] * high_f32(ghat[i]);
             }
         }
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) dg[i / 4][i % 4] *= -tau_last;
+        for (u32 i = 0; i < 8; i++) dg[i / 4][i % 4] = PREPARE ? 0.0f : dg[i / 4][i % 4] * -tau_last;
         __syncwarp();
 
         // Sums of the forward's LayerNorms.
@@ -228,7 +227,7 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
                 x[i] = x[i] * rs - mu * rs;
                 e[i] += gamma[i] * x[i];
             }
-            if (!CHAIN) add_dgamma(dgamma);
+            if (!PREPARE) add_dgamma(dgamma);
             pack8(packed, dzbar);
         }
         store_shared4(shared + Shared::DZBAR + l.row + l.own, packed);
@@ -247,6 +246,26 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
         __syncwarp();
         float dgr[8];
         take_row(dgr, patch, l);
+        if (PREPARE) {
+            u8* record = (u8*)p.prepared + ((u64)task * p.parts * p.split + m) * Record::BYTES;
+            pack8(packed, x);
+            store_global4(record + Record::XHAT + 16 * threadIdx.x, packed);
+            pack8(packed, e);
+            store_global4(record + Record::E + 16 * threadIdx.x, packed);
+            pack8(packed, dgr);
+            store_global4(record + Record::DGHAT + 16 * threadIdx.x, packed);
+            store_global4(record + Record::DZBAR + 16 * threadIdx.x, dzbar);
+            if (threadIdx.x < TOKENS) {
+                float* row = (float*)(record + Record::ROWS) + 8 * l.token;
+                row[0] = rs, row[1] = mean_gx, row[2] = mean_g, row[3] = mean_g2x, row[4] = mean_g2x2;
+                row[5] = load_shared(stage + Shared::LR + 4 * l.token);
+            }
+            copy_async_wait<Shared::STAGES - 2>();
+            __syncthreads();
+            if (m >= begin + Shared::STAGES) fetch(m - Shared::STAGES);
+            copy_async_commit();
+            continue;
+        }
 #pragma unroll
         for (u32 i = 0; i < 5; i++) sums[i] = 0.0f;
         {
@@ -285,7 +304,7 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             float de[8];
             const float r = load_shared(stage + Shared::LR + 4 * l.token);
             const float mean_dgg = rs * (mean[2] - mean_g * mean[0] - mean_gx * mean[1]); // of dĜ G
-            if (!CHAIN && threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean_dgg * D; // (4)
+            if (threadIdx.x < TOKENS && present) *at_row(p.dlr, row, 4 * p.dlr_stride, 4 * head) = mean_dgg * D; // (4)
             const float a1 = r * mean[0], a2 = r * mean[1], a3 = r * mean_dgg;
             const float a4 = rs * (r * mean[3] - a1 * mean_g2 - a2 * mean_g2x - mean_gx * a1 - a2 * mean_g);
             const float a5 = rs * (r * mean[4] - a1 * mean_g2x - a2 * mean_g2x2 - 2.0f * mean_gx * a2) + a3;
@@ -301,26 +320,9 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
                 dzin[i] = rs * (gamma[i] * de[i]) + (z_d * dgr[i] + (z_e * (gamma[i] * e[i]) + (z_x * x[i] + z_1)));
                 dgamma[i] = u * (gamma[i] * x[i] + e[i]);
             }
-            if (!CHAIN) add_dgamma(dgamma);
+            if (!PREPARE) add_dgamma(dgamma);
             pack8(packed, dzin);
             store_shared4(shared + Shared::DZIN + l.row + l.own, packed);
-            if (CHAIN) {
-                __syncwarp();
-                u32 columns[4];
-                ldmatrix_x4_trans(columns, shared + Shared::DZIN + l.row_b + l.own);
-                add_outer(dw, db, dzbar, tile_q, l);
-                add_outer(dw, db, columns, tile_k, l);
-                if (--until_boundary == 0) {
-                    boundary -= STATE;
-                    store_state(boundary, dw, db, l);
-                    until_boundary = p.split;
-                }
-                copy_async_wait<Shared::STAGES - 2>();
-                __syncthreads();
-                if (m >= begin + Shared::STAGES) fetch(m - Shared::STAGES);
-                copy_async_commit();
-                continue;
-            }
             pack8(packed, de);
             store_shared4(shared + Shared::DE + l.row + l.own, packed);
 #pragma unroll
@@ -365,8 +367,9 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             mma_k16(dk[0], dmt, q[0], q[1]);
             mma_k16(dk[1], dmt, q[2], q[3]);
         }
-        put_rows(patch, l, dq);
-        __syncwarp();
+        __syncwarp(); // DE
+        take_sum(packed, patch, l, dq, stage + Shared::DZ + l.own);
+        if (present) store_global4(at_row(p.dq, row, 2 * p.dq_stride, store_column), packed);
         // (6) dW' -> dW
         {
             u32 dzin[4], columns[4];
@@ -377,15 +380,6 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             ldmatrix_x4_trans(dzin, shared + Shared::DZIN + l.row_b + l.own);
             add_outer(dw, db, dzbar, tile_q, l);
             add_outer(dw, db, dzin, tile_k, l);
-        }
-        {
-            float out[8];
-            take_row(out, patch, l);
-            load8(dz, stage + Shared::DZ + l.row + l.own);
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) out[i] += dz[i];
-            pack8(packed, out);
-            if (present) store_global4(at_row(p.dq, row, 2 * p.dq_stride, store_column), packed);
         }
         copy_async_wait<Shared::STAGES - 2>();
         __syncthreads();
@@ -398,21 +392,12 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
             mma_k16(dk[0], a, wt[s][0], wt[s][1]);
             mma_k16(dk[1], a, wt[s][2], wt[s][3]);
         }
-        put_rows(patch2, l, dk);
-        __syncwarp();
-        {
-            float out[8];
-            take_row(out, patch2, l);
-            float de[8];
-            load8(de, shared + Shared::DE + l.row + l.own);
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) out[i] += de[i];
-            pack8(packed, out);
-            if (present) store_global4(at_row(p.dk, row, 2 * p.dk_stride, store_column), packed);
-        }
+        take_sum(packed, patch2, l, dk, shared + Shared::DE + l.own);
+        __syncwarp(); // the patches are written again
+        if (present) store_global4(at_row(p.dk, row, 2 * p.dk_stride, store_column), packed);
     }
 
-    if (CHAIN) return;
+    if (PREPARE) return;
     if (part == 0) store_state(p.dstate + (u64)task * STATE, dw, db, l);
     float* partials = p.partials + (u64)blockIdx.x * (K + 2 * D);
     float dgamma[8];
@@ -456,4 +441,6 @@ template <bool CHAIN> DEVICE void backward(const BackwardParams& p) {
 }
 
 KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_backward(const __grid_constant__ BackwardParams p) { backward<false>(p); }
-KERNEL __launch_bounds__(THREADS, 1) ttt_linear_backward_chain(const __grid_constant__ BackwardParams p) { backward<true>(p); }
+KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_backward_prepare(const __grid_constant__ BackwardParams p) {
+    backward<true>(p);
+}

@@ -7,13 +7,11 @@
 // Launch: segments * heads * parts (chain: segments * heads) blocks of 2 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory.
 #include "tiles.cuh"
 
-constexpr u32 GHAT_PITCH = 48; // bytes from token to token of a warp's [16, 16] bf16 tile
-
 struct Shared {
     static constexpr u32 STAGES = 4;
     static constexpr u32 K = 0, Q = TILE, V = 2 * TILE, LR = 3 * TILE, STAGE = 3 * TILE + 64;
     static constexpr u32 GHAT = STAGES * STAGE;              // per warp
-    static constexpr u32 PATCHES = GHAT + WARPS * 16 * GHAT_PITCH;   // per warp
+    static constexpr u32 PATCHES = GHAT + WARPS * 16 * SMALL_PITCH;   // per warp
     static constexpr u32 INNER = PATCHES + WARPS * PATCH;    // [2 in the chain, one mini-batch after the other][warp][half][token][4] f32
     static constexpr u32 OUTPUT = INNER + WARPS * 32 * 16;   // [warp][half][token] f32
     static constexpr u32 BYTES = OUTPUT + WARPS * 32 * 16;
@@ -45,7 +43,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
     const u32 checkpoints = (all + p.group - 1) / p.group;
     float* saved = p.checkpoints + ((u64)seg.first_checkpoint * p.heads + (u64)head * checkpoints + begin / p.group) * STATE;
     const u32 patch = shared + Shared::PATCHES + l.warp * PATCH;
-    const u32 ghat_tile = shared + Shared::GHAT + l.warp * 16 * GHAT_PITCH;
+    const u32 ghat_tile = shared + Shared::GHAT + l.warp * 16 * SMALL_PITCH;
 
     // Loads of mini-batch m: a thread brings 16 bytes of each tile.
     const u32 load_row = threadIdx.x / (D / 8), load_chunk = threadIdx.x % (D / 8);
@@ -87,10 +85,10 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
     load_state(w, b, !CHAIN && p.split ? boundary : state, l);
     u32 until_checkpoint = CHAIN ? p.split : p.group;
     if (CHAIN) store_state(boundary, w, b, l);
-    float gamma[8], beta[8], mean_g2 = 0.0f;
+    float gamma[8], beta[8];
+    const float mean_g2 = mean_square(p.gamma + head * D, l);
 #pragma unroll
     for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i], beta[i] = p.beta[head * D + l.column() + i];
-    for (u32 i = 0; i < D; i++) mean_g2 += p.gamma[head * D + i] * p.gamma[head * D + i] * INV_D;
     float neg_tau[4];
     load_neg_tau(neg_tau, p.tok, K, l);
     const u32 causal_mask = Causal::mask(l);
@@ -122,32 +120,33 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
             mma_step(s, qk[1], q, k[2], k[3], ones);
         }
         const Causal causal(qk[0], qk[1], causal_mask);
-        put_columns(patch, l, z);
-        __syncwarp();
-
-        float zr[8], wr[8];
-        float sums[6] = {};
-        take_row(zr, patch, l);
-        {
-            float k[8], v[8];
-            load8(k, tile_k + l.row + l.own);
+        float zr[8], wr[8], sums[6] = {};
+        { // while the products run
+            float v[8];
+            load8(wr, tile_k + l.row + l.own);
             load8(v, stage + Shared::V + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                wr[i] = gamma[i] * beta[i] - gamma[i] * (v[i] - k[i]);
-                const float gz = gamma[i] * gamma[i] * zr[i];
-                sums[0] += zr[i];
-                sums[1] += zr[i] * zr[i];
-                sums[2] += gz;
-                sums[3] += gz * zr[i];
-                sums[4] += wr[i] * zr[i];
+                wr[i] = gamma[i] * (beta[i] - (v[i] - wr[i]));
                 sums[5] += wr[i];
             }
+        }
+        const float lr = load_shared(stage + Shared::LR + 4 * l.token);
+        put_columns(patch, l, z);
+        __syncwarp();
+        take_row(zr, patch, l);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            const float gz = gamma[i] * gamma[i] * zr[i];
+            sums[0] += zr[i];
+            sums[1] += zr[i] * zr[i];
+            sums[2] += gz;
+            sums[3] += gz * zr[i];
+            sums[4] += wr[i] * zr[i];
         }
         const u32 exchange = shared + Shared::INNER + (CHAIN ? m % 2 * WARPS * 512 : 0) + (l.half * 16 + l.token) * 16;
         store_shared4(exchange + l.warp * 512, fold(l.half, sums[0], sums[3]), fold(l.half, sums[1], sums[4]),
                       fold(l.half, sums[2], sums[5]), 0.0f);
-        const float lr = load_shared(stage + Shared::LR + 4 * l.token);
         if (CHAIN) copy_async_wait<Shared::STAGES - 3>(); // the next mini-batch has come
         __syncthreads();
         float total[3] = {};
@@ -185,7 +184,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) packed[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
         }
-        store_shared4(ghat_tile + l.token * GHAT_PITCH + l.half * 16, packed);
+        store_shared4(ghat_tile + l.token * SMALL_PITCH + l.half * 16, packed);
         if (!CHAIN && p.ghat && fresh)
             store_global4(at_row(p.ghat, seg.first_row + position - phase, 2 * p.ghat_stride, store_column), packed);
         if (!CHAIN && p.rows && fresh && !complete) {
@@ -198,7 +197,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
         }
         __syncwarp();
         u32 ghat[4];
-        ldmatrix_x4_trans(ghat, ghat_tile + (l.lane % 8 + l.half * 8) * GHAT_PITCH + l.lane / 8 % 2 * 16);
+        ldmatrix_x4_trans(ghat, ghat_tile + (l.lane % 8 + l.half * 8) * SMALL_PITCH + l.lane / 8 % 2 * 16);
 
         if (CHAIN) { // complete: only the last mini-batch of a segment is not
             u32 update[4];

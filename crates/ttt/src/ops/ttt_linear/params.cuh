@@ -16,8 +16,9 @@ struct Segment {
 
 // Few heads and long sequences run decoupled: `ttt_linear_forward_chain` (a block a segment and head) walks the weights alone and
 // leaves them at the start of every part of `split` mini-batches, then `ttt_linear_forward` does the parts side by side (a block a
-// segment, head and part, in this order, the part running fastest). Backward likewise, from the end. Without: no chain, split = 0,
-// parts = 1.
+// segment, head and part, in this order, the part running fastest). Backward: `ttt_linear_backward_prepare` (the same blocks) computes
+// what does not depend on dW, `ttt_linear_backward_chain` (a block a segment and head) walks dW alone and leaves it at the end of every
+// part, then `ttt_linear_backward` does the parts. Without: no chain, split = 0, parts = 1.
 
 // S = d * d + d fast weights of a head: [W row-major [in, out] | b].
 struct ForwardParams {
@@ -68,6 +69,7 @@ struct BackwardParams {
     float* dstate;   // [segments, H, S]: gradient of the final weights, becomes that of the initial ones
     float* partials; // [segments, H, parts, K + 2 d], written: [dtok | dgamma | dbeta] of each block; `ttt_linear_reduce` adds them
     float* boundaries; // decoupled: [segments, H, parts, S], gradient of the weights at the end of each part; else unused
+    void* prepared;    // decoupled: [segments, H, parts * split] records of 128 d + 512 bytes; else unused
     float* scratch;  // plain kernels: backward_scratch(d, K) f32 for each block; fast: unused
     u32 q_stride, k_stride, v_stride, lr_stride, ghat_stride, dz_stride, dq_stride, dk_stride, dv_stride, dlr_stride;
     u32 heads;

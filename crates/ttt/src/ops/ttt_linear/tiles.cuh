@@ -29,6 +29,7 @@ constexpr u32 PITCH = 2 * D + 16;   // bytes from row to row of a bf16 tile: no 
 constexpr u32 TILE = TOKENS * PITCH;
 constexpr u32 PATCH_PITCH = 20;     // floats from token to token of a warp's f32 patch [16, 16]
 constexpr u32 PATCH = 4 * TOKENS * PATCH_PITCH;
+constexpr u32 SMALL_PITCH = 48;       // bytes from token to token of a warp's bf16 tile [16, 16]
 constexpr u32 ONES = 0x3f803f80u;   // bf16 1, 1
 constexpr float INV_D = 1.0f / D;
 
@@ -79,13 +80,18 @@ DEVICE void put_columns(u32 patch, const Lane& l, const float (&x)[2][4]) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) store_shared(at + 4 * ((8 * t + i % 2) * PATCH_PITCH + i / 2 * 8), x[t][i]);
 }
-// The accumulator of a [token, column] product into the patch.
-DEVICE void put_rows(u32 patch, const Lane& l, const float (&x)[2][4]) {
-    const u32 at = patch + 4 * (l.g * PATCH_PITCH + 2 * l.c);
+// The accumulator of a [token, column] product plus the warp's columns of a bf16 tile [token][column], rounded, in row layout.
+// `add` is the tile's byte of the warp's first column; the patch is overwritten.
+DEVICE void take_sum(u32 (&row)[4], u32 patch, const Lane& l, const float (&x)[2][4], u32 add) {
+    u32 a[4];
 #pragma unroll
-    for (u32 t = 0; t < 2; t++)
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) store_shared2(at + 4 * (8 * i * PATCH_PITCH + 8 * t), x[t][2 * i], x[t][2 * i + 1]);
+    for (u32 i = 0; i < 4; i++) { // (g, t 0), (g + 8, t 0), (g, t 1), (g + 8, t 1)
+        const u32 pair = load_shared_u32(add + (l.g + i % 2 * 8) * PITCH + i / 2 * 16 + 4 * l.c);
+        a[i] = pack_bf16(x[i / 2][i % 2 * 2] + low_f32(pair), x[i / 2][i % 2 * 2 + 1] + high_f32(pair));
+    }
+    store_a_fragment(patch, SMALL_PITCH, a);
+    __syncwarp();
+    load_shared4(row, patch + l.token * SMALL_PITCH + l.half * 16);
 }
 DEVICE void load_floats(float (&x)[8], u32 at) {
     float part[4];
@@ -106,23 +112,32 @@ DEVICE float fold(u32 half, float x, float y) {
     return mine + __shfl_xor_sync(FULL_WARP, other, 16);
 }
 
+// Mean of γ², to all lanes.
+DEVICE float mean_square(const float* gamma, const Lane& l) {
+    float sum = 0.0f;
+    for (u32 i = l.lane; i < D; i += 32) sum += gamma[i] * gamma[i];
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+    return sum * INV_D;
+}
+
 // The accumulators of Wᵀ from `[W | b]`, and back.
 DEVICE void load_state(float (&w)[D / 8][4], float (&b)[4], const float* state, const Lane& l) {
-    const u32 out = 16 * l.warp + l.g;
+    const float *at = state + 2 * l.c * D + 16 * l.warp + l.g, *bias = state + D * D + 16 * l.warp + l.g;
 #pragma unroll
     for (u32 j = 0; j < D / 8; j++)
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) w[j][i] = state[(8 * j + 2 * l.c + i % 2) * D + out + i / 2 * 8];
+        for (u32 i = 0; i < 4; i++) w[j][i] = at[(8 * j + i % 2) * D + i / 2 * 8];
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) b[i] = state[D * D + out + i / 2 * 8];
+    for (u32 i = 0; i < 4; i++) b[i] = bias[i / 2 * 8];
 }
 DEVICE void store_state(float* state, const float (&w)[D / 8][4], const float (&b)[4], const Lane& l) {
-    const u32 out = 16 * l.warp + l.g;
+    float *at = state + 2 * l.c * D + 16 * l.warp + l.g, *bias = state + D * D + 16 * l.warp + l.g;
 #pragma unroll
     for (u32 j = 0; j < D / 8; j++)
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) state[(8 * j + 2 * l.c + i % 2) * D + out + i / 2 * 8] = w[j][i];
-    if (l.c == 0) state[D * D + out] = b[0], state[D * D + out + 8] = b[2];
+        for (u32 i = 0; i < 4; i++) at[(8 * j + i % 2) * D + i / 2 * 8] = w[j][i];
+    if (l.c == 0) bias[0] = b[0], bias[8] = b[2];
 }
 // A operand of Wᵀ for columns [16 s, 16 s + 16) of in.
 DEVICE void pack_step(u32 (&a)[4], const float (&w)[D / 8][4], u32 s) {

@@ -1,0 +1,78 @@
+"""Shows that the checks see a wrong kernel: plants one error at a time in a copy of the sources and expects the emulator's check to
+fail.
+
+    python scripts/kernels/mutate.py
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SOURCES = os.path.join(HERE, "..", "..", "crates", "ttt", "src")
+
+# file, text, replacement: a dropped term, a swapped index, a missing barrier or wait.
+MUTATIONS = [
+    ("forward.cu", "scale * ((gamma[i] * gamma[i] - mean_gx) * xhat", "scale * (gamma[i] * gamma[i] * xhat"),
+    ("forward.cu", "+ (wr[i] - mean_g))", "+ wr[i])"),
+    ("forward.cu", "fold(l.half, sums[1], sums[4])", "fold(l.half, sums[4], sums[1])"),
+    ("forward.cu", "rs * lr;", "rs;"),
+    ("forward.cu", "neg_tau[i / 4 * 2 + i % 2] * y", "neg_tau[i % 4] * y"),
+    ("forward.cu", "const float neg_tau_last = -p.tok[K - 1]", "const float neg_tau_last = -p.tok[0]"),
+    ("forward.cu", "out[i] = q[i] + (", "out[i] = ("),
+    ("forward.cu", "if (m == 0 && position < phase)", "if (false)"),
+    ("forward.cu", "if (!restored) copy", "copy"),
+    ("forward.cu", "phase * 2 * D; i", "phase * D; i"),
+    ("forward.cu", "if (CHAIN) copy_async_wait<Shared::STAGES - 3>();", "if (CHAIN) copy_async_wait<Shared::STAGES - 2>();"),
+    ("tiles.cuh", "mma_k16(w[2 * s + 1], x, r[2], r[3]);", "mma_k16(w[2 * s + 1], x, r[3], r[2]);"),
+    ("tiles.cuh", "mma_k16(b, x, ONES, ONES);", ""),
+    ("tiles.cuh", "low = pack_bf16(left[0], left[1]) & mask", "low = pack_bf16(left[0], left[1])"),
+    ("tiles.cuh", "mma_k8(y[0], ghat[0], ghat[1], low)", "mma_k8(y[0], ghat[1], ghat[0], low)"),
+    ("backward.cu", "scale_columns(update, ghat, tau_last)", "scale_columns(update, ghat, 0.0f)"),
+    ("backward.cu", "dg[i / 4][i % 4] *= -tau_last", "dg[i / 4][i % 4] *= 0.0f"),
+    ("backward.cu", "dtok_last -=", "dtok_last +="),
+    ("backward.cu", "by_1 = -rs_out * mean_p - mu_out * by_z", "by_1 = -mu_out * by_z"),
+    ("backward.cu", "(by_z * zb[i] + by_1)", "by_1"),
+    ("backward.cu", "mma_k16(dg[0], dzbar, m00, m10);", "mma_k16(dg[0], dzbar, m10, m00);"),
+    ("backward.cu", "dgamma[i] = dz[i] * (zb[i] * rs_out - mu_out * rs_out)", "dgamma[i] = 0.0f"),
+    ("backward.cu", "a2 = r * mean[1], a3 = r * mean_dgg", "a2 = r * mean[1], a3 = 0.0f"),
+    ("backward.cu", "- mean_gx * a1 - a2 * mean_g)", ")"),
+    ("backward.cu", "- 2.0f * mean_gx * a2)", "- mean_gx * a2)"),
+    ("backward.cu", "(z_e * (gamma[i] * e[i]) +", "("),
+    ("backward.cu", "dgamma[i] = u * (gamma[i] * x[i] + e[i])", "dgamma[i] = u * e[i]"),
+    ("backward.cu", "dk[i / 4][i % 4] *= -tau_last; // (3)", "dk[i / 4][i % 4] *= 0.0f;"),
+    ("backward.cu", "mma_k16(dk[1], dmt, q[2], q[3]);", ""),
+    ("backward.cu", "mma_k16(dq[0], dm, k[0], k[1]);", ""),
+    ("backward.cu", "add_outer(dw, db, dzin, tile_k, l);", "add_outer(dw, db, dzin, tile_q, l);"),
+    ("backward.cu", "mma_k16(dbeta, columns, ONES, ONES);", ""),
+    ("backward.cu", "if (--until_boundary == 0)", "if (until_boundary-- == 0)"),
+    ("backward.cu", "checkpoint *= p.group;", ""),
+]
+
+
+def main():
+    survivors = 0
+    with tempfile.TemporaryDirectory() as root:
+        for folder in ("device/cuda", "ops/ttt_linear"):
+            shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
+        shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
+        kernels = os.path.join(root, "crates", "ttt", "src", "ops", "ttt_linear")
+        check = [sys.executable, os.path.join(root, "scripts", "kernels", "ttt_linear.py"), "check", "--emulate", "--d", "32"]
+        if subprocess.run(check, stdout=subprocess.DEVNULL).returncode:
+            sys.exit("the unchanged kernels fail")
+        for file, old, new in MUTATIONS:
+            path = os.path.join(kernels, file)
+            text = open(path).read()
+            assert old in text, f"{file} no longer has {old!r}"
+            open(path, "w").write(text.replace(old, new, 1))
+            run = subprocess.run(check + ["--stop"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            open(path, "w").write(text)
+            seen = run.returncode != 0
+            survivors += not seen
+            print(f"{'seen' if seen else 'NOT SEEN'}  {file}: {old!r} -> {new!r}", flush=True)
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
