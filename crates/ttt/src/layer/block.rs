@@ -28,7 +28,7 @@ pub enum BlockSaved {
     /// The activations.
     Whole(Box<Activations>),
     /// Only the input, and what sequences that continue a state began with; the block is computed again.
-    Input(Tensor, Option<Carried>),
+    Input(Tensor, Option<Box<Carried>>),
 }
 
 /// Activations of a block. The normed copies are not among them: they cost one pass over memory to compute again.
@@ -56,7 +56,7 @@ impl BlockSaved {
                 let tensors = [a.input.as_ref(), a.window.as_ref(), Some(&a.ttt_input), Some(&a.ffn_input), Some(&a.gate_up)];
                 tensors.into_iter().flatten().map(Tensor::bytes).sum::<usize>() + a.ttt.bytes()
             }
-            BlockSaved::Input(x, start) => x.bytes() + start.as_ref().map_or(0, Carried::bytes),
+            BlockSaved::Input(x, start) => x.bytes() + start.as_ref().map_or(0, |start| start.bytes()),
         }
     }
 
@@ -102,7 +102,7 @@ impl Block {
             let continues = pass.routes.is_some_and(|routes| routes.iter().any(|route| route.from.is_some()));
             let start = state.as_deref().filter(|_| continues).map(Carried::of).transpose()?;
             let (y, _) = self.forward(&Pass { keep: Keep::Nothing, ..*pass }, x.clone(), state)?;
-            return Ok((y, Some(BlockSaved::Input(x, start))));
+            return Ok((y, Some(BlockSaved::Input(x, start.map(Box::new)))));
         }
         let (Some(routes), Some(slots)) = (pass.routes, state.as_deref()) else { return self.run(pass, x, state) };
         let mut own = self.take(pass, routes, carry::parts(slots))?;

@@ -52,10 +52,16 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &ttt_linear::cuda::PLAIN,
     &ttt_linear::cuda::FORWARD_48,
     &ttt_linear::cuda::BACKWARD_48,
+    &ttt_linear::cuda::CHAIN_48,
+    &ttt_linear::cuda::DECODE_48,
     &ttt_linear::cuda::FORWARD_64,
     &ttt_linear::cuda::BACKWARD_64,
+    &ttt_linear::cuda::CHAIN_64,
+    &ttt_linear::cuda::DECODE_64,
     &ttt_linear::cuda::FORWARD_96,
     &ttt_linear::cuda::BACKWARD_96,
+    &ttt_linear::cuda::CHAIN_96,
+    &ttt_linear::cuda::DECODE_96,
 ];
 
 /// Whether the fast f32 version of an operation runs, not the reference.

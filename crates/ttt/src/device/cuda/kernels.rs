@@ -50,6 +50,7 @@ pub const HEADERS: &[(&str, &str, &str)] = &[
     ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
     ("params.cuh", "ops/ttt_linear/params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),
     ("tiles.cuh", "ops/ttt_linear/tiles.cuh", include_str!("../../ops/ttt_linear/tiles.cuh")),
+    ("chain.cuh", "ops/ttt_linear/chain.cuh", include_str!("../../ops/ttt_linear/chain.cuh")),
 ];
 
 /// A source for one type of activations and one architecture, `sm_90a` say.

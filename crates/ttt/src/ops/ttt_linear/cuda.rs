@@ -31,65 +31,90 @@ struct Fast {
     head_dim: usize,
     forward: &'static Source,
     backward: &'static Source,
+    chain: &'static Source,
+    decode: &'static Source,
 }
 
 macro_rules! fast {
-    ($forward:ident, $backward:ident, $d:literal, $registers:expr) => {
-        /// The fast forward of this head size.
-        pub(crate) static $forward: Source = Source {
-            name: concat!("ttt_linear_forward_", $d),
-            file: "ops/ttt_linear/forward.cu",
-            text: include_str!("forward.cu"),
+    ($forward:ident, $backward:ident, $chain:ident, $decode:ident, $d:literal, $registers:expr) => {
+        fast!($forward, "forward", $d, [("ttt_linear_forward", $registers), ("ttt_linear_forward_chain", 255)]);
+        fast!($backward, "backward", $d, [("ttt_linear_backward", $registers), ("ttt_linear_backward_prepare", $registers)]);
+        fast!($chain, "backward_chain", $d, [("ttt_linear_backward_chain", 255)]);
+        fast!($decode, "decode", $d, [("ttt_linear_decode", 168)]);
+    };
+    ($name:ident, $file:literal, $d:literal, [$(($kernel:literal, $registers:expr)),*]) => {
+        /// Fast kernels of one head size.
+        pub(crate) static $name: Source = Source {
+            name: concat!("ttt_linear_", $file, "_", $d),
+            file: concat!("ops/ttt_linear/", $file, ".cu"),
+            text: include_str!(concat!($file, ".cu")),
             defines: &[concat!("HEAD_DIM=", $d)],
             untuned: &["BLOCKS_PER_SM=1"],
             types: &[DType::Bf16],
-            kernels: &[
-                Entry { name: "ttt_linear_forward", registers: $registers },
-                Entry { name: "ttt_linear_forward_chain", registers: 255 },
-            ],
-        };
-        /// The fast backward of this head size.
-        pub(crate) static $backward: Source = Source {
-            name: concat!("ttt_linear_backward_", $d),
-            file: "ops/ttt_linear/backward.cu",
-            text: include_str!("backward.cu"),
-            defines: &[concat!("HEAD_DIM=", $d)],
-            untuned: &["BLOCKS_PER_SM=1"],
-            types: &[DType::Bf16],
-            kernels: &[
-                Entry { name: "ttt_linear_backward", registers: $registers },
-                Entry { name: "ttt_linear_backward_chain", registers: 255 },
-            ],
+            kernels: &[$(Entry { name: $kernel, registers: $registers }),*],
         };
     };
 }
 // Three blocks an SM up to 64 columns.
-fast!(FORWARD_48, BACKWARD_48, "48", 168);
-fast!(FORWARD_64, BACKWARD_64, "64", 168);
-fast!(FORWARD_96, BACKWARD_96, "96", 255);
+fast!(FORWARD_48, BACKWARD_48, CHAIN_48, DECODE_48, "48", 168);
+fast!(FORWARD_64, BACKWARD_64, CHAIN_64, DECODE_64, "64", 168);
+fast!(FORWARD_96, BACKWARD_96, CHAIN_96, DECODE_96, "96", 255);
 
 static FAST: [Fast; 3] = [
-    Fast { head_dim: 48, forward: &FORWARD_48, backward: &BACKWARD_48 },
-    Fast { head_dim: 64, forward: &FORWARD_64, backward: &BACKWARD_64 },
-    Fast { head_dim: 96, forward: &FORWARD_96, backward: &BACKWARD_96 },
+    Fast { head_dim: 48, forward: &FORWARD_48, backward: &BACKWARD_48, chain: &CHAIN_48, decode: &DECODE_48 },
+    Fast { head_dim: 64, forward: &FORWARD_64, backward: &BACKWARD_64, chain: &CHAIN_64, decode: &DECODE_64 },
+    Fast { head_dim: 96, forward: &FORWARD_96, backward: &BACKWARD_96, chain: &CHAIN_96, decode: &DECODE_96 },
 ];
 
 /// The fast kernels, where they cover the type, the sizes and the layout, and this GPU has the shared memory.
 fn fast(cuda: &Cuda, inputs: &Inputs, others: &[View]) -> Option<&'static Fast> {
     let (_, _, d, k) = inputs.sizes();
     let aligned = width(&[inputs.q, inputs.k, inputs.v]) == 8 && width(others) == 8;
-    let fits = shared_bytes(d).into_iter().all(|bytes| bytes <= cuda.info().shared_bytes);
+    let shared = Shared::new(d, k);
+    let fits = [shared.forward, shared.backward, shared.chain].into_iter().all(|bytes| bytes <= cuda.info().shared_bytes);
     let covered = inputs.q.dtype() == DType::Bf16 && k <= 16 && aligned && fits;
     FAST.iter().find(|fast| covered && fast.head_dim == d)
 }
 
-/// `Shared::BYTES` of forward.cu and of backward.cu.
-fn shared_bytes(d: usize) -> [usize; 2] {
-    let (tile, warps, patch) = (16 * (2 * d + 16), d / 16, 4 * 16 * 20);
-    let forward = 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * 32;
-    let backward =
-        2 * (5 * tile + 64) + 2 * d * (2 * d + 16) + 3 * tile + warps * 2 * patch + warps * 32 * (16 + 4 + 16) + 72 * d + 64;
-    [forward, backward]
+/// Bytes of shared memory of each kernel: `Shared::BYTES` of its file.
+struct Shared {
+    forward: usize,
+    backward: usize,
+    chain: usize,
+    decode: usize,
+}
+
+impl Shared {
+    fn new(d: usize, k: usize) -> Shared {
+        let (tile, warps, patch) = (16 * (2 * d + 16), d / 16, 4 * 16 * 20);
+        Shared {
+            forward: 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * 32,
+            backward: 2 * (5 * tile + 64)
+                + 2 * d * (2 * d + 16)
+                + 3 * tile
+                + warps * 2 * patch
+                + warps * 32 * (16 + 4 + 16)
+                + 72 * d
+                + 64,
+            chain: 4 * (2 * tile + RECORD * d + 512) + warps * (16 * 48 + patch + 1024),
+            decode: 4 * (20 * d + (2 * d + 1) * k),
+        }
+    }
+}
+
+/// Bytes that the preparation of a decoupled backward leaves for a mini-batch, without 512, by column of the head.
+const RECORD: usize = 128;
+
+/// Below this many sequences and heads one block each leaves the GPU idle (docs/kernels.md).
+const FEW: usize = 64;
+/// Mini-batches of a part of a decoupled pass, at least.
+const PART: usize = 64;
+
+/// Few heads and long sequences run decoupled: mini-batches of a part (0: not decoupled), and parts of the longest segment.
+fn parts(segments: &[Segment], heads: usize, k: usize, group: usize) -> (usize, usize) {
+    let longest = segments.iter().map(|s| (s.phase + s.len).div_ceil(k)).max().unwrap_or(0);
+    let split = PART.next_multiple_of(group);
+    if segments.len() * heads < FEW && longest > 2 * split { (split, longest.div_ceil(split)) } else { (0, 1) }
 }
 
 /// Threads of a block of the plain kernels.
@@ -165,6 +190,7 @@ struct BackwardParams {
     dstate: u64,
     partials: u64,
     boundaries: u64,
+    prepared: u64,
     scratch: u64,
     q_stride: u32,
     k_stride: u32,
@@ -255,6 +281,10 @@ pub(crate) fn forward(
     let fast = fast(cuda, inputs, &[]);
     let [scratch_len, _] = if fast.is_some() { [0; 2] } else { scratch_lens(d, k) };
     let blocks = list.len() * heads;
+    let (split, parts) = if fast.is_some() { parts(segments, heads, k, group) } else { (0, 1) };
+    let decoupled = usize::from(split > 0) * blocks;
+    let boundaries = Tensor::empty(device, &[decoupled * parts, d * d + d], DType::F32)?;
+    let opened = Tensor::empty(device, &[decoupled, k - 1, 2 * d], DType::F32)?;
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
     let start = if keep == Some(1) { Some(state.weights().copy()?) } else { None };
@@ -273,8 +303,8 @@ pub(crate) fn forward(
         rows: rows.view_mut().as_view().address(),
         ghat: kept.as_ref().map_or(0, |(_, ghat)| ghat.address()),
         checkpoints: kept.as_ref().map_or(0, |(states, _)| states.address()),
-        boundaries: 0,
-        opened: 0,
+        boundaries: boundaries.address(),
+        opened: opened.address(),
         scratch: scratch.address(),
         q_stride: stride(q),
         k_stride: stride(inputs.k),
@@ -286,16 +316,32 @@ pub(crate) fn forward(
         head_dim: d as u32,
         mini_batch: k as u32,
         group: group as u32,
-        split: 0,
-        parts: 1,
+        split: split as u32,
+        parts: parts as u32,
     };
-    let (source, name, threads, shared) = match fast {
-        Some(fast) => (fast.forward, (dtype, "ttt_linear_forward"), 2 * d, shared_bytes(d)[0]),
-        None => (&PLAIN, plain(dtype, ["ttt_linear_forward_plain_bf16", "ttt_linear_forward_plain_f32"]), THREADS, 0),
-    };
+    let shared = Shared::new(d, k);
     // SAFETY: sizes and segments were checked above; what is written is owned or mutably borrowed; the plain kernel has scratch
-    // for each block.
-    unsafe { cuda.launch_with(source, name, [blocks, 1, 1], threads, shared, &params) };
+    // for each block, decoupled ones boundaries for each part.
+    unsafe {
+        match fast {
+            Some(fast) if keep.is_none() && segments.iter().all(|s| s.len == 1) => {
+                let kernel = (dtype, "ttt_linear_decode");
+                cuda.launch_with(fast.decode, kernel, [blocks, 1, 1], 2 * d, shared.decode, &params);
+            }
+            Some(fast) => {
+                if split > 0 {
+                    let chain = (dtype, "ttt_linear_forward_chain");
+                    cuda.launch_with(fast.forward, chain, [blocks, 1, 1], 2 * d, shared.forward, &params);
+                }
+                let kernel = (dtype, "ttt_linear_forward");
+                cuda.launch_with(fast.forward, kernel, [blocks * parts, 1, 1], 2 * d, shared.forward, &params);
+            }
+            None => {
+                let kernel = plain(dtype, ["ttt_linear_forward_plain_bf16", "ttt_linear_forward_plain_f32"]);
+                cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
+            }
+        }
+    }
     let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat), start });
     Ok((z, saved))
 }
@@ -322,7 +368,11 @@ pub(crate) fn backward(
     let fast = fast(cuda, inputs, &[dz, dq, dk, dv]);
     let [_, scratch_len] = if fast.is_some() { [0; 2] } else { scratch_lens(width, k) };
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
-    let partials = Tensor::empty(device, &[blocks, k + 2 * width], DType::F32)?;
+    let (split, parts) = if fast.is_some() { parts(segments, heads, k, group) } else { (0, 1) };
+    let decoupled = usize::from(split > 0) * blocks * parts;
+    let boundaries = Tensor::empty(device, &[decoupled, width * width + width], DType::F32)?;
+    let prepared = cuda.memory().take(decoupled * split * (RECORD * width + 512))?;
+    let partials = Tensor::empty(device, &[blocks * parts, k + 2 * width], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
     let params = BackwardParams {
         q: q.address(),
@@ -342,7 +392,8 @@ pub(crate) fn backward(
         dlr: dlr.address(),
         dstate: dstate.view_mut().as_view().address(),
         partials: partials.address(),
-        boundaries: 0,
+        boundaries: boundaries.address(),
+        prepared: prepared.address(),
         scratch: scratch.address(),
         q_stride: stride(q),
         k_stride: stride(inputs.k),
@@ -358,15 +409,30 @@ pub(crate) fn backward(
         head_dim: width as u32,
         mini_batch: k as u32,
         group: group as u32,
-        split: 0,
-        parts: 1,
+        split: split as u32,
+        parts: parts as u32,
     };
-    let (source, name, threads, shared) = match fast {
-        Some(fast) => (fast.backward, (q.dtype(), "ttt_linear_backward"), 2 * width, shared_bytes(width)[1]),
-        None => (&PLAIN, plain(q.dtype(), ["ttt_linear_backward_plain_bf16", "ttt_linear_backward_plain_f32"]), THREADS, 0),
-    };
-    // SAFETY: as in `forward`; the gradients have the shapes of what they are gradients of (checked above).
-    unsafe { cuda.launch_with(source, name, [blocks, 1, 1], threads, shared, &params) };
+    let (shared, dtype) = (Shared::new(width, k), q.dtype());
+    // SAFETY: as in `forward`; the gradients have the shapes of what they are gradients of (checked above); decoupled kernels have
+    // boundaries and records for each part.
+    unsafe {
+        match fast {
+            Some(fast) => {
+                let launch = |source, kernel, blocks, shared| {
+                    cuda.launch_with(source, (dtype, kernel), [blocks, 1, 1], 2 * width, shared, &params)
+                };
+                if split > 0 {
+                    launch(fast.backward, "ttt_linear_backward_prepare", blocks * parts, shared.backward);
+                    launch(fast.chain, "ttt_linear_backward_chain", blocks, shared.chain);
+                }
+                launch(fast.backward, "ttt_linear_backward", blocks * parts, shared.backward);
+            }
+            None => {
+                let kernel = plain(dtype, ["ttt_linear_backward_plain_bf16", "ttt_linear_backward_plain_f32"]);
+                cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
+            }
+        }
+    }
     let reduce = ReduceParams {
         partials: partials.address(),
         dtok: p.dtok.as_view().address(),
@@ -376,7 +442,7 @@ pub(crate) fn backward(
         heads: heads as u32,
         head_dim: width as u32,
         mini_batch: k as u32,
-        parts: 1,
+        parts: parts as u32,
     };
     let warps = heads * 2 * width + k;
     // SAFETY: `partials` has a row for each block; the sums are contiguous parameters' gradients, mutably borrowed.
@@ -385,4 +451,48 @@ pub(crate) fn backward(
         cuda.launch_with(&PLAIN, kernel, [warps.div_ceil(THREADS / 32), 1, 1], THREADS, 0, &reduce);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+    use crate::device::cuda::compile::{compile, version};
+    use crate::device::cuda::kernels::HEADERS;
+
+    /// Sizes, the last offsets, and bytes of shared memory are those that the compiler finds in the sources.
+    #[test]
+    fn layouts_and_shared_memory_are_those_of_the_kernels() {
+        if version().is_none() {
+            assert!(std::env::var_os("TTT_TEST_NVRTC").is_none(), "NVRTC was not found, though TTT_TEST_NVRTC is set");
+            eprintln!("NVRTC was not found: nothing was compared");
+            return;
+        }
+        let headers: Vec<(&str, String)> = HEADERS.iter().map(|(name, _, text)| (*name, (*text).to_owned())).collect();
+        let options = |d: usize| vec!["--gpu-architecture=sm_90a".into(), "--std=c++17".into(), format!("-DHEAD_DIM={d}")];
+        let equal = |what: &str, value: usize| format!("static_assert({what} == {value}, \"{what}\");\n");
+        let layout = [
+            equal("sizeof(Segment)", size_of::<GpuSegment>()),
+            equal("sizeof(ForwardParams)", size_of::<ForwardParams>()),
+            equal("sizeof(BackwardParams)", size_of::<BackwardParams>()),
+            equal("sizeof(ReduceParams)", size_of::<ReduceParams>()),
+            equal("__builtin_offsetof(ForwardParams, opened)", offset_of!(ForwardParams, opened)),
+            equal("__builtin_offsetof(ForwardParams, q_stride)", offset_of!(ForwardParams, q_stride)),
+            equal("__builtin_offsetof(ForwardParams, parts)", offset_of!(ForwardParams, parts)),
+            equal("__builtin_offsetof(BackwardParams, prepared)", offset_of!(BackwardParams, prepared)),
+            equal("__builtin_offsetof(BackwardParams, dlr_stride)", offset_of!(BackwardParams, dlr_stride)),
+            equal("__builtin_offsetof(BackwardParams, parts)", offset_of!(BackwardParams, parts)),
+        ];
+        compile("layout", &format!("#include \"params.cuh\"\n{}", layout.concat()), &headers, &options(64)).unwrap();
+        for fast in &FAST {
+            let shared = Shared::new(fast.head_dim, 16);
+            for (source, bytes) in [(fast.forward, shared.forward), (fast.chain, shared.chain), (fast.backward, shared.backward)] {
+                let text = format!("{}\n{}", source.text, equal("Shared::BYTES", bytes));
+                compile(source.name, &text, &headers, &options(fast.head_dim)).unwrap();
+            }
+            let text = format!("{}\nstatic_assert(Record::BYTES == {}, \"\");", fast.chain.text, RECORD * fast.head_dim + 512);
+            compile(fast.chain.name, &text, &headers, &options(fast.head_dim)).unwrap();
+        }
+    }
 }
