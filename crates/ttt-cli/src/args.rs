@@ -41,6 +41,9 @@ pub enum Command {
     Info(Info),
     /// Write a model in another number type, or in several files
     Convert(Convert),
+    /// Make a model folder of a checkpoint of the official JAX code
+    #[command(after_help = IMPORT_EXAMPLES)]
+    Import(Import),
     /// Train a tokenizer, or try one
     #[command(subcommand)]
     Tokenizer(Tokenizer),
@@ -250,6 +253,38 @@ pub struct Convert {
     /// Folder to write, new or empty
     #[arg(value_name = "OUT")]
     pub out: PathBuf,
+    /// Number type of the weights: f32, bf16 or f16
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: ttt::hub::FileDType,
+    /// Start another file before one is larger than this, such as 500MB or 2GiB [default: one file]
+    #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_bytes)]
+    pub max_shard_size: Option<u64>,
+}
+
+const IMPORT_EXAMPLES: &str = "\
+Shapes and kinds come from the file. What it does not tell has the value of the official training scripts, \
+and can be given as key=value with the names of config.json.
+
+Examples:
+  ttt import exp/125m/streaming_train_state models/125m --tokenizer llama/tokenizer.json
+  ttt import streaming_params models/1.3b rope_theta=500000 --dtype bf16
+  ttt verify models/125m reference.safetensors     whether it computes what the original does";
+
+/// Arguments of `ttt import`.
+#[derive(Debug, clap::Args)]
+pub struct Import {
+    /// The file streaming_params or streaming_train_state, or the folder it is in
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Fields of config.json that the file does not tell, such as ttt_base_lr=0.1
+    #[arg(value_name = "key=value")]
+    pub overrides: Vec<String>,
+    /// Tokenizer of the model to put beside it: `bytes`, or a tokenizer.json or its folder [default: none]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
     /// Number type of the weights: f32, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: ttt::hub::FileDType,

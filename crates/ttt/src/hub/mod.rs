@@ -16,13 +16,14 @@ pub use atomic::{write_atomic, write_folder};
 pub use folder::{ModelFolder, SaveOptions, save};
 pub use hash::model_hash;
 pub use weights::FileDType;
+pub(crate) use weights::some;
 
 use std::path::Path;
 
 use crate::{AtPath, Error, Result};
 
 /// Opens a regular file for reading. Anything else is refused before it is opened: opening a pipe would wait for a writer.
-fn open_file(path: &Path) -> Result<std::fs::File> {
+pub(crate) fn open_file(path: &Path) -> Result<std::fs::File> {
     let kind = std::fs::metadata(path).at(path)?;
     if !kind.is_file() {
         let what = if kind.is_dir() { "this is a folder; a file is needed" } else { "this is not a regular file" };

@@ -2,7 +2,7 @@
 
 pub mod checkpoint;
 mod corpus;
-mod keys;
+pub(crate) mod keys;
 pub mod loss;
 pub mod metrics;
 pub mod observe;
