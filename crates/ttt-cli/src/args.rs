@@ -33,6 +33,8 @@ pub enum Command {
     Eval(Eval),
     /// Continue a text
     Generate(Generate),
+    /// Talk with a model whose state goes on learning
+    Chat(Chat),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
@@ -192,6 +194,52 @@ const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
 [b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
+
+/// Arguments of `ttt chat`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  ttt read runs/tiny book.txt --state-out book.state\n  ttt chat runs/tiny --state book.state\n\nIn the conversation /help lists what can be done: /save /load /undo /fork /switch /stats /quit."
+)]
+pub struct Chat {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Go on from this state file [default: from the beginning]
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// Plain text that the model continues, even where it has a chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// The system's message, for models with a chat template
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// End an answer once it contains this text; can be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Tokens of an answer at most
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
+    pub max_new_tokens: usize,
+    /// Divides the logits: below 1 is more careful, 0 always takes the likeliest token
+    #[arg(long, short, value_name = "T", default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens; 0 means all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Seed of the choice; the same seed and lines give the same conversation
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Precision of the arithmetic; f64 runs the plain reference loops
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Precision,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
 
 /// Arguments of `ttt verify`.
 #[derive(Debug, clap::Args)]

@@ -37,6 +37,7 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Command::Train(args) => commands::train::run(args, out),
         Command::Eval(args) => commands::eval::run(args, out),
         Command::Generate(args) => commands::generate::run(args, out),
+        Command::Chat(args) => commands::chat::run(args, out),
         Command::Verify(args) => commands::verify::run(args, out),
         Command::Plan(args) => commands::plan::run(args, out),
         Command::Info(args) => commands::info::run(args, out),

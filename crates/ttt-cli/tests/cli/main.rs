@@ -2,10 +2,14 @@
 #![allow(missing_docs)]
 
 mod bad_input;
+#[cfg(unix)]
+mod chat;
 mod commands;
 mod flow;
 #[cfg(unix)]
 mod stop;
+#[cfg(unix)]
+mod terminal;
 mod verify;
 
 use std::path::{Path, PathBuf};
