@@ -33,13 +33,18 @@ pub enum Command {
     Eval(Eval),
     /// Continue a text
     Generate(Generate),
+    /// Learn texts of any length into a state file, in constant memory
+    Read(Read),
+    /// Describe, compare and copy state files
+    #[command(subcommand)]
+    State(State),
     /// Talk with a model whose state goes on learning
     Chat(Chat),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
     Plan(Plan),
-    /// Describe a model folder or a run
+    /// Describe a model folder, a run or a skill file
     Info(Info),
     /// Write a model in another number type, or in several files
     Convert(Convert),
@@ -67,7 +72,8 @@ Examples:
   ttt train model.inner=mlp optimizer.learning_rate=2e-3
   ttt train --data 'texts/*.txt' --data more.jsonl.gz --tokens 10M --out runs/mine
   ttt train --resume runs/mine                         go on; exactly as if it had not stopped
-  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model";
+  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model
+  ttt train --only-initial-state --init-from runs/mine --data letters.txt --out runs/letters";
 
 /// Arguments of `ttt train`.
 #[derive(Debug, clap::Args)]
@@ -91,6 +97,9 @@ pub struct Train {
     /// Start from the weights, shape and tokenizer of a trained model
     #[arg(long, value_name = "MODEL")]
     pub init_from: Option<PathBuf>,
+    /// Learn a skill: the initial fast weights of the model of --init-from, and nothing else; written to skill.safetensors
+    #[arg(long)]
+    pub only_initial_state: bool,
     /// Compute activations again in the backward pass instead of keeping them: slower, needs less memory
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
@@ -113,6 +122,9 @@ pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
     #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
     pub data: Vec<String>,
@@ -128,6 +140,12 @@ pub struct Eval {
     /// Also print the result of each document
     #[arg(long)]
     pub per_document: bool,
+    /// Judge every document as the continuation of what this state file has read
+    #[arg(long, value_name = "STATE", conflicts_with = "context")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state after the document, of which there may be only one, to this file
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
@@ -144,6 +162,9 @@ pub struct Generate {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Text to continue
     #[arg(long, short, value_name = "TEXT", group = "input")]
     pub prompt: Option<String>,
@@ -174,6 +195,12 @@ pub struct Generate {
     /// Print the prompt as well
     #[arg(long)]
     pub echo: bool,
+    /// Go on after what this state file has read; no token that begins a text is added, and the prompt may be empty
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state at the end to this file; --state-in continues from it as if there had been no end
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
@@ -190,9 +217,105 @@ pub struct Generate {
     pub verbose: bool,
 }
 
+const READ_EXAMPLES: &str = "\
+Between documents stand the tokens that end and begin one, as in training. A text file is one document, read piece by piece; a \
+line of a .jsonl file is one.
+
+Examples:
+  ttt read runs/tiny book.txt --state-out book.state                       read a book once
+  ttt generate runs/tiny --state-in book.state -p ' And then'              ask it many times
+  ttt read runs/tiny more.txt --state-in book.state --state-out both.state";
+
+/// Arguments of `ttt read`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = READ_EXAMPLES)]
+pub struct Read {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<String>,
+    /// File to write the state to
+    #[arg(long, value_name = "STATE")]
+    pub state_out: PathBuf,
+    /// Go on after what this state file has read; no token that begins a text is added
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Print a JSON object, with speed and resident memory for every 100,000 tokens
+    #[arg(long)]
+    pub json: bool,
+    /// Precision of the arithmetic; f64 runs the plain reference loops
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Precision,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// The commands of `ttt state`.
+#[derive(Debug, Subcommand)]
+pub enum State {
+    /// Describe a state: what made it, how much it has read, its size
+    Info(StateInfo),
+    /// Say how far apart two states of one model are
+    Diff(StateDiff),
+    /// Copy a state, so that both can go on from it
+    Fork(StateFork),
+}
+
+/// Arguments of `ttt state info`.
+#[derive(Debug, clap::Args)]
+pub struct StateInfo {
+    /// The state file
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Also say how far the fast weights of each layer have moved from this model's initial ones
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `ttt state diff`.
+#[derive(Debug, clap::Args)]
+pub struct StateDiff {
+    /// A state file
+    #[arg(value_name = "A")]
+    pub a: PathBuf,
+    /// Another of the same model
+    #[arg(value_name = "B")]
+    pub b: PathBuf,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ttt state fork`.
+#[derive(Debug, clap::Args)]
+pub struct StateFork {
+    /// The state file to copy
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Files to write; every copy is read again and compared
+    #[arg(value_name = "NEW", required = true)]
+    pub new: Vec<PathBuf>,
+    /// Overwrite files that exist
+    #[arg(long)]
+    pub force: bool,
+}
+
 const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
-[b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
+[b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
 
 /// Arguments of `ttt chat`.
@@ -207,6 +330,9 @@ pub struct Chat {
     /// Go on from this state file [default: from the beginning]
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Plain text that the model continues, even where it has a chat template
     #[arg(long)]
     pub plain: bool,
@@ -281,7 +407,7 @@ pub struct Plan {
 /// Arguments of `ttt info`.
 #[derive(Debug, clap::Args)]
 pub struct Info {
-    /// Folder of a model or a run
+    /// Folder of a model or a run, or a skill file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// Also list every tensor
@@ -411,7 +537,8 @@ Examples:
   ttt bench prefill --preset 125m --inner mlp --length 512
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
-  ttt bench ops                                          every operation on its own";
+  ttt bench ops                                          every operation on its own
+  ttt bench state                                        saving and restoring a state";
 
 /// Arguments of `ttt bench`.
 #[derive(Debug, clap::Args)]
@@ -441,6 +568,9 @@ pub struct Bench {
     /// train: only forward and backward, without clip and AdamW
     #[arg(long)]
     pub no_optimizer: bool,
+    /// train: learn the initial fast weights alone
+    #[arg(long, conflicts_with = "no_optimizer")]
+    pub only_initial_state: bool,
     /// prefill: logits of every position, not of the last one only
     #[arg(long)]
     pub all_logits: bool,
@@ -469,6 +599,8 @@ pub enum BenchWhat {
     Decode,
     // Every operation on its own
     Ops,
+    // Saving and restoring a state
+    State,
 }
 
 /// An inner model.

@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod model;
 mod progress;
+mod state;
 mod units;
 
 use std::io::{ErrorKind, Write};
@@ -37,6 +38,8 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Command::Train(args) => commands::train::run(args, out),
         Command::Eval(args) => commands::eval::run(args, out),
         Command::Generate(args) => commands::generate::run(args, out),
+        Command::Read(args) => commands::read::run(args, out),
+        Command::State(command) => commands::state::run(command, out),
         Command::Chat(args) => commands::chat::run(args, out),
         Command::Verify(args) => commands::verify::run(args, out),
         Command::Plan(args) => commands::plan::run(args, out),

@@ -54,11 +54,26 @@ impl Evaluation {
 /// # Errors
 /// Nothing to predict, a token outside the vocabulary, or memory.
 pub fn evaluate_text(model: &Lm, tokens: &[u32], from: usize, context: Option<usize>, bytes: f64) -> Result<Evaluation> {
+    evaluate_continuation(model, &mut States::new(model, 1)?, tokens, from, context, bytes)
+}
+
+/// [`evaluate_text`] of a text that continues what slot 0 of some states has read; the slot then has read all tokens but the
+/// last, which is predicted and nothing else.
+///
+/// # Errors
+/// As [`evaluate_text`].
+pub fn evaluate_continuation(
+    model: &Lm,
+    states: &mut States,
+    tokens: &[u32],
+    from: usize,
+    context: Option<usize>,
+    bytes: f64,
+) -> Result<Evaluation> {
     let from = from.max(1);
     if tokens.len() <= from {
         return Err(Error::Data(format!("a text of {} tokens has nothing to predict from token {from} on", tokens.len())));
     }
-    let mut states = States::new(model, 1)?;
     let mut nll = 0.0;
     let inputs = tokens.len() - 1;
     let window = context.unwrap_or(inputs).max(1);
@@ -69,7 +84,7 @@ pub fn evaluate_text(model: &Lm, tokens: &[u32], from: usize, context: Option<us
         let end = (start + window).min(inputs);
         for at in (start..end).step_by(CHUNK) {
             let to = (at + CHUNK).min(end);
-            let (hidden, _) = model.forward(&Batch::one(&tokens[at..to]), Some(&mut states), Keep::Nothing, 1.0)?;
+            let (hidden, _) = model.forward(&Batch::one(&tokens[at..to]), Some(&mut *states), Keep::Nothing, 1.0)?;
             // Row i predicts token at + i + 1.
             let judged = from.saturating_sub(at + 1).min(to - at);
             let rows = hidden.view().row_range(judged..to - at);

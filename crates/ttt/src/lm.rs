@@ -7,7 +7,7 @@ use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
-use crate::hub::{ModelFolder, model_hash};
+use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -131,6 +131,17 @@ impl Lm {
     pub fn params_mut(&mut self) -> &mut Params {
         self.hash.take();
         &mut self.params
+    }
+
+    /// Puts a skill, initial fast weights from a file, in the place of the model's own. States that were made before belong to the
+    /// model as it was.
+    ///
+    /// # Errors
+    /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
+    pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
+        let skill = Skill::open(path)?;
+        self.device.clone().install(|| skill.apply(self.params_mut()))?;
+        Ok(skill.info().clone())
     }
 
     /// Identity of its weights ([`model_hash`]), computed when it is first asked for.
@@ -266,7 +277,8 @@ impl Lm {
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
-    /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.
+    /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
+    /// `grads`.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -280,7 +292,9 @@ impl Lm {
             for (block, saved) in self.blocks.iter().zip(blocks).rev() {
                 dx = block.backward(&pass, saved, dx, grads)?;
             }
-            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            if grads.holds(self.ids.embed) {
+                embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            }
             Ok(())
         })
     }

@@ -1,6 +1,7 @@
 //! `ttt bench`: speed of a model with random weights, beside what the machine reaches.
 
 mod ops;
+mod state;
 mod work;
 
 use std::io::Write;
@@ -45,6 +46,9 @@ pub struct Measured {
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let config = config(args)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
+    if args.what == Some(BenchWhat::State) {
+        return state::run(args, &config, &device, out);
+    }
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
     device.memory().trim();
     let all = match args.what {
@@ -57,6 +61,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         Some(BenchWhat::Prefill) => vec![work::prefill(args, &config, &device)?],
         Some(BenchWhat::Decode) => vec![work::decode(args, &config, &device)?],
         Some(BenchWhat::Ops) => ops::all(args, &config, &device)?,
+        Some(BenchWhat::State) => unreachable!("it has its own table"),
     };
     if args.json {
         let object = json!({

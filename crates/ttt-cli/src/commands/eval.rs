@@ -5,12 +5,13 @@ use std::io::Write;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use ttt::data::{Document, Documents, Sources, Tokenizer};
-use ttt::eval::{Evaluation, evaluate_text};
+use ttt::eval::{Evaluation, evaluate_continuation};
 use ttt::lm::Lm;
 use ttt::tensor::DType;
 
 use crate::args::Eval;
 use crate::progress::Bar;
+use crate::state::{self, Start};
 use crate::{model, units};
 
 /// Runs the command.
@@ -18,11 +19,14 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     let sources = Sources::resolve(&args.data)?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer", folder.display());
     };
+    model::load_skill(&mut lm, args.skill.as_deref(), Some(&tokenizer))?;
 
+    let start = state::start(&lm, args.state_in.as_deref(), Some(&tokenizer))?;
+    let mut end = None;
     let mut total = Evaluation::default();
     let (mut documents, mut skipped) = (0u64, 0u64);
     let mut each = Vec::new();
@@ -32,10 +36,14 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     for file in &sources.files {
         for document in Documents::open(file, args.separator.as_deref())? {
             let document = document?;
-            let Some(result) = evaluate(&lm, &tokenizer, &document, args.context)? else {
+            let from = args.state_in.is_some().then_some(&start);
+            let Some((result, after)) = evaluate(&lm, &tokenizer, &document, args.context, from)? else {
                 skipped += 1;
                 continue;
             };
+            if args.state_out.is_some() && end.replace(after).is_some() {
+                bail!("--state-out is the state after one document, but the data holds several; give one file");
+            }
             total.add(&result);
             documents += 1;
             if args.per_document && args.json {
@@ -52,8 +60,15 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     if documents == 0 {
         bail!("the data holds nothing to predict: {skipped} documents of less than two tokens");
     }
+    let saved = match (&args.state_out, &end) {
+        (Some(path), Some(Start { states, pending })) => Some(state::save(states, &lm, pending, Some(&tokenizer), path)?),
+        _ => None,
+    };
     if args.json {
         let mut object = numbers(&total);
+        if let Some(saved) = &saved {
+            object["state"] = saved.json();
+        }
         object["documents"] = json!(documents);
         object["skipped"] = json!(skipped);
         object["context"] = json!(args.context);
@@ -69,14 +84,27 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "loss           {:.4} nats a token", total.loss())?;
     writeln!(out, "perplexity     {:.4}", total.perplexity())?;
     writeln!(out, "bits per byte  {:.4}", total.bits_per_byte())?;
+    if let Some(saved) = &saved {
+        writeln!(out, "{saved}")?;
+    }
     Ok(())
 }
 
-/// Reads one document from the beginning. Where the tokenizer has a token that begins a text, that is read first, so that the
-/// document's first token is predicted too; a prompt is read and not judged. `None` when nothing is left to predict.
-fn evaluate(lm: &Lm, tokenizer: &Tokenizer, document: &Document, context: Option<u64>) -> Result<Option<Evaluation>> {
+/// Reads one document from the beginning, or as the continuation of a state. Where the tokenizer has a token that begins a text, that is read first, so that the
+/// document's first token is predicted too, and so a state's pending token does; a prompt is read and not judged. Returns the
+/// state afterwards as well; `None` when nothing is left to predict.
+fn evaluate(
+    lm: &Lm,
+    tokenizer: &Tokenizer,
+    document: &Document,
+    context: Option<u64>,
+    start: Option<&Start>,
+) -> Result<Option<(Evaluation, Start)>> {
     let (ids, prompt) = document.encode(tokenizer)?;
-    let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let mut tokens: Vec<u32> = match start {
+        Some(start) => start.pending.clone(),
+        None => tokenizer.bos().into_iter().collect(),
+    };
     let from = (tokens.len() + prompt).max(1);
     let unseen = match (document.completion_from, tokens.is_empty()) {
         (Some(at), _) => at,
@@ -88,7 +116,13 @@ fn evaluate(lm: &Lm, tokenizer: &Tokenizer, document: &Document, context: Option
         return Ok(None);
     }
     let bytes = document.text.len().saturating_sub(unseen) as f64;
-    Ok(Some(evaluate_text(lm, &tokens, from, context.map(|n| n as usize), bytes)?))
+    let mut states = match start {
+        Some(start) => start.states.fork()?,
+        None => lm.states(1)?,
+    };
+    let result = evaluate_continuation(lm, &mut states, &tokens, from, context.map(|n| n as usize), bytes)?;
+    let pending = vec![*tokens.last().expect("there is a token to predict")];
+    Ok(Some((result, Start { states, pending })))
 }
 
 fn line(e: &Evaluation) -> String {

@@ -10,6 +10,8 @@ pub mod generate;
 pub mod import;
 pub mod info;
 pub mod plan;
+pub mod read;
+pub mod state;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;

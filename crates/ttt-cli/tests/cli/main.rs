@@ -6,6 +6,8 @@ mod bad_input;
 mod chat;
 mod commands;
 mod flow;
+mod skills;
+mod state;
 #[cfg(unix)]
 mod stop;
 #[cfg(unix)]

@@ -91,6 +91,13 @@ impl Terminal {
         }
     }
 
+    /// Waits until the screen shows so many characters that were not returned.
+    pub fn wait_for_more(&mut self, characters: usize) {
+        while plain(&self.seen).chars().count() < characters {
+            self.seen.extend(self.screen.recv_timeout(PATIENCE).expect("more on the screen"));
+        }
+    }
+
     /// Waits for the end of the program.
     pub fn end(mut self) -> ExitStatus {
         self.child.wait().unwrap()

@@ -9,8 +9,8 @@ use crate::{Result, data::tokenizer::Tokenizer};
 pub(super) const PIECE: usize = 1 << 18;
 /// A cut is looked for in so many bytes before the end of a piece.
 const SEARCH: usize = 1 << 13;
-/// Bytes on each side of a cut of which the ids are compared.
-const CONTEXT: usize = 256;
+/// Bytes on each side of a cut of which the ids are compared; so much text behind a piece decides where it ends.
+pub(super) const CONTEXT: usize = 256;
 
 /// The first piece of `text[from..]`, and where the next one starts.
 ///

@@ -53,10 +53,10 @@ impl Document {
 pub struct Documents<'a> {
     file: &'a SourceFile,
     separator: Option<&'a str>,
-    reader: Box<dyn BufRead + Send>,
+    pub(super) reader: Box<dyn BufRead + Send>,
     taken: Arc<AtomicU64>,
     /// Whether each line is a JSON object.
-    lines: bool,
+    pub(super) lines: bool,
     /// Bytes, lines and documents that were read.
     bytes: u64,
     line: u64,
@@ -84,6 +84,11 @@ impl<'a> Documents<'a> {
         self.taken.clone()
     }
 
+    /// The error of a read of this file.
+    pub(super) fn read_error(&self, error: std::io::Error) -> Error {
+        read::read_error(&self.file.path, error)
+    }
+
     /// The next line with its end, or `None` at the end of the file.
     fn next_line(&mut self) -> Result<Option<Vec<u8>>> {
         let mut line = Vec::new();
@@ -93,7 +98,7 @@ impl<'a> Documents<'a> {
     }
 
     /// Checks bytes that start where `self.bytes` says, and moves past them.
-    fn utf8(&mut self, bytes: Vec<u8>) -> Result<String> {
+    pub(super) fn utf8(&mut self, bytes: Vec<u8>) -> Result<String> {
         let (start, len) = (self.bytes, bytes.len());
         let text = String::from_utf8(bytes).map_err(|e| {
             let at = e.utf8_error().valid_up_to();

@@ -9,6 +9,7 @@ mod build;
 mod cut;
 mod default_corpus;
 mod document;
+mod pieces;
 mod read;
 mod sampler;
 mod source;
@@ -20,6 +21,7 @@ mod writer;
 
 pub use default_corpus::{DefaultCorpus, default_corpus, default_corpus_in};
 pub use document::{Document, Documents};
+pub use pieces::{Piece, Pieces};
 pub use sampler::{Examples, Sampler};
 pub use source::{SourceFile, Sources};
 pub use store::{Progress, Split, Store, StoreOptions};

@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::params::{ParamId, Params};
+use crate::params::{Entry, ParamId, Params};
 use crate::tensor::{DType, with_dtype};
 
 /// SHA-256, in hexadecimal, over every parameter's name, shape and f32 values in the order of the table.
@@ -10,10 +10,19 @@ use crate::tensor::{DType, with_dtype};
 /// It depends on the weights alone: not on how files are sharded, on gaps in the flat buffer or on the device. Weights rounded to
 /// half precision are other weights.
 pub fn model_hash(params: &Params) -> String {
+    hash_of(params, |_| true)
+}
+
+/// The same over all parameters but the initial fast weights: what a skill belongs to.
+pub fn base_hash(params: &Params) -> String {
+    hash_of(params, |entry| !entry.initial_state)
+}
+
+fn hash_of(params: &Params, which: impl Fn(&Entry) -> bool) -> String {
     use crate::tensor::Element;
     let mut hash = Sha256::new();
     let mut bytes = Vec::new();
-    for (index, entry) in params.table().entries().iter().enumerate() {
+    for (index, entry) in params.table().entries().iter().enumerate().filter(|(_, entry)| which(entry)) {
         // Lengths come first, so that no two lists of tensors give one string of bytes.
         hash.update((entry.name.len() as u64).to_le_bytes());
         hash.update(entry.name.as_bytes());

@@ -32,6 +32,9 @@ const TENSORS: [&str; 4] = ["fast_weights", "open_rows", "pre_conv", "qk_conv"];
 const OPEN_ROWS: &str = TENSORS[1];
 const PENDING: &str = "pending";
 
+/// Metadata and tensors of a file to write.
+type Contents<'a> = (Vec<(&'static str, String)>, Vec<Source<'a>>);
+
 /// What a state belongs to and how far it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateHeader {
@@ -78,14 +81,7 @@ impl States {
     ///
     /// # Panics
     /// When there is no such slot, or the states are not of this model's shape.
-    pub fn save(
-        &self,
-        slot: usize,
-        model: &Lm,
-        pending: &[u32],
-        tokenizer: Option<&str>,
-        path: impl AsRef<Path>,
-    ) -> Result<u64> {
+    pub fn save(&self, slot: usize, model: &Lm, pending: &[u32], tokenizer: Option<&str>, path: impl AsRef<Path>) -> Result<u64> {
         let path = path.as_ref();
         let (metadata, sources) = self.sources(slot, model, pending, tokenizer)?;
         write(path, &metadata, sources)?;
@@ -161,19 +157,20 @@ impl States {
             let names: Vec<&str> = layer.tensors().map(|(name, _)| name).collect();
             for (name, tensor) in names.into_iter().zip(layer.tensors_mut()) {
                 let stored = found.next().expect("one for every tensor");
+                let shape = tensor.shape().to_vec();
                 with_dtype!(tensor.dtype(), E => {
-                    let row = tensor.shape().last().copied().unwrap_or(0);
-                    let open = tensor.shape()[2..].first().map_or(0, |rows| rows * row);
                     let slab = slot_mut::<E>(tensor, slot);
-                    let values = stored.to_vec::<E>().expect("a checked type");
-                    if name == OPEN_ROWS {
-                        slab.fill(E::ZERO);
-                        // Models with mini-batches of one token have no open rows.
-                        if phase > 0 {
-                            slab.chunks_mut(open).zip(values.chunks(phase * row)).for_each(|(to, from)| to[..from.len()].copy_from_slice(from));
-                        }
-                    } else {
-                        slab.copy_from_slice(&values);
+                    if name != OPEN_ROWS {
+                        stored.read(slab).expect("a checked type");
+                        continue;
+                    }
+                    slab.fill(E::ZERO);
+                    let (room, open) = (shape[2] * shape[3], phase * shape[3]);
+                    // Without open rows there is nothing to split by.
+                    if open > 0 {
+                        let rows = stored.to_vec::<E>().expect("a checked type");
+                        let heads = slab.chunks_mut(room).zip(rows.chunks(open));
+                        heads.for_each(|(to, from)| to[..open].copy_from_slice(from));
                     }
                 });
             }
@@ -196,13 +193,7 @@ impl States {
     }
 
     /// Metadata and tensors of the file of a slot.
-    fn sources<'a>(
-        &'a self,
-        slot: usize,
-        model: &Lm,
-        pending: &'a [u32],
-        tokenizer: Option<&str>,
-    ) -> Result<(Vec<(&'static str, String)>, Vec<Source<'a>>)> {
+    fn sources<'a>(&'a self, slot: usize, model: &Lm, pending: &'a [u32], tokenizer: Option<&str>) -> Result<Contents<'a>> {
         self.check_shape(slot, model);
         let tokens = self.positions[slot];
         let phase = (tokens % self.mini_batch as u64) as usize;
@@ -372,7 +363,10 @@ impl StateHeader {
     fn parse(file: &File) -> Result<StateHeader> {
         let damaged = |message: String| Error::format(file.path(), format!("{message}; the file is damaged"));
         let Some(version) = file.metadata().get("ttt_state") else {
-            return Err(Error::format(file.path(), "this is no state file; `--state-out` of `ttt read` or `ttt generate` writes one"));
+            return Err(Error::format(
+                file.path(),
+                "this is no state file; `--state-out` of `ttt read` or `ttt generate` writes one",
+            ));
         };
         for (what, found, known) in
             [("state format", Some(version), VERSION), ("layout of the open mini-batch", file.metadata().get("layout"), LAYOUT)]
@@ -481,7 +475,9 @@ impl StateHeader {
             ));
         }
         match self.pending.iter().find(|id| **id as usize >= config.vocab_size) {
-            Some(id) => refuse(format!("pending token {id} is beyond the vocabulary of {} ids; the file is damaged", config.vocab_size)),
+            Some(id) => {
+                refuse(format!("pending token {id} is beyond the vocabulary of {} ids; the file is damaged", config.vocab_size))
+            }
             None => Ok(()),
         }
     }

@@ -18,6 +18,7 @@ use ttt::lm::Lm;
 use ttt::tensor::DType;
 
 use crate::args::Chat as Arguments;
+use crate::state::{self, Start};
 use crate::{model, units};
 use input::{Asked, Lines};
 use moment::Moment;
@@ -46,10 +47,11 @@ pub fn run(args: &Arguments, out: &mut dyn Write) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer", folder.display());
     };
+    model::load_skill(&mut lm, args.skill.as_deref(), Some(&tokenizer))?;
     let template = if args.plain { None } else { Template::of_folder(&folder)? };
     if template.is_none() && args.system.is_some() {
         bail!("--system needs a model with a chat template; without one, type the text as the first line");
@@ -60,9 +62,8 @@ pub fn run(args: &Arguments, out: &mut dyn Write) -> Result<()> {
         let flag = stopped.clone();
         ctrlc::set_handler(move || flag.store(true, Ordering::SeqCst)).context("cannot watch for Ctrl-C")?;
     }
-    let mut now = Moment::new(lm.states(1)?, Vec::new())?;
+    let now = load(&lm, &tokenizer, args.state.as_deref())?;
     if let Some(path) = &args.state {
-        now = load(&lm, &tokenizer, path)?;
         writeln!(out, "{}", about(&lm, &now, &path.display().to_string()))?;
     }
     if lines.interactive() {
@@ -130,12 +131,11 @@ impl Chat<'_> {
             Asked::Text(text) => self.turn(text, out)?,
             Asked::Help => writeln!(out, "{HELP}")?,
             Asked::Save(file) => {
-                let id = Some(self.tokenizer.id());
-                let bytes = self.now.states.save(0, self.lm, &self.now.pending, id, file)?;
-                writeln!(out, "{file}: {}, {} tokens", units::bytes(bytes), units::grouped(self.now.tokens()))?;
+                let now = &self.now;
+                writeln!(out, "{}", state::save(&now.states, self.lm, &now.pending, Some(self.tokenizer), Path::new(file))?)?;
             }
             Asked::Load(file) => {
-                let loaded = load(self.lm, self.tokenizer, Path::new(file))?;
+                let loaded = load(self.lm, self.tokenizer, Some(Path::new(file)))?;
                 self.remember()?;
                 self.now = loaded;
                 writeln!(out, "{}", about(self.lm, &self.now, file))?;
@@ -211,14 +211,10 @@ impl Chat<'_> {
     }
 }
 
-/// The moment that a state file holds.
-fn load(lm: &Lm, tokenizer: &Tokenizer, path: &Path) -> Result<Moment> {
-    let mut states = lm.states(1)?;
-    let header = states.restore(0, lm, path)?;
-    if let Some(other) = header.tokenizer.as_deref().filter(|id| *id != tokenizer.id()) {
-        bail!("{} was made with another tokenizer ({:.12}); name that one with --tokenizer", path.display(), other);
-    }
-    Moment::new(states, header.pending)
+/// The moment that a state file holds, or the beginning.
+fn load(lm: &Lm, tokenizer: &Tokenizer, path: Option<&Path>) -> Result<Moment> {
+    let Start { states, pending } = state::start(lm, path, Some(tokenizer))?;
+    Moment::new(states, pending)
 }
 
 fn about(lm: &Lm, moment: &Moment, name: &str) -> String {
