@@ -5,6 +5,7 @@ mod bad_input;
 #[cfg(unix)]
 mod chat;
 mod commands;
+mod evaluate;
 mod flow;
 mod skills;
 mod state;
