@@ -27,6 +27,6 @@ pub use sampler::{Examples, Sampler};
 pub use source::{SourceFile, Sources};
 pub use store::{Progress, Split, Store, StoreOptions};
 pub use stream::TextStream;
-pub use streams::{Piece, Segmenting, Streams};
+pub use streams::{Segmenting, Streams, Stretch};
 pub use tokenizer::Tokenizer;
 pub use tokens::{DocumentSpan, Tokens};
