@@ -335,7 +335,7 @@ impl<'j> Run<'j> {
         // Of each group of streams the segments of the step.
         let (tokens, at_once) = (self.corpus.train(), settings.micro_batch());
         let streams = |first: usize| first..first + at_once;
-        let segment = |first, i| segment_batch(tokens, &self.streams.pieces(tokens, self.state.step, streams(first), i));
+        let segment = |first, i| segment_batch(tokens, &self.streams.stretches(tokens, self.state.step, streams(first), i));
         let segments = |first| (0..self.streams.per_step()).map(|i| segment(first, i)).collect();
         let groups: Vec<Vec<MicroBatch>> = (0..self.streams.streams()).step_by(at_once).map(segments).collect();
         match &mut self.carried {
@@ -457,11 +457,11 @@ impl<'j> Run<'j> {
     }
 }
 
-/// Pieces of the token stream as a batch: that of stream i is in slot i.
-fn segment_batch(tokens: &Tokens, pieces: &[Stretch]) -> MicroBatch {
+/// Stretches of the token stream as a batch: those of stream i are in slot i.
+fn segment_batch(tokens: &Tokens, stretches: &[Stretch]) -> MicroBatch {
     let mut micro = MicroBatch::default();
     let (mut inputs, mut mask) = (Vec::new(), Vec::new());
-    for Stretch { stream, tokens: Range { start, end }, fresh } in pieces.iter().cloned() {
+    for Stretch { stream, tokens: Range { start, end }, fresh } in stretches.iter().cloned() {
         inputs.clear();
         tokens.read(start..end, &mut inputs);
         match fresh {
