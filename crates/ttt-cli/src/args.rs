@@ -259,6 +259,9 @@ pub struct Read {
     /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<String>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// File to write the state to
     #[arg(long, value_name = "STATE")]
     pub state_out: PathBuf,
