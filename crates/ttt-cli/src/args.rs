@@ -1,8 +1,12 @@
 //! What can be typed. What it means is in [`crate::commands`].
 
+mod eval;
+
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub use eval::{Report, Task, TaskArgs, TaskName};
 
 /// Language models whose hidden state is itself a model that learns while it reads (TTT-Linear and TTT-MLP, arXiv 2407.04620).
 #[derive(Debug, Parser)]
@@ -29,8 +33,10 @@ A MODEL is a folder with config.json and model.safetensors, or the folder of a r
 pub enum Command {
     /// Train a model, or go on with a run
     Train(Train),
-    /// Measure how well a model predicts texts that are new to it
+    /// Measure how well a model predicts texts that are new to it, or does a task
     Eval(Eval),
+    /// Write training files of a task: recall, a needle in a haystack, copying
+    Task(Task),
     /// Continue a text
     Generate(Generate),
     /// Learn texts of any length into a state file, in constant memory
@@ -114,8 +120,21 @@ pub struct Train {
     pub quiet: bool,
 }
 
+const EVAL_HELP: &str = "\
+Every token is predicted before anything is learned from it. A position is the number of tokens that the state had read before; \
+its loss comes with a 95 % interval over documents, or, of fewer than 8, over sixteenths of a bucket in a document. The inner losses \
+are the mean squared errors of each layer's inner models on the last token of every mini-batch: under the initial weights W0, \
+before its update, and after it.
+
+Examples:
+  ttt eval runs/tiny --data book.txt --plot book.svg
+  ttt eval runs/tiny --data texts/ --per-document --context 2048
+  ttt eval runs/recall --task recall --pairs 4,8,16
+  ttt eval runs/tiny --task needle --haystack corpus --lengths 1000,4000 --plot needle.svg";
+
 /// Arguments of `ttt eval`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EVAL_HELP)]
 pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
@@ -124,7 +143,7 @@ pub struct Eval {
     #[arg(long, value_name = "FILE")]
     pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
-    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    #[arg(long, value_name = "PATH", required_unless_present = "task", num_args = 1..)]
     pub data: Vec<String>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
@@ -151,7 +170,11 @@ pub struct Eval {
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: Precision,
     #[command(flatten)]
+    pub report: Report,
+    #[command(flatten)]
     pub device: DeviceArgs,
+    #[command(flatten)]
+    pub task: TaskArgs,
 }
 
 /// Arguments of `ttt generate`.

@@ -11,6 +11,7 @@ pub mod info;
 pub mod plan;
 pub mod read;
 pub mod state;
+pub mod task;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;

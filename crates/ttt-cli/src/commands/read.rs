@@ -36,10 +36,10 @@ pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
     let bar = Bar::bytes(sources.files.iter().map(|f| std::fs::metadata(&f.path).map_or(0, |m| m.len())).sum());
     let (mut before, mut position, mut documents, mut bytes) = (0, 0, 0u64, 0u64);
     for file in &sources.files {
-        let mut pieces = Pieces::open(file, &tokenizer)?;
+        let mut pieces = Pieces::open(file, None, &tokenizer)?;
         while let Some(piece) = pieces.next() {
             let piece = piece?;
-            if piece.first {
+            if piece.begins.is_some() {
                 if documents > 0 {
                     reader.start.pending.extend(tokenizer.between_documents());
                 }

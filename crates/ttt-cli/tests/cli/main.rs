@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod commands;
+mod evaluate;
 mod flow;
 mod skills;
 mod state;
