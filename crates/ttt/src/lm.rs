@@ -11,8 +11,9 @@ use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
+use crate::dstates::DStates;
 use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
-use crate::layer::{Block, BlockSaved, Keep, Pass};
+use crate::layer::{Block, BlockSaved, Keep, Pass, Route, routes};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
 use crate::state::States;
@@ -39,6 +40,7 @@ pub struct Lm {
 #[derive(Debug)]
 pub struct Saved {
     segments: Vec<Segment>,
+    routes: Option<Vec<Route>>,
     blocks: Vec<BlockSaved>,
     /// Input of the final norm.
     last: Tensor,
@@ -163,14 +165,19 @@ impl Lm {
 
     /// Reads a batch: the final hidden rows `[tokens, D]`, normed, and what [`Lm::backward`] needs when `keep` asks for it.
     ///
-    /// With `states` every sequence continues its slot; without, each starts from the learned initial weights and its state is
-    /// dropped. `inner_lr` is the factor of the inner learning rate: 1 but during the warm-up of training.
+    /// With `states` every sequence continues its slot, or starts it afresh, and leaves its state there; without, each starts from
+    /// the learned initial weights and its state is dropped. `inner_lr` is the factor of the inner learning rate: 1 but during the
+    /// warm-up of training.
+    ///
+    /// A slot that is continued at position 0 starts from the weights that the model has now.
     ///
     /// # Errors
     /// A token outside the vocabulary, or memory.
     ///
     /// # Panics
-    /// When the batch names a slot that the states do not have, or one twice; when a pass with states is to be kept.
+    /// When the batch names a slot that the states do not have, or continues one twice; when a pass that is kept continues a slot
+    /// inside a mini-batch: in training the update of a tail shorter than a mini-batch reaches nothing that follows, so such a
+    /// slot has to be started afresh.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -179,7 +186,6 @@ impl Lm {
         inner_lr: f64,
     ) -> Result<(Tensor, Option<Saved>)> {
         self.check_tokens(&batch.tokens)?;
-        assert!(states.is_none() || keep == Keep::Nothing, "a pass that continues states keeps nothing");
         self.device.install(|| self.forward_here(batch, states, keep, inner_lr))
     }
 
@@ -190,11 +196,12 @@ impl Lm {
         keep: Keep,
         inner_lr: f64,
     ) -> Result<(Tensor, Option<Saved>)> {
-        let segments = match &states {
-            Some(states) => states.segments(batch),
-            None => fresh_segments(batch),
+        let (segments, routes) = match &states {
+            Some(states) => self.segments(batch, states, keep),
+            None => (fresh_segments(batch), None),
         };
-        let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
+        let (weights, rope) = (&self.params, &self.rope);
+        let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
         let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
         let mut saved = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
@@ -207,7 +214,7 @@ impl Lm {
             states.advance(batch);
         }
         let hidden = rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)?;
-        let saved = (keep != Keep::Nothing).then(|| Saved { segments, blocks: saved, last: x, keep, inner_lr });
+        let saved = (keep != Keep::Nothing).then(|| Saved { segments, routes, blocks: saved, last: x, keep, inner_lr });
         Ok((hidden, saved))
     }
 
@@ -222,15 +229,16 @@ impl Lm {
     pub fn forward_rows(&self, batch: &Batch, states: &mut States, rows: &[usize]) -> Result<Tensor> {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
-            let segments = states.segments(batch);
             let keep = Keep::Nothing;
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
+            let (segments, routes) = self.segments(batch, states, keep);
+            let (weights, rope) = (&self.params, &self.rope);
+            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr: 1.0, keep };
             let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
             let last = self.blocks.len() - 1;
             let few = rows.len() < batch.tokens.len();
             for (i, (block, state)) in self.blocks.iter().zip(&mut states.layers).enumerate() {
                 x = match i == last && few {
-                    true => block.forward_rows(&pass, x, rows, Some(state))?,
+                    true => block.forward_rows(&pass, x, rows, state)?,
                     false => block.forward(&pass, x, Some(state))?.0,
                 };
             }
@@ -284,17 +292,34 @@ impl Lm {
     /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
     /// `grads`.
     ///
+    /// After a pass with states, `dstates` hands the gradient across the cut between it and the pass that continued its states: it
+    /// holds that of the states after the pass ([`DStates::zeros`] for the last) and becomes that of the states before it. Without
+    /// it the cut truncates: the states that the pass began with are constants, as are those that it left. The initial weights get
+    /// the gradient of the sequences that start from them in this pass; their slots' gradients become zero.
+    ///
     /// # Errors
     /// [`Error::OutOfMemory`].
-    pub fn backward(&self, batch: &Batch, saved: Saved, dhidden: Tensor, grads: &mut Params) -> Result<()> {
+    ///
+    /// # Panics
+    /// When there are `dstates`, but the pass had no states.
+    pub fn backward(
+        &self,
+        batch: &Batch,
+        saved: Saved,
+        dhidden: Tensor,
+        mut dstates: Option<&mut DStates>,
+        grads: &mut Params,
+    ) -> Result<()> {
         self.device.install(|| {
-            let Saved { segments, blocks, last, keep, inner_lr } = saved;
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
+            let Saved { segments, routes, blocks, last, keep, inner_lr } = saved;
+            let (weights, rope) = (&self.params, &self.rope);
+            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
             let (eps, norm) = (self.config.rms_norm_eps, self.params.view(self.ids.norm));
             let mut dx = rms_norm::backward(dhidden.view(), last.view(), norm, eps, grads.view_mut(self.ids.norm))?;
             drop((last, dhidden));
-            for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-                dx = block.backward(&pass, saved, dx, grads)?;
+            for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
+                let dstate = dstates.as_mut().map(|d| &mut d.layers[i]);
+                dx = block.backward(&pass, saved, dx, dstate, grads)?;
             }
             if grads.holds(self.ids.embed) {
                 embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
@@ -311,7 +336,8 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
             let segments = fresh_segments(batch);
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep: Keep::Nothing };
+            let (weights, rope) = (&self.params, &self.rope);
+            let pass = Pass { weights, segments: &segments, routes: None, rope, inner_lr, keep: Keep::Nothing };
             let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
             for (i, block) in self.blocks.iter().enumerate() {
                 x = block.forward(&pass, x, None)?.0;
@@ -321,6 +347,16 @@ impl Lm {
             }
             Ok(None)
         })
+    }
+
+    /// How a batch continues states: in their slots themselves when that is all there is to do.
+    fn segments(&self, batch: &Batch, states: &States, keep: Keep) -> (Vec<Segment>, Option<Vec<Route>>) {
+        let kept = keep != Keep::Nothing;
+        if !kept && batch.seqs.iter().all(|s| !s.fresh) {
+            return (states.segments(batch), None);
+        }
+        let (segments, routes) = routes(batch, states, self.config.mini_batch_size, kept);
+        (segments, Some(routes))
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

@@ -34,7 +34,7 @@ pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
     }
 
     let bar = Bar::bytes(sources.files.iter().map(|f| std::fs::metadata(&f.path).map_or(0, |m| m.len())).sum());
-    let (mut before, mut documents, mut bytes) = (0, 0u64, 0u64);
+    let (mut before, mut position, mut documents, mut bytes) = (0, 0, 0u64, 0u64);
     for file in &sources.files {
         let mut pieces = Pieces::open(file, None, &tokenizer)?;
         while let Some(piece) = pieces.next() {
@@ -47,15 +47,19 @@ pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
             }
             reader.start.pending.extend(piece.ids);
             bytes += piece.bytes as u64;
-            let position = before + pieces.taken();
-            reader.read(false, |rate| bar.set(position, &format!("{} tokens/s", units::count(rate.round()))))?;
+            // Files are read well ahead of what is learned from them.
+            let (from, to) = (position, before + pieces.taken());
+            reader.read(false, |part, rate| {
+                position = from + ((to - from) as f64 * part) as u64;
+                bar.set(position, &format!("{} tokens/s", units::count(rate.round())));
+            })?;
         }
         before += pieces.taken();
     }
     if documents == 0 {
         bail!("the files hold no text");
     }
-    reader.read(true, |_| ())?;
+    reader.read(true, |_, _| ())?;
     bar.finish();
     let Reader { start: Start { states, pending }, speed, tokens, .. } = reader;
     let saved = state::save(&states, &lm, &pending, Some(&tokenizer), &args.state_out)?;
@@ -89,14 +93,17 @@ struct Reader<'m> {
 
 impl Reader<'_> {
     /// Reads whole chunks, or, at the end, all but the last token: whoever goes on wants its prediction.
-    fn read(&mut self, end: bool, progress: impl Fn(f64)) -> Result<()> {
+    /// Progress is the part that is done, and tokens a second.
+    fn read(&mut self, end: bool, mut progress: impl FnMut(f64, f64)) -> Result<()> {
         let Start { states, pending } = &mut self.start;
         let most = pending.len().saturating_sub(1);
         let count = if end { most } else { most / PREFILL_CHUNK * PREFILL_CHUNK };
+        let mut done = 0;
         for chunk in pending[..count].chunks(PREFILL_CHUNK) {
             learn(self.lm, states, 0, chunk)?;
+            done += chunk.len();
             self.tokens += chunk.len() as u64;
-            progress(self.speed.count(chunk.len() as u64));
+            progress(done as f64 / count as f64, self.speed.count(chunk.len() as u64));
         }
         pending.drain(..count);
         Ok(())

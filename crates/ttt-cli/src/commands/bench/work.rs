@@ -69,7 +69,7 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
             let (hidden, saved) = lm.forward(&batch, None, keep, 1.0)?;
             let (_, dhidden) = lm.loss(&hidden, &targets, &weights, &mut grads)?;
             drop(hidden);
-            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?)
+            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, None, &mut grads)?)
         });
     }
     let (mut optimizer, training, what) = match args.only_initial_state {
