@@ -32,9 +32,10 @@ impl Lm {
     /// A token outside the vocabulary, or memory.
     ///
     /// # Panics
-    /// As [`Lm::forward`]; when a slot is inside a mini-batch.
+    /// When the batch names a slot twice, starts one afresh, or names one that is inside a mini-batch.
     pub fn forward_measured(&self, batch: &Batch, states: &mut States) -> Result<(Tensor, Vec<InnerErrors>)> {
         self.check_tokens(&batch.tokens)?;
+        assert!(batch.seqs.iter().all(|s| !s.fresh), "a measured pass starts a sequence afresh");
         self.device.install(|| {
             let (x, errors) = self.measure(batch, states, Block::inner_errors)?;
             let hidden = rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)?;
