@@ -13,7 +13,7 @@ pub mod safetensors;
 pub mod weights;
 
 pub use atomic::{write_atomic, write_folder};
-pub use folder::{ModelFolder, SaveOptions, save};
+pub use folder::{ModelFolder, Quantized, SaveOptions, save};
 pub use hash::model_hash;
 pub use weights::FileDType;
 

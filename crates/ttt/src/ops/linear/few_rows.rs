@@ -130,7 +130,10 @@ impl<T: Stored> Block<'_, T> {
             if ahead {
                 prefetch(next.wrapping_add(k * W * L), W * L);
             }
-            let w: [_; W] = std::array::from_fn(|j| vector::<S, T, L>(&wv[j][k]));
+            let mut w = [simd.splat_f32s(0.0); W];
+            for j in 0..W {
+                w[j] = vector::<S, T, L>(&wv[j][k]);
+            }
             for i in 0..X {
                 let x = xv[i][k];
                 for j in 0..W {
@@ -159,7 +162,12 @@ impl<T: Stored> Block<'_, T> {
 /// L numbers, widened; L is the number of lanes of S.
 #[inline(always)]
 fn vector<S: Simd, T: Stored, const L: usize>(w: &[T; L]) -> S::f32s {
-    S::as_simd_f32s(&w.map(T::widen)).0[0]
+    // A loop, not `map`: what is not always inlined is compiled without the instructions of S.
+    let mut wide = [0.0; L];
+    for (wide, w) in wide.iter_mut().zip(w) {
+        *wide = w.widen();
+    }
+    S::as_simd_f32s(&wide).0[0]
 }
 
 /// Fewer than L numbers, widened; the other lanes are 0.
