@@ -81,6 +81,7 @@ mod error;
 pub mod eval;
 pub mod generate;
 pub mod hub;
+pub mod import;
 pub mod layer;
 pub mod lm;
 pub mod narrow;

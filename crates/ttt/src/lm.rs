@@ -7,7 +7,7 @@ use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
-use crate::hub::ModelFolder;
+use crate::hub::{ModelFolder, Skill, SkillInfo};
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
 use crate::narrow::Narrow;
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
@@ -168,6 +168,17 @@ impl Lm {
         self.weights.float_mut()
     }
 
+    /// Puts a skill, initial fast weights from a file, in the place of the model's own. States that were made before belong to the
+    /// model as it was.
+    ///
+    /// # Errors
+    /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
+    pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
+        let skill = Skill::open(path)?;
+        self.device.clone().install(|| skill.apply(&mut self.weights))?;
+        Ok(skill.info().clone())
+    }
+
     /// The states of `slots` sequences, each at its beginning.
     ///
     /// # Errors
@@ -296,7 +307,8 @@ impl Lm {
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
-    /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.
+    /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
+    /// `grads`.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -310,7 +322,9 @@ impl Lm {
             for (block, saved) in self.blocks.iter().zip(blocks).rev() {
                 dx = block.backward(&pass, saved, dx, grads)?;
             }
-            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            if grads.holds(self.ids.embed) {
+                embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            }
             Ok(())
         })
     }

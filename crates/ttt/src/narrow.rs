@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use crate::device::view::{Mat, View};
 use crate::device::{Device, WeightView};
 use crate::params::{Entry, ParamId, ParamTable, Params};
-use crate::tensor::{DType, Tensor, with_dtype};
-use crate::weights::Storage;
+use crate::tensor::{DType, Tensor};
+use crate::weights::{Storage, Values};
 use crate::{Error, Result};
 
 /// Weights of which the large matrices ([`Entry::is_matrix`]) are stored in bf16 or int8.
@@ -51,11 +51,7 @@ pub(crate) trait Origin: Sync {
 
 impl Origin for Params {
     fn read(&self, id: ParamId, first: usize, out: &mut [f32]) -> Result<()> {
-        with_dtype!(self.data().dtype(), E => {
-            use crate::tensor::Element;
-            let values = &self.values::<E>(id)[first..first + out.len()];
-            out.iter_mut().zip(values).for_each(|(out, x)| *out = x.to_f64() as f32);
-        });
+        Values::read(self, id, first, out);
         Ok(())
     }
 
@@ -184,6 +180,16 @@ impl Narrow {
         let [rows, cols] = entry.matrix_shape();
         let values = &self.floats.as_slice::<f32>()[self.places[id.0].element..][..entry.elements()];
         View::new(Mat::new(values, rows, cols), self.device())
+    }
+
+    /// The values of a parameter that is no large matrix, to write.
+    ///
+    /// # Panics
+    /// When it is one.
+    pub fn values_mut(&mut self, id: ParamId) -> &mut [f32] {
+        let entry = self.table.entry(id);
+        assert!(!entry.is_matrix(), "`{}` is held as {}, not f32", entry.name, self.storage);
+        &mut self.floats.as_mut_slice()[self.places[id.0].element..][..entry.elements()]
     }
 
     /// The large matrices from `first` to `last` as one, rows one below the other.

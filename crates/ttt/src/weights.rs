@@ -192,17 +192,57 @@ impl Weights {
         }
     }
 
-    /// The values of a parameter from element `first` on, as f32.
+    /// Replaces a parameter that is no large matrix.
     ///
     /// # Panics
-    /// When it has fewer.
-    pub fn read(&self, id: ParamId, first: usize, out: &mut [f32]) {
+    /// When it is one of a narrow model, or has another number of elements.
+    pub fn set(&mut self, id: ParamId, values: &[f32]) {
         match self {
             Weights::Float(params) => with_dtype!(params.data().dtype(), E => {
                 use crate::tensor::Element;
-                let values = &params.values::<E>(id)[first..first + out.len()];
-                out.iter_mut().zip(values).for_each(|(out, x)| *out = x.to_f64() as f32);
+                let all = params.values_mut::<E>(id);
+                assert_eq!(all.len(), values.len(), "numbers of a parameter");
+                all.iter_mut().zip(values).for_each(|(x, value)| *x = E::from_f64(f64::from(*value)));
             }),
+            Weights::Narrow(narrow) => narrow.values_mut(id).copy_from_slice(values),
+        }
+    }
+}
+
+/// Numbers of a model's parameters, whatever they are stored as.
+pub trait Values: Sync {
+    /// The list of parameters.
+    fn table(&self) -> &Arc<ParamTable>;
+
+    /// The values of a parameter from element `first` on, as f32.
+    ///
+    /// # Panics
+    /// When it has fewer than `out` holds.
+    fn read(&self, id: ParamId, first: usize, out: &mut [f32]);
+}
+
+impl Values for Params {
+    fn table(&self) -> &Arc<ParamTable> {
+        self.table()
+    }
+
+    fn read(&self, id: ParamId, first: usize, out: &mut [f32]) {
+        with_dtype!(self.data().dtype(), E => {
+            use crate::tensor::Element;
+            let values = &self.values::<E>(id)[first..first + out.len()];
+            out.iter_mut().zip(values).for_each(|(out, x)| *out = x.to_f64() as f32);
+        });
+    }
+}
+
+impl Values for Weights {
+    fn table(&self) -> &Arc<ParamTable> {
+        self.table()
+    }
+
+    fn read(&self, id: ParamId, first: usize, out: &mut [f32]) {
+        match self {
+            Weights::Float(params) => params.read(id, first, out),
             Weights::Narrow(narrow) => narrow.read(id, first, out),
         }
     }

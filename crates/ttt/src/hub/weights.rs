@@ -317,7 +317,7 @@ fn check_names(found: &BTreeMap<String, TensorRef<'_>>, path: &Path, names: &[St
 }
 
 /// The first few of a list, and how many more there are.
-fn some(items: &[String], separator: &str) -> String {
+pub(crate) fn some(items: &[String], separator: &str) -> String {
     const SHOWN: usize = 6;
     let mut text = items[..items.len().min(SHOWN)].join(separator);
     if items.len() > SHOWN {

@@ -237,9 +237,10 @@ impl TttLayer {
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
         // Output projection, gate, post-norm.
-        let y = self.output(pass, self.gate(&projected), &z)?;
-        linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
-        drop(y);
+        if grads.holds(ids.o_proj) {
+            let y = self.output(pass, self.gate(&projected), &z)?;
+            linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
+        }
         let dy = linear::backward_input(dout, w.view(ids.o_proj))?;
         let (post_w, post_b) = ids.post_norm;
         let dnormed = match ids.g_proj {
@@ -313,7 +314,9 @@ impl TttLayer {
 
         // The projections and the learning-rate gate read the same input.
         let (first, last) = (ids.q_proj, self.last_projection());
-        linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        if grads.holds(first) {
+            linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        }
         let mut dx = linear::backward_input(dprojected.view(), w.fused(first, last))?;
         let [dlr_weight, dlr_bias] = grads.views_mut([ids.lr_weight, ids.lr_bias]);
         let dlr_bias = dlr_bias.reshape(1, self.heads);

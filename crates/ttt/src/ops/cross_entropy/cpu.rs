@@ -56,7 +56,9 @@ pub(crate) fn forward_backward(
         each_row(logits.reborrow(), &mut chunk_nll[..rows.len()], &|i, logits, nll| {
             *nll = likelihood_and_gradient(logits, targets[rows[i]], weights[rows[i]]);
         });
-        linear::backward_weight(logits.as_ref(), gathered.as_ref(), dw.reborrow());
+        if dw.rows() > 0 {
+            linear::backward_weight(logits.as_ref(), gathered.as_ref(), dw.reborrow());
+        }
         linear::backward_input(logits.as_ref(), w.as_mat(), gathered.reborrow());
         for (from, &row) in rows.iter().enumerate() {
             dhidden.row_mut(row).copy_from_slice(gathered.row(from));
