@@ -1,8 +1,12 @@
 //! What can be typed. What it means is in [`crate::commands`].
 
+mod eval;
+
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub use eval::{Report, Task, TaskArgs, TaskName};
 
 /// Language models whose hidden state is itself a model that learns while it reads (TTT-Linear and TTT-MLP, arXiv 2407.04620).
 #[derive(Debug, Parser)]
@@ -29,10 +33,17 @@ A MODEL is a folder with config.json and model.safetensors, or the folder of a r
 pub enum Command {
     /// Train a model, or go on with a run
     Train(Train),
-    /// Measure how well a model predicts texts that are new to it
+    /// Measure how well a model predicts texts that are new to it, or does a task
     Eval(Eval),
+    /// Write training files of a task: recall, a needle in a haystack, copying
+    Task(Task),
     /// Continue a text
     Generate(Generate),
+    /// Learn texts of any length into a state file, in constant memory
+    Read(Read),
+    /// Describe, compare and copy state files
+    #[command(subcommand)]
+    State(State),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
@@ -111,8 +122,21 @@ pub struct Train {
     pub quiet: bool,
 }
 
+const EVAL_HELP: &str = "\
+Every token is predicted before anything is learned from it. A position is the number of tokens that the state had read before; \
+its loss comes with a 95 % interval over documents, or, of fewer than 8, over sixteenths of a bucket in a document. The inner losses \
+are the mean squared errors of each layer's inner models on the last token of every mini-batch: under the initial weights W0, \
+before its update, and after it.
+
+Examples:
+  ttt eval runs/tiny --data book.txt --plot book.svg
+  ttt eval runs/tiny --data texts/ --per-document --context 2048
+  ttt eval runs/recall --task recall --pairs 4,8,16
+  ttt eval runs/tiny --task needle --haystack corpus --lengths 1000,4000 --plot needle.svg";
+
 /// Arguments of `ttt eval`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EVAL_HELP)]
 pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
@@ -121,7 +145,7 @@ pub struct Eval {
     #[arg(long, value_name = "FILE")]
     pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
-    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    #[arg(long, value_name = "PATH", required_unless_present = "task", num_args = 1..)]
     pub data: Vec<String>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
@@ -135,6 +159,12 @@ pub struct Eval {
     /// Also print the result of each document
     #[arg(long)]
     pub per_document: bool,
+    /// Judge every document as the continuation of what this state file has read
+    #[arg(long, value_name = "STATE", conflicts_with = "context")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state after the document, of which there may be only one, to this file
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
@@ -142,7 +172,11 @@ pub struct Eval {
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
+    pub report: Report,
+    #[command(flatten)]
     pub device: DeviceArgs,
+    #[command(flatten)]
+    pub task: TaskArgs,
 }
 
 /// Arguments of `ttt generate`.
@@ -184,6 +218,12 @@ pub struct Generate {
     /// Print the prompt as well
     #[arg(long)]
     pub echo: bool,
+    /// Go on after what this state file has read; no token that begins a text is added, and the prompt may be empty
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state at the end to this file; --state-in continues from it as if there had been no end
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
@@ -198,6 +238,99 @@ pub struct Generate {
     /// Say how fast it was, on the standard error
     #[arg(long, short)]
     pub verbose: bool,
+}
+
+const READ_EXAMPLES: &str = "\
+Between documents stand the tokens that end and begin one, as in training. A text file is one document, read piece by piece; a \
+line of a .jsonl file is one.
+
+Examples:
+  ttt read runs/tiny book.txt --state-out book.state                       read a book once
+  ttt generate runs/tiny --state-in book.state -p ' And then'              ask it many times
+  ttt read runs/tiny more.txt --state-in book.state --state-out both.state";
+
+/// Arguments of `ttt read`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = READ_EXAMPLES)]
+pub struct Read {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<String>,
+    /// File to write the state to
+    #[arg(long, value_name = "STATE")]
+    pub state_out: PathBuf,
+    /// Go on after what this state file has read; no token that begins a text is added
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Print a JSON object, with speed and resident memory for every 100,000 tokens
+    #[arg(long)]
+    pub json: bool,
+    /// Precision of the arithmetic; f64 runs the plain reference loops
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Precision,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// The commands of `ttt state`.
+#[derive(Debug, Subcommand)]
+pub enum State {
+    /// Describe a state: what made it, how much it has read, its size
+    Info(StateInfo),
+    /// Say how far apart two states of one model are
+    Diff(StateDiff),
+    /// Copy a state, so that both can go on from it
+    Fork(StateFork),
+}
+
+/// Arguments of `ttt state info`.
+#[derive(Debug, clap::Args)]
+pub struct StateInfo {
+    /// The state file
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Also say how far the fast weights of each layer have moved from this model's initial ones
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `ttt state diff`.
+#[derive(Debug, clap::Args)]
+pub struct StateDiff {
+    /// A state file
+    #[arg(value_name = "A")]
+    pub a: PathBuf,
+    /// Another of the same model
+    #[arg(value_name = "B")]
+    pub b: PathBuf,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ttt state fork`.
+#[derive(Debug, clap::Args)]
+pub struct StateFork {
+    /// The state file to copy
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Files to write; every copy is read again and compared
+    #[arg(value_name = "NEW", required = true)]
+    pub new: Vec<PathBuf>,
+    /// Overwrite files that exist
+    #[arg(long)]
+    pub force: bool,
 }
 
 const VERIFY_HELP: &str = "\
@@ -416,7 +549,8 @@ Examples:
   ttt bench prefill --preset 125m --inner mlp --length 512
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
-  ttt bench ops                                          every operation on its own";
+  ttt bench ops                                          every operation on its own
+  ttt bench state                                        saving and restoring a state";
 
 /// Arguments of `ttt bench`.
 #[derive(Debug, clap::Args)]
@@ -480,6 +614,8 @@ pub enum BenchWhat {
     Decode,
     // Every operation on its own
     Ops,
+    // Saving and restoring a state
+    State,
 }
 
 /// An inner model.

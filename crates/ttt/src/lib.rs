@@ -74,9 +74,11 @@
 //! Dependencies point one way: `train`, `eval`, `generate` use [`lm`], which uses [`layer`], which uses [`ops`] on a [`device`].
 
 pub mod batch;
+mod chart;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod dstates;
 mod error;
 pub mod eval;
 pub mod generate;
@@ -97,6 +99,7 @@ pub mod weights;
 pub use batch::Batch;
 pub use config::Config;
 pub use device::Device;
+pub use dstates::DStates;
 pub use error::{AtPath, Error, Result};
 pub use lm::Lm;
 pub use state::States;

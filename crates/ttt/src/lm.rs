@@ -1,14 +1,19 @@
 //! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
 
+mod inner;
+
+pub use inner::InnerErrors;
+
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
-use crate::hub::{ModelFolder, Skill, SkillInfo};
-use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
+use crate::dstates::DStates;
+use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
+use crate::layer::{Block, BlockSaved, Keep, Pass, Route, routes};
 use crate::narrow::Narrow;
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
@@ -29,12 +34,15 @@ pub struct Lm {
     blocks: Vec<Block>,
     rope: rope::Table,
     weights: Weights,
+    /// [`Lm::hash`], once it was asked for.
+    hash: OnceLock<String>,
 }
 
 /// What [`Lm::backward`] needs.
 #[derive(Debug)]
 pub struct Saved {
     segments: Vec<Segment>,
+    routes: Option<Vec<Route>>,
     blocks: Vec<BlockSaved>,
     /// Input of the final norm.
     last: Tensor,
@@ -92,7 +100,7 @@ impl Lm {
         let rope =
             rope::Table::new(&device, weights.storage().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
         let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
-        Ok(Lm { config: config.clone(), device, ids, blocks, rope, weights })
+        Ok(Lm { config: config.clone(), device, ids, blocks, rope, weights, hash: OnceLock::new() })
     }
 
     /// The model of a folder, its weights held as `storage`, whatever the folder stores.
@@ -165,6 +173,7 @@ impl Lm {
     /// # Panics
     /// When they are stored narrow.
     pub fn params_mut(&mut self) -> &mut Params {
+        self.hash.take();
         self.weights.float_mut()
     }
 
@@ -175,8 +184,14 @@ impl Lm {
     /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
     pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
         let skill = Skill::open(path)?;
+        self.hash.take();
         self.device.clone().install(|| skill.apply(&mut self.weights))?;
         Ok(skill.info().clone())
+    }
+
+    /// Identity of its weights ([`model_hash`]), computed when it is first asked for.
+    pub fn hash(&self) -> &str {
+        self.hash.get_or_init(|| model_hash(&self.weights))
     }
 
     /// The states of `slots` sequences, each at its beginning.
@@ -189,14 +204,19 @@ impl Lm {
 
     /// Reads a batch: the final hidden rows `[tokens, D]`, normed, and what [`Lm::backward`] needs when `keep` asks for it.
     ///
-    /// With `states` every sequence continues its slot; without, each starts from the learned initial weights and its state is
-    /// dropped. `inner_lr` is the factor of the inner learning rate: 1 but during the warm-up of training.
+    /// With `states` every sequence continues its slot, or starts it afresh, and leaves its state there; without, each starts from
+    /// the learned initial weights and its state is dropped. `inner_lr` is the factor of the inner learning rate: 1 but during the
+    /// warm-up of training.
+    ///
+    /// A slot that is continued at position 0 starts from the weights that the model has now.
     ///
     /// # Errors
     /// A token outside the vocabulary, or memory.
     ///
     /// # Panics
-    /// When the batch names a slot that the states do not have, or one twice; when a pass with states is to be kept.
+    /// When the batch names a slot that the states do not have, or continues one twice; when a pass that is kept continues a slot
+    /// inside a mini-batch: in training the update of a tail shorter than a mini-batch reaches nothing that follows, so such a
+    /// slot has to be started afresh.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -205,7 +225,6 @@ impl Lm {
         inner_lr: f64,
     ) -> Result<(Tensor, Option<Saved>)> {
         self.check_tokens(&batch.tokens)?;
-        assert!(states.is_none() || keep == Keep::Nothing, "a pass that continues states keeps nothing");
         self.device.install(|| self.forward_here(batch, states, keep, inner_lr))
     }
 
@@ -216,11 +235,12 @@ impl Lm {
         keep: Keep,
         inner_lr: f64,
     ) -> Result<(Tensor, Option<Saved>)> {
-        let segments = match &states {
-            Some(states) => states.segments(batch),
-            None => fresh_segments(batch),
+        let (segments, routes) = match &states {
+            Some(states) => self.segments(batch, states, keep),
+            None => (fresh_segments(batch), None),
         };
-        let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr, keep };
+        let (weights, rope) = (&self.weights, &self.rope);
+        let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
         let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
         let mut saved = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
@@ -233,7 +253,7 @@ impl Lm {
             states.advance(batch);
         }
         let hidden = rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)?;
-        let saved = (keep != Keep::Nothing).then(|| Saved { segments, blocks: saved, last: x, keep, inner_lr });
+        let saved = (keep != Keep::Nothing).then(|| Saved { segments, routes, blocks: saved, last: x, keep, inner_lr });
         Ok((hidden, saved))
     }
 
@@ -248,15 +268,16 @@ impl Lm {
     pub fn forward_rows(&self, batch: &Batch, states: &mut States, rows: &[usize]) -> Result<Tensor> {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
-            let segments = states.segments(batch);
             let keep = Keep::Nothing;
-            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
+            let (segments, routes) = self.segments(batch, states, keep);
+            let (weights, rope) = (&self.weights, &self.rope);
+            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr: 1.0, keep };
             let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             let last = self.blocks.len() - 1;
             let few = rows.len() < batch.tokens.len();
             for (i, (block, state)) in self.blocks.iter().zip(&mut states.layers).enumerate() {
                 x = match i == last && few {
-                    true => block.forward_rows(&pass, x, rows, Some(state))?,
+                    true => block.forward_rows(&pass, x, rows, state)?,
                     false => block.forward(&pass, x, Some(state))?.0,
                 };
             }
@@ -310,45 +331,39 @@ impl Lm {
     /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
     /// `grads`.
     ///
+    /// After a pass with states, `dstates` hands the gradient across the cut between it and the pass that continued its states: it
+    /// holds that of the states after the pass ([`DStates::zeros`] for the last) and becomes that of the states before it. Without
+    /// it the cut truncates: the states that the pass began with are constants, as are those that it left. The initial weights get
+    /// the gradient of the sequences that start from them in this pass; their slots' gradients become zero.
+    ///
     /// # Errors
     /// [`Error::OutOfMemory`].
-    pub fn backward(&self, batch: &Batch, saved: Saved, dhidden: Tensor, grads: &mut Params) -> Result<()> {
+    ///
+    /// # Panics
+    /// When there are `dstates`, but the pass had no states.
+    pub fn backward(
+        &self,
+        batch: &Batch,
+        saved: Saved,
+        dhidden: Tensor,
+        mut dstates: Option<&mut DStates>,
+        grads: &mut Params,
+    ) -> Result<()> {
         self.device.install(|| {
-            let Saved { segments, blocks, last, keep, inner_lr } = saved;
-            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr, keep };
+            let Saved { segments, routes, blocks, last, keep, inner_lr } = saved;
+            let (weights, rope) = (&self.weights, &self.rope);
+            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
             let (eps, norm) = (self.config.rms_norm_eps, self.weights.view(self.ids.norm));
             let mut dx = rms_norm::backward(dhidden.view(), last.view(), norm, eps, grads.view_mut(self.ids.norm))?;
             drop((last, dhidden));
-            for (block, saved) in self.blocks.iter().zip(blocks).rev() {
-                dx = block.backward(&pass, saved, dx, grads)?;
+            for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
+                let dstate = dstates.as_mut().map(|d| &mut d.layers[i]);
+                dx = block.backward(&pass, saved, dx, dstate, grads)?;
             }
             if grads.holds(self.ids.embed) {
                 embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
             }
             Ok(())
-        })
-    }
-
-    /// Inner-loop statistics of every layer over a batch of sequences that start from the initial weights.
-    ///
-    /// # Errors
-    /// A token outside the vocabulary, or memory.
-    pub fn inner_statistics(&self, batch: &Batch) -> Result<Vec<InnerStatistics>> {
-        self.check_tokens(&batch.tokens)?;
-        self.device.install(|| {
-            let mut states = States::new(self, batch.slots())?;
-            let segments = states.segments(batch);
-            let keep = Keep::Saved { group: 1 };
-            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
-            let mut all = Vec::with_capacity(self.blocks.len());
-            for (block, state) in self.blocks.iter().zip(&mut states.layers) {
-                let state: &mut LayerState = state;
-                let (y, saved) = block.forward(&pass, x, Some(&mut *state))?;
-                all.push(block.statistics(&pass, &saved.expect("a pass that keeps activations returns them"), state)?);
-                x = y;
-            }
-            Ok(all)
         })
     }
 
@@ -360,7 +375,8 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
             let segments = fresh_segments(batch);
-            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr, keep: Keep::Nothing };
+            let (weights, rope) = (&self.weights, &self.rope);
+            let pass = Pass { weights, segments: &segments, routes: None, rope, inner_lr, keep: Keep::Nothing };
             let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             for (i, block) in self.blocks.iter().enumerate() {
                 x = block.forward(&pass, x, None)?.0;
@@ -370,6 +386,16 @@ impl Lm {
             }
             Ok(None)
         })
+    }
+
+    /// How a batch continues states: in their slots themselves when that is all there is to do.
+    fn segments(&self, batch: &Batch, states: &States, keep: Keep) -> (Vec<Segment>, Option<Vec<Route>>) {
+        let kept = keep != Keep::Nothing;
+        if !kept && batch.seqs.iter().all(|s| !s.fresh) {
+            return (states.segments(batch), None);
+        }
+        let (segments, routes) = routes(batch, states, self.config.mini_batch_size, kept);
+        (segments, Some(routes))
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

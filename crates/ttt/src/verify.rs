@@ -72,7 +72,7 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
         all.push(compare("loss", &[ours], &reference));
     }
     if let Some(saved) = saved {
-        model.backward(&batch, saved, dhidden, &mut grads)?;
+        model.backward(&batch, saved, dhidden, None, &mut grads)?;
         let table = model.params().table().clone();
         let flat = grads.data().to_f64_vec();
         for name in grad_names {

@@ -1,6 +1,7 @@
 //! `ttt bench`: speed of a model with random weights, beside what the machine reaches.
 
 mod ops;
+mod state;
 mod work;
 
 use std::io::Write;
@@ -46,8 +47,11 @@ pub struct Measured {
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let config = config(args)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
+    if args.what == Some(BenchWhat::State) {
+        return state::run(args, &config, &device, out);
+    }
     let dtype = args.dtype.unwrap_or(Storage::F32);
-    if dtype != Storage::F32 && matches!(args.what, Some(BenchWhat::Train | BenchWhat::Ops)) {
+    if dtype != Storage::F32 && !matches!(args.what, None | Some(BenchWhat::Prefill | BenchWhat::Decode)) {
         return Err(Usage(format!("--dtype {dtype} is for prefill and decode")).into());
     }
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
@@ -63,6 +67,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         Some(BenchWhat::Prefill) => vec![work::prefill(args, &config, &device)?],
         Some(BenchWhat::Decode) => vec![work::decode(args, &config, &device)?],
         Some(BenchWhat::Ops) => ops::all(args, &config, &device)?,
+        Some(BenchWhat::State) => unreachable!("it has its own table"),
     };
     if args.json {
         let object = json!({

@@ -9,7 +9,7 @@ use ttt::Storage;
 use ttt::config::{Config, Inner};
 use ttt::layer::Keep;
 use ttt::params::ParamTable;
-use ttt::plan::{Memory, flops, inference_memory, training_memory, weight_bytes};
+use ttt::plan::{Memory, Segments, flops, inference_memory, segmented_memory, training_memory, weight_bytes};
 use ttt::train::Settings;
 
 use crate::args::Plan;
@@ -22,12 +22,17 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     settings.validate()?;
     let config = settings.model_config()?;
     let batch = args.batch.map_or(settings.micro_batch(), |n| n as usize);
-    let length = args.length.map_or(settings.train.sequence_length, |n| n as usize);
+    let length = args.length.map_or(settings.segment_length(), |n| n as usize);
     let group = settings.train.checkpoint_group.max(1);
     let lens = vec![length; batch];
+    let training = |keep| match settings.planned_segments() {
+        // All sequences of a step carry states, those of other micro-batches too.
+        Some(segments) => segmented_memory(&config, &lens, keep, Segments { slots: segments.slots.max(batch), ..segments }),
+        None => training_memory(&config, &lens, keep),
+    };
     let memory = [
-        ("training", training_memory(&config, &lens, Keep::Saved { group })),
-        ("training_recompute_block", training_memory(&config, &lens, Keep::Input { group })),
+        ("training", training(Keep::Saved { group })),
+        ("training_recompute_block", training(Keep::Input { group })),
         ("inference", inference_memory(&config, batch, length)),
     ];
     let parameters = ParamTable::new(&config).0.parameters();

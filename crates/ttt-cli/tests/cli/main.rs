@@ -3,9 +3,11 @@
 
 mod bad_input;
 mod commands;
+mod evaluate;
 mod flow;
 mod quantize;
 mod skills;
+mod state;
 #[cfg(unix)]
 mod stop;
 mod verify;

@@ -53,6 +53,36 @@ fn ctrl_c_saves_and_resume_ends_the_same() {
     assert_eq!(losses(&place, "parts"), losses(&place, "whole"));
 }
 
+/// So does a run whose sequences are longer than a step: it saves the states that it carries.
+#[test]
+fn a_run_that_carries_states_ends_the_same_too() {
+    let place = Place::new();
+    let long = [
+        "train.tokens=38400",
+        "train.sequence_length=128",
+        "train.segment_length=32",
+        "train.segments_per_step=2",
+        "train.carry=gradient",
+        "train.recompute=segment",
+        "checkpoint.every=0",
+        "eval.every=0",
+        "sample.every=0",
+    ];
+    let ran = place.train(&[&long[..], &["--out", "whole"]].concat()).ok();
+    ran.says(&["carry   sequences of 128 tokens in segments of 32; 2 a step, with gradient across the cuts in a step"]);
+    let mut child = place.command(&train_line(&[&long[..], &["--out", "parts", "-q"]].concat())).spawn().unwrap();
+    // Stagger and sequence both are under way.
+    wait_for_step(&place, &mut child, "parts", 33);
+    assert_eq!(interrupt(child).code, Some(130));
+    place.run(&["train", "--resume", "parts", "-q"]).ok().says(&["going on after step"]);
+    for file in ["final/model.safetensors", "checkpoints/step-00000300/carried_states.safetensors"] {
+        assert!(place.read(&format!("parts/{file}")) == place.read(&format!("whole/{file}")), "{file}");
+    }
+    assert_eq!(losses(&place, "parts"), losses(&place, "whole"));
+    let longer = ["train", "--resume", "parts", "train.segment_length=64"];
+    place.run(&longer).fails(1, &["`train.segment_length` is 32 in this run and cannot become 64"]);
+}
+
 /// Asks a run to save and stop.
 fn interrupt(child: Child) -> Ran {
     // SAFETY: the signal goes to the child, which has not been waited for.

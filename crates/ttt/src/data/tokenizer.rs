@@ -181,6 +181,11 @@ impl Tokenizer {
         self.eos
     }
 
+    /// Ids between two documents that are read one after the other: EOS and BOS, as far as there are two such ids.
+    pub fn between_documents(&self) -> impl Iterator<Item = u32> {
+        [self.eos, super::store::document_bos(self)].into_iter().flatten()
+    }
+
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
@@ -199,6 +204,11 @@ impl Tokenizer {
     /// SHA-256, in hexadecimal, of everything that determines ids.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// What a state file calls it: `bytes`, or the fingerprint. Ids of tokenizers with one name stand for the same text.
+    pub fn id(&self) -> &str {
+        if self.is_bytes() { "bytes" } else { &self.fingerprint }
     }
 
     /// Whether ids are the bytes of the text.

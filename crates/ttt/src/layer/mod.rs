@@ -5,11 +5,14 @@
 //! the several uses of one value (the residual stream, the input of q, k, v and the gates) are written out here, never in `ops/`.
 
 mod block;
+mod carry;
 mod ffn;
 mod pre_conv;
 mod ttt;
 
 pub use block::{Block, BlockSaved};
+pub(crate) use carry::routes;
+pub use carry::{Carried, Route};
 pub use ttt::{InnerStatistics, TttLayer, TttSaved};
 
 use crate::Result;
@@ -41,8 +44,10 @@ pub enum Keep {
 pub struct Pass<'a> {
     /// The model's parameters.
     pub weights: &'a Weights,
-    /// The sequences of the batch. In a pass without states sequence i is in slot i at the start of a mini-batch.
+    /// The sequences of the batch. In a pass without states, or with routes, sequence i is in a slot i of its own.
     pub segments: &'a [Segment],
+    /// Of each sequence, the slots of the states that it comes from and goes to. Without routes it works in its slot itself.
+    pub routes: Option<&'a [Route]>,
     /// Rotary angles.
     pub rope: &'a rope::Table,
     /// Factor of the inner learning rate: below 1 while it warms up, otherwise 1.

@@ -12,8 +12,9 @@ use crate::data::Tokenizer;
 use crate::hub::safetensors::{self, Dtype, File};
 use crate::hub::{self, ModelFolder, SaveOptions, weights, write_atomic, write_folder};
 use crate::lm::Lm;
-use crate::train::DataId;
+use crate::state::States;
 use crate::train::step::Optimizer;
+use crate::train::{DataId, carried};
 use crate::{AtPath, Error, Result};
 
 /// Where a checkpoint says how far its run was.
@@ -102,11 +103,19 @@ impl Checkpoints {
         }
     }
 
-    /// Writes a checkpoint, points `latest` to it, and removes old ones that are no milestones.
+    /// Writes a checkpoint, with the states that the next step continues, points `latest` to it, and removes old ones that are no
+    /// milestones.
     ///
     /// # Errors
     /// [`Error::Io`]; earlier checkpoints are then as they were.
-    pub fn save(&self, model: &Lm, optimizer: &Optimizer, tokenizer: &Tokenizer, state: &TrainerState) -> Result<PathBuf> {
+    pub fn save(
+        &self,
+        model: &Lm,
+        optimizer: &Optimizer,
+        tokenizer: &Tokenizer,
+        state: &TrainerState,
+        carried: Option<&States>,
+    ) -> Result<PathBuf> {
         let folder = self.folder();
         std::fs::create_dir_all(&folder).at(&folder)?;
         let name = format!("step-{:08}", state.step);
@@ -116,6 +125,7 @@ impl Checkpoints {
             let mut moments = weights::sources(&optimizer.m, "m.", Dtype::F32);
             moments.extend(weights::sources(&optimizer.v, "v.", Dtype::F32));
             safetensors::write(tmp.join("optimizer.safetensors"), &[], moments)?;
+            carried.map(|states| carried::write(tmp, states)).transpose()?;
             let json = serde_json::to_string_pretty(state).expect("a trainer state is plain data");
             write_atomic(tmp.join(STATE), |w| w.write_all(json.as_bytes()))
         })?;
@@ -160,11 +170,12 @@ fn write_model(folder: &Path, model: &Lm, tokenizer: &Tokenizer) -> Result<()> {
     tokenizer.save(folder)
 }
 
-/// Reads a checkpoint: weights and moments into `model` and `optimizer`, and returns where the run was.
+/// Reads a checkpoint: weights and moments into `model` and `optimizer`, the states that the next step continues into `carried`, and
+/// returns where the run was.
 ///
 /// # Errors
 /// Files that cannot be read, or that belong to another model.
-pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<TrainerState> {
+pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer, carried: Option<&mut States>) -> Result<TrainerState> {
     let state = TrainerState::read(folder)?;
     let saved = ModelFolder::open(folder)?;
     // How much is kept for the backward pass, and how long sequences are, is the run's affair.
@@ -177,5 +188,6 @@ pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<
     weights::read_into(&mut optimizer.m, &moments, "m.")?;
     weights::read_into(&mut optimizer.v, &moments, "v.")?;
     optimizer.step = state.step;
+    carried.map(|states| carried::read(folder, states)).transpose()?;
     Ok(state)
 }

@@ -1,5 +1,6 @@
 //! Training: settings of a run, schedules, and what a run writes beside its checkpoints.
 
+mod carried;
 pub mod checkpoint;
 mod corpus;
 pub(crate) mod keys;

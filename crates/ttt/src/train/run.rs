@@ -1,16 +1,16 @@
 //! The training loop.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::data::{Examples, Sampler, Tokenizer, Tokens};
+use crate::data::{Examples, Sampler, Streams, Stretch, Tokenizer, Tokens};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
 use crate::hub::{ModelFolder, Skill, SkillInfo, write_atomic};
-use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::adamw;
 use crate::plan;
@@ -21,8 +21,8 @@ use crate::train::corpus::{self, Corpus};
 use crate::train::lock::{self, RunLock};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::observe::{Event, Observer};
-use crate::train::settings::Recompute;
-use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
+use crate::train::settings::{Carry as Over, Recompute};
+use crate::train::step::{Carry, MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
 use crate::train::{Settings, metrics, plot};
 use crate::{AtPath, Error, Result};
@@ -113,7 +113,9 @@ struct Run<'j> {
     optimizer: Optimizer,
     tokenizer: Tokenizer,
     corpus: Corpus,
-    sampler: Sampler,
+    streams: Streams,
+    /// What the streams have read, when sequences are cut: slot i is that of stream i.
+    carried: Option<States>,
     /// Windows of the validation text.
     validation: Sampler,
     /// Ids of the sample prompt.
@@ -143,6 +145,7 @@ impl<'j> Run<'j> {
         let prompt = sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
+        let streams = Streams::new(sampler, settings.sequences_per_step(), settings.segmenting(config.mini_batch_size));
         let validation = Sampler::new(corpus.validation().len(), settings.train.sequence_length, 0).map_err(|e| match e {
             Error::Data(message) => {
                 Error::Data(format!("validation part: {message}, name data.validation_paths, or raise data.validation_fraction"))
@@ -162,9 +165,10 @@ impl<'j> Run<'j> {
             true => Optimizer::of_initial_state(&model)?,
             false => Optimizer::new(&model)?,
         };
+        let mut carried = settings.carries().then(|| model.states(streams.streams())).transpose()?;
         let data = corpus.id(settings, &tokenizer);
         let state = match newest {
-            Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
+            Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer, carried.as_mut())?,
             None => TrainerState::new(data.clone()),
         };
         let changes = state.data.changes(&data);
@@ -210,7 +214,8 @@ impl<'j> Run<'j> {
             optimizer,
             tokenizer,
             corpus,
-            sampler,
+            streams,
+            carried,
             validation,
             prompt,
             checkpoints,
@@ -270,7 +275,10 @@ impl<'j> Run<'j> {
             let milestone = settings.checkpoint.milestone_every;
             let wanted = due(step, settings.checkpoint.every) || (milestone > 0 && due(step, milestone));
             if step > from_step && (wanted || interrupted) {
-                let path = self.checkpoints.save(&self.model, &self.optimizer, &self.tokenizer, &self.state)?;
+                let path = {
+                    let carried = self.carried.as_ref();
+                    self.checkpoints.save(&self.model, &self.optimizer, &self.tokenizer, &self.state, carried)?
+                };
                 observer.event(Event::Saved(&path));
             }
             // Stop.
@@ -320,23 +328,28 @@ impl<'j> Run<'j> {
 
     fn step(&mut self, lr: f64) -> Result<StepReport> {
         let settings = &self.job.settings;
-        let group = settings.train.checkpoint_group;
-        let keep = match settings.train.recompute {
-            Recompute::None => Keep::Saved { group },
-            Recompute::Block => Keep::Input { group },
-        };
         let o = &settings.optimizer;
         let step = StepSettings {
             lr,
             inner_lr: settings.inner_learning_rate(&self.config).multiplier(self.state.step),
             clip: if o.clip > 0.0 { o.clip } else { f64::INFINITY },
             adamw: adamw::Settings { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
-            keep,
+            keep: settings.keep(),
         };
-        let windows = self.sampler.windows(self.state.step, settings.sequences_per_step());
-        let micro_batch = |windows| self.micro_batch(self.corpus.train(), &self.sampler, windows);
-        let micro_batches: Vec<MicroBatch> = windows.chunks(settings.micro_batch()).map(micro_batch).collect();
-        self.optimizer.step(&mut self.model, &micro_batches, &step)
+        // Of each group of streams the segments of the step.
+        let (tokens, at_once) = (self.corpus.train(), settings.micro_batch());
+        let streams = |first: usize| first..first + at_once;
+        let segment = |first, i| segment_batch(tokens, &self.streams.pieces(tokens, self.state.step, streams(first), i));
+        let segments = |first| (0..self.streams.per_step()).map(|i| segment(first, i)).collect();
+        let groups: Vec<Vec<MicroBatch>> = (0..self.streams.streams()).step_by(at_once).map(segments).collect();
+        match &mut self.carried {
+            Some(states) => {
+                let gradient = settings.train.carry == Over::Gradient;
+                let carry = Carry { states, gradient, recompute: settings.train.recompute == Recompute::Segment };
+                self.optimizer.step_segments(&mut self.model, &groups, carry, &step)
+            }
+            None => self.optimizer.step(&mut self.model, &groups.into_iter().flatten().collect::<Vec<_>>(), &step),
+        }
     }
 
     fn micro_batch(&self, tokens: &Tokens, sampler: &Sampler, windows: &[usize]) -> MicroBatch {
@@ -357,14 +370,16 @@ impl<'j> Run<'j> {
         let chosen: Vec<usize> = (0..wanted).map(|i| i * all / wanted).collect();
         let mut sums = Evaluation::default();
         let mut inner = None;
-        for windows in chosen.chunks(settings.micro_batch()) {
+        // So many that they are at most as many tokens as a micro-batch.
+        let at_once = settings.micro_batch() * settings.segment_length() / settings.train.sequence_length;
+        for windows in chosen.chunks(at_once.max(1)) {
             let m = self.micro_batch(tokens, sampler, windows);
             let targets = |window: &usize| tokens.bytes_in(sampler.range(*window).start + 1..sampler.range(*window).end);
             let bytes = windows.iter().map(targets).sum();
             sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes)?);
             if inner.is_none() {
-                // Of one sequence: every mini-batch's weights are held for it.
-                inner = Some(self.inner_losses(&Batch::one(&m.batch.tokens[..sampler.seq_len()]))?);
+                // Of one segment: every mini-batch's weights are held for it.
+                inner = Some(self.inner_losses(&Batch::one(&m.batch.tokens[..settings.segment_length()]))?);
             }
         }
         if sums.tokens == 0 {
@@ -444,4 +459,22 @@ impl<'j> Run<'j> {
         let title = format!("TTT-{:?}, {millions:.1} million parameters", self.config.ttt_layer_type);
         plot::write_loss_svg(self.job.folder.join("loss.svg"), &records, &title)
     }
+}
+
+/// Pieces of the token stream as a batch: that of stream i is in slot i.
+fn segment_batch(tokens: &Tokens, pieces: &[Stretch]) -> MicroBatch {
+    let mut micro = MicroBatch::default();
+    let (mut inputs, mut mask) = (Vec::new(), Vec::new());
+    for Stretch { stream, tokens: Range { start, end }, fresh } in pieces.iter().cloned() {
+        inputs.clear();
+        tokens.read(start..end, &mut inputs);
+        match fresh {
+            true => micro.batch.push_fresh(&inputs, stream),
+            false => micro.batch.push(&inputs, stream),
+        }
+        tokens.read(start + 1..end + 1, &mut micro.targets);
+        tokens.mask(start + 1..end + 1, &mut mask);
+    }
+    micro.mask = mask.into_iter().map(|counts| f64::from(u8::from(counts))).collect();
+    micro
 }

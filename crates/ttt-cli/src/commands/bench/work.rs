@@ -23,7 +23,8 @@ const DECODED: usize = 16;
 /// Seed of the weights.
 const SEED: u64 = 0;
 
-fn model(config: &Config, device: &Device, dtype: Option<Storage>) -> Result<Lm> {
+/// The model, with random weights.
+pub fn model(config: &Config, device: &Device, dtype: Option<Storage>) -> Result<Lm> {
     Ok(match dtype.unwrap_or(Storage::F32) {
         narrow if narrow.is_narrow() => Lm::new(config, device, DType::F32, SEED)?.narrowed(narrow)?,
         wide => Lm::new(config, device, wide.dtype(), SEED)?,
@@ -31,7 +32,7 @@ fn model(config: &Config, device: &Device, dtype: Option<Storage>) -> Result<Lm>
 }
 
 /// Ids without meaning, spread over the vocabulary.
-fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
+pub fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
     let mut x = 1u64;
     let mut next = || {
         x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -73,7 +74,7 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
             let (hidden, saved) = lm.forward(&batch, None, keep, 1.0)?;
             let (_, dhidden) = lm.loss(&hidden, &targets, &weights, &mut grads)?;
             drop(hidden);
-            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?)
+            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, None, &mut grads)?)
         });
     }
     let (mut optimizer, training, what) = match args.only_initial_state {

@@ -9,12 +9,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use ttt::config::Config;
-use ttt::layer::Keep;
 use ttt::plan;
 use ttt::train::metrics::{Record, Split};
 use ttt::train::observe::{Event, Observer};
 use ttt::train::run::Job;
-use ttt::train::settings::{Recompute, Settings};
+use ttt::train::settings::{Carry, Settings};
 
 use crate::commands::plan::describe;
 use crate::progress::{Bar, warn};
@@ -156,19 +155,29 @@ impl Watch {
             units::grouped(train.batch_tokens),
             epochs
         ));
-        let group = train.checkpoint_group;
-        let keep = match train.recompute {
-            Recompute::None => Keep::Saved { group },
-            Recompute::Block => Keep::Input { group },
+        if self.settings.carries() {
+            say(&format!(
+                "carry   sequences of {} tokens in segments of {}; {} a step, {}",
+                units::grouped(train.sequence_length as u64),
+                units::grouped(self.settings.segment_length() as u64),
+                train.segments_per_step,
+                match train.carry {
+                    Carry::State => "no gradient across cuts",
+                    Carry::Gradient => "with gradient across the cuts in a step",
+                }
+            ));
+        }
+        let lens = vec![self.settings.segment_length(); self.settings.micro_batch()];
+        let mut memory = match self.settings.planned_segments() {
+            Some(segments) => plan::segmented_memory(config, &lens, self.settings.keep(), segments),
+            None => plan::training_memory(config, &lens, self.settings.keep()),
         };
-        let lens = vec![train.sequence_length; self.settings.micro_batch()];
-        let mut memory = plan::training_memory(config, &lens, keep);
         if train.only_initial_state {
             memory = memory.of_initial_state(config);
         }
         let fixed = memory.weights + memory.gradients + memory.optimizer;
         say(&format!(
-            "memory  {} planned: {} weights, gradients and moments, {} activations and fast weights",
+            "memory  {} planned: {} weights, gradients and moments, {} activations, fast weights and states",
             units::bytes(memory.total() as u64),
             units::bytes(fixed as u64),
             units::bytes((memory.total() - fixed) as u64),

@@ -1,4 +1,8 @@
-//! What sequences carry from token to token: the learned state as a value.
+//! What sequences carry from token to token: the learned state as a value, and as a file ([`file`](mod@file)).
+
+pub mod file;
+
+pub use file::{StateFile, StateHeader};
 
 use crate::Result;
 use crate::batch::{Batch, Segment};
@@ -65,6 +69,11 @@ impl States {
         self.positions[slot]
     }
 
+    /// Says how many tokens a slot has read, whose tensors were filled otherwise.
+    pub(crate) fn set_position(&mut self, slot: usize, position: u64) {
+        self.positions[slot] = position;
+    }
+
     /// Bytes of all slots.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerState::bytes).sum()
@@ -121,7 +130,8 @@ impl States {
     /// Counts the tokens of a batch that has been read.
     pub(crate) fn advance(&mut self, batch: &Batch) {
         for s in &batch.seqs {
-            self.positions[s.slot] += s.len as u64;
+            let before = if s.fresh { 0 } else { self.positions[s.slot] };
+            self.positions[s.slot] = before + s.len as u64;
         }
     }
 }
