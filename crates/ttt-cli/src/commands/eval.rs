@@ -10,7 +10,6 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use ttt::data::Sources;
 use ttt::hub::write_atomic;
-use ttt::tensor::DType;
 
 use crate::args::Eval;
 use crate::model;
@@ -23,7 +22,7 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     };
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load_as(&folder, &device, args.dtype)?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
     model::load_skill(&mut lm, args.skill.as_deref(), tokenizer.as_ref())?;
     match (sources, tokenizer) {

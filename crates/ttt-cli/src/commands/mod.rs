@@ -10,6 +10,7 @@ pub mod generate;
 pub mod import;
 pub mod info;
 pub mod plan;
+pub mod quantize;
 pub mod read;
 pub mod state;
 pub mod task;

@@ -7,6 +7,7 @@ mod chat;
 mod commands;
 mod evaluate;
 mod flow;
+mod quantize;
 mod skills;
 mod state;
 #[cfg(unix)]

@@ -9,6 +9,7 @@ use crate::ops::rope::Direction;
 use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::params::{ParamId, Params, TttIds};
 use crate::tensor::{Tensor, with_dtype};
+use crate::weights::Weights;
 
 /// LayerNorm's epsilon is fixed in all official code.
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -116,7 +117,7 @@ impl TttLayer {
     }
 
     /// Slot `slot` starts from the learned initial weights.
-    pub fn start(&self, weights: &Params, fast: &mut FastWeights, slot: usize) {
+    pub fn start(&self, weights: &Weights, fast: &mut FastWeights, slot: usize) {
         let initial: Vec<View<'_>> = self.ids.initial.iter().map(|id| weights.view(*id)).collect();
         fast.start(slot, &initial);
     }
@@ -125,9 +126,9 @@ impl TttLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn fast_weights(&self, weights: &Params, slots: usize) -> Result<FastWeights> {
-        let data = weights.data();
-        FastWeights::zeros(data.device(), data.dtype(), self.inner, slots, self.heads, self.head_dim, self.mini_batch)
+    pub fn fast_weights(&self, weights: &Weights, slots: usize) -> Result<FastWeights> {
+        let (device, dtype) = (weights.device(), weights.storage().dtype());
+        FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.head_dim, self.mini_batch)
     }
 
     /// `x [n, D]` (normed) to `[n, D]`. Without a state every segment starts from the learned initial weights.
@@ -143,7 +144,7 @@ impl TttLayer {
     ) -> Result<(Tensor, Option<TttSaved>)> {
         let Learned { projected, qk, lr, tok, z, inner, window } = self.learn(pass, x, self.last_projection(), fast, window)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
-        let out = linear::forward(y.view(), pass.weights.view(self.ids.o_proj))?;
+        let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
         Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner, window })))
     }
 
@@ -163,11 +164,11 @@ impl TttLayer {
         let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
-            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.view(g_proj))?),
+            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.matrix(g_proj))?),
             None => None,
         };
         let y = self.output(pass, gate.as_ref().map(Tensor::view), &z)?;
-        linear::forward(y.view(), pass.weights.view(self.ids.o_proj))
+        linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
@@ -188,7 +189,7 @@ impl TttLayer {
             Some(window) if group.is_some() && ids.convs.is_some() => Some(window.copy()?),
             _ => None,
         };
-        let mut projected = linear::forward(x, w.fused(ids.q_proj, last))?;
+        let mut projected = linear::forward(x, w.matrices(ids.q_proj, last))?;
         let qk = match ids.convs {
             Some(convs) => {
                 let shared = self.block(&projected, 0);

@@ -154,7 +154,11 @@ impl<'j> Run<'j> {
         })?;
 
         let mut model = match &settings.model.folder {
-            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
+            Some(folder) => {
+                let folder = ModelFolder::open(folder)?;
+                folder.check_trainable()?;
+                Lm::from_folder(&folder, &config, &job.device, DType::F32)?
+            }
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
         let mut optimizer = match settings.train.only_initial_state {
