@@ -60,6 +60,9 @@ impl Origin for Params {
     }
 }
 
+/// Stores a row of a block; the error says what is wrong with its numbers.
+type Store<'a> = dyn FnMut(usize, &[f32]) -> Result<(), String> + 'a;
+
 /// Elements that matrices are aligned to: 256 bytes of int8.
 const ALIGN: usize = 256;
 
@@ -119,7 +122,7 @@ impl Narrow {
         let [rows, cols] = entry.matrix_shape();
         // Blocks of rows, so that forking pays.
         let block = (65_536 / cols).clamp(1, rows);
-        let each = |i: usize, store: &mut dyn FnMut(usize, &[f32]) -> Result<(), String>| -> Result<()> {
+        let each = |i: usize, store: &mut Store<'_>| -> Result<()> {
             let count = block.min(rows - i * block);
             let mut wide = vec![0.0f32; count * cols];
             origin.read(id, i * block * cols, &mut wide)?;
