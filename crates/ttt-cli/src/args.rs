@@ -1,8 +1,12 @@
 //! What can be typed. What it means is in [`crate::commands`].
 
+mod eval;
+
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub use eval::{Report, Task, TaskArgs, TaskName};
 
 /// Language models whose hidden state is itself a model that learns while it reads (TTT-Linear and TTT-MLP, arXiv 2407.04620).
 #[derive(Debug, Parser)]
@@ -29,8 +33,10 @@ A MODEL is a folder with config.json and model.safetensors, or the folder of a r
 pub enum Command {
     /// Train a model, or go on with a run
     Train(Train),
-    /// Measure how well a model predicts texts that are new to it
+    /// Measure how well a model predicts texts that are new to it, or does a task
     Eval(Eval),
+    /// Write training files of a task: recall, a needle in a haystack, copying
+    Task(Task),
     /// Continue a text
     Generate(Generate),
     /// Learn texts of any length into a state file, in constant memory
@@ -38,6 +44,8 @@ pub enum Command {
     /// Describe, compare and copy state files
     #[command(subcommand)]
     State(State),
+    /// Talk with a model whose state goes on learning
+    Chat(Chat),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
@@ -114,8 +122,21 @@ pub struct Train {
     pub quiet: bool,
 }
 
+const EVAL_HELP: &str = "\
+Every token is predicted before anything is learned from it. A position is the number of tokens that the state had read before; \
+its loss comes with a 95 % interval over documents, or, of fewer than 8, over sixteenths of a bucket in a document. The inner losses \
+are the mean squared errors of each layer's inner models on the last token of every mini-batch: under the initial weights W0, \
+before its update, and after it.
+
+Examples:
+  ttt eval runs/tiny --data book.txt --plot book.svg
+  ttt eval runs/tiny --data texts/ --per-document --context 2048
+  ttt eval runs/recall --task recall --pairs 4,8,16
+  ttt eval runs/tiny --task needle --haystack corpus --lengths 1000,4000 --plot needle.svg";
+
 /// Arguments of `ttt eval`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EVAL_HELP)]
 pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
@@ -124,7 +145,7 @@ pub struct Eval {
     #[arg(long, value_name = "FILE")]
     pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
-    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    #[arg(long, value_name = "PATH", required_unless_present = "task", num_args = 1..)]
     pub data: Vec<String>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
@@ -151,7 +172,11 @@ pub struct Eval {
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: Precision,
     #[command(flatten)]
+    pub report: Report,
+    #[command(flatten)]
     pub device: DeviceArgs,
+    #[command(flatten)]
+    pub task: TaskArgs,
 }
 
 /// Arguments of `ttt generate`.
@@ -234,12 +259,18 @@ pub struct Read {
     /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<String>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// File to write the state to
     #[arg(long, value_name = "STATE")]
     pub state_out: PathBuf,
     /// Go on after what this state file has read; no token that begins a text is added
     #[arg(long, value_name = "STATE")]
     pub state_in: Option<PathBuf>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
@@ -312,6 +343,55 @@ const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
 [b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
+
+/// Arguments of `ttt chat`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  ttt read runs/tiny book.txt --state-out book.state\n  ttt chat runs/tiny --state book.state\n\nIn the conversation /help lists what can be done: /save /load /undo /fork /switch /stats /quit."
+)]
+pub struct Chat {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Go on from this state file [default: from the beginning]
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
+    /// Plain text that the model continues, even where it has a chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// The system's message, for models with a chat template
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// End an answer once it contains this text; can be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Tokens of an answer at most
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
+    pub max_new_tokens: usize,
+    /// Divides the logits: below 1 is more careful, 0 always takes the likeliest token
+    #[arg(long, short, value_name = "T", default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens; 0 means all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Seed of the choice; the same seed and lines give the same conversation
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Precision of the arithmetic; f64 runs the plain reference loops
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Precision,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
 
 /// Arguments of `ttt verify`.
 #[derive(Debug, clap::Args)]

@@ -37,9 +37,11 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     match &args.command {
         Command::Train(args) => commands::train::run(args, out),
         Command::Eval(args) => commands::eval::run(args, out),
+        Command::Task(args) => commands::task::run(args, out),
         Command::Generate(args) => commands::generate::run(args, out),
         Command::Read(args) => commands::read::run(args, out),
         Command::State(command) => commands::state::run(command, out),
+        Command::Chat(args) => commands::chat::run(args, out),
         Command::Verify(args) => commands::verify::run(args, out),
         Command::Plan(args) => commands::plan::run(args, out),
         Command::Info(args) => commands::info::run(args, out),

@@ -74,6 +74,7 @@
 //! Dependencies point one way: `train`, `eval`, `generate` use [`lm`], which uses [`layer`], which uses [`ops`] on a [`device`].
 
 pub mod batch;
+mod chart;
 pub mod config;
 pub mod data;
 pub mod device;

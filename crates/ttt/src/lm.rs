@@ -1,5 +1,9 @@
 //! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
 
+mod inner;
+
+pub use inner::InnerErrors;
+
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -9,7 +13,7 @@ use crate::device::Device;
 use crate::device::view::View;
 use crate::dstates::DStates;
 use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
-use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass, Route, routes};
+use crate::layer::{Block, BlockSaved, Keep, Pass, Route, routes};
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
 use crate::state::States;
@@ -321,29 +325,6 @@ impl Lm {
                 embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
             }
             Ok(())
-        })
-    }
-
-    /// Inner-loop statistics of every layer over a batch of sequences that start from the initial weights.
-    ///
-    /// # Errors
-    /// A token outside the vocabulary, or memory.
-    pub fn inner_statistics(&self, batch: &Batch) -> Result<Vec<InnerStatistics>> {
-        self.check_tokens(&batch.tokens)?;
-        self.device.install(|| {
-            let mut states = States::new(self, batch.slots())?;
-            let segments = states.segments(batch);
-            let keep = Keep::Saved { group: 1 };
-            let pass = Pass { weights: &self.params, segments: &segments, routes: None, rope: &self.rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
-            let mut all = Vec::with_capacity(self.blocks.len());
-            for (block, state) in self.blocks.iter().zip(&mut states.layers) {
-                let state: &mut LayerState = state;
-                let (y, saved) = block.forward(&pass, x, Some(&mut *state))?;
-                all.push(block.statistics(&pass, &saved.expect("a pass that keeps activations returns them"), state)?);
-                x = y;
-            }
-            Ok(all)
         })
     }
 

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub mod bench;
+pub mod chat;
 pub mod completions;
 pub mod convert;
 pub mod doctor;
@@ -11,6 +12,7 @@ pub mod info;
 pub mod plan;
 pub mod read;
 pub mod state;
+pub mod task;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;

@@ -23,10 +23,11 @@ pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
     let sources = Sources::resolve(&args.files)?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer, such as --tokenizer bytes", folder.display());
     };
+    model::load_skill(&mut lm, args.skill.as_deref(), Some(&tokenizer))?;
     let Start { states, pending } = state::start(&lm, args.state_in.as_deref(), Some(&tokenizer))?;
     let mut reader = Reader { lm: &lm, start: Start { states, pending }, speed: Speed::new(), tokens: 0 };
     if args.state_in.is_none() {
@@ -36,10 +37,10 @@ pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
     let bar = Bar::bytes(sources.files.iter().map(|f| std::fs::metadata(&f.path).map_or(0, |m| m.len())).sum());
     let (mut before, mut position, mut documents, mut bytes) = (0, 0, 0u64, 0u64);
     for file in &sources.files {
-        let mut pieces = Pieces::open(file, &tokenizer)?;
+        let mut pieces = Pieces::open(file, None, &tokenizer)?;
         while let Some(piece) = pieces.next() {
             let piece = piece?;
-            if piece.first {
+            if piece.begins.is_some() {
                 if documents > 0 {
                     reader.start.pending.extend(tokenizer.between_documents());
                 }

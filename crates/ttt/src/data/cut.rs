@@ -9,8 +9,11 @@ use crate::{Result, data::tokenizer::Tokenizer};
 pub(super) const PIECE: usize = 1 << 18;
 /// A cut is looked for in so many bytes before the end of a piece.
 const SEARCH: usize = 1 << 13;
-/// Bytes on each side of a cut of which the ids are compared; so much text behind a piece decides where it ends.
-pub(super) const CONTEXT: usize = 256;
+/// Bytes on each side of a cut of which the ids are compared.
+const CONTEXT: usize = 256;
+
+/// Bytes of a text after which [`piece`] finds the same first piece in its beginning as in all of it.
+pub(super) const ENOUGH: usize = PIECE + 2 * CONTEXT;
 
 /// The first piece of `text[from..]`, and where the next one starts.
 ///

@@ -1,154 +1,132 @@
-//! The ids of a file's documents, a piece at a time: the memory needed does not depend on how long a document is.
+//! Ids of documents of any length, piece by piece.
 
-use std::{io::BufRead, sync::atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use crate::{
     Result,
-    data::{cut, document::Documents, source::SourceFile, tokenizer::Tokenizer},
+    data::{
+        cut,
+        document::{self, Document, Lines},
+        plain::PlainText,
+        read,
+        source::SourceFile,
+        tokenizer::Tokenizer,
+    },
 };
 
-/// Some ids of a document.
+/// Part of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// The ids, without BOS and EOS.
+pub struct TextPiece {
+    /// Name of the document, with its first piece.
+    pub begins: Option<String>,
+    /// Ids.
     pub ids: Vec<u32>,
-    /// Bytes of text that they stand for.
+    /// How many of them are a prompt's.
+    pub prompt: usize,
+    /// Bytes of text that the piece takes, and how many of them are a prompt's.
     pub bytes: usize,
-    /// Whether a document begins with this piece.
-    pub first: bool,
+    /// See `bytes`.
+    pub prompt_bytes: usize,
+    /// Whether the document ends with this piece.
+    pub ends: bool,
 }
 
-/// Iterator over the pieces of a file's documents ([`Documents`]). After an error it ends.
-///
-/// A text file is one document, read as it is needed and cut where the ids of the parts are those of the whole, as for
-/// [`crate::data::Store`]. A line of a `.jsonl` file is one document and one piece: a line has to be in memory to be parsed.
+/// Iterator over the documents of a file as pieces of ids: the same documents as [`crate::data::Documents`], and the same ids as
+/// [`crate::data::Store`] makes of them, in constant memory. Only a line of JSON is read as a whole, and a prompt and its
+/// completion become ids at once. After an error it ends.
 pub struct Pieces<'a> {
-    documents: Documents<'a>,
     tokenizer: &'a Tokenizer,
-    /// Text that was read and is not cut off yet, and the bytes of an incomplete character behind it.
-    text: String,
-    incomplete: Vec<u8>,
-    first: bool,
-    /// The file has been read to its end.
-    ended: bool,
+    source: Source<'a>,
+    taken: Arc<AtomicU64>,
+    /// The document of a line of JSON, and where its rest begins.
+    open: Option<(Document, usize)>,
+    done: bool,
+}
+
+enum Source<'a> {
+    Lines(Lines<'a>),
+    Plain(PlainText<'a>),
 }
 
 impl<'a> Pieces<'a> {
-    /// Opens `file`.
+    /// Opens `file`. Lines that hold only `separator` separate documents, except in `.jsonl` files.
     ///
     /// # Errors
     /// A file that cannot be opened.
-    pub fn open(file: &'a SourceFile, tokenizer: &'a Tokenizer) -> Result<Pieces<'a>> {
-        let documents = Documents::open(file, None)?;
-        Ok(Pieces { documents, tokenizer, text: String::new(), incomplete: Vec::new(), first: true, ended: false })
+    pub fn open(file: &'a SourceFile, separator: Option<&'a str>, tokenizer: &'a Tokenizer) -> Result<Pieces<'a>> {
+        let opened = read::open(&file.path)?;
+        let taken = opened.taken.clone();
+        let source = match document::is_lines(&file.path) {
+            true => Source::Lines(Lines::new(file, opened)),
+            false => Source::Plain(PlainText::new(file, separator, opened)),
+        };
+        Ok(Pieces { tokenizer, source, taken, open: None, done: false })
     }
 
     /// Bytes that were taken from the file, packed.
     pub fn taken(&self) -> u64 {
-        self.documents.taken().load(Ordering::Relaxed)
+        self.taken.load(Ordering::Relaxed)
     }
 
-    /// Reads until there is enough text to know where the next piece ends, or the file does.
-    fn fill(&mut self) -> Result<()> {
-        while !self.ended && self.text.len() < cut::PIECE + cut::CONTEXT {
-            let read = match self.documents.reader.fill_buf() {
-                Ok(read) => read,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(self.documents.read_error(e)),
-            };
-            let mut bytes = std::mem::take(&mut self.incomplete);
-            bytes.extend_from_slice(read);
-            let n = read.len();
-            self.ended = n == 0;
-            self.documents.reader.consume(n);
-            if let Err(e) = std::str::from_utf8(&bytes)
-                && e.error_len().is_none()
-                && !self.ended
-            {
-                self.incomplete = bytes.split_off(e.valid_up_to());
+    fn next_piece(&mut self) -> Result<Option<TextPiece>> {
+        match &mut self.source {
+            Source::Plain(text) => {
+                let mut begins = None;
+                if text.ended && text.text.is_empty() {
+                    begins = text.begin(cut::ENOUGH)?;
+                    if begins.is_none() {
+                        return Ok(None);
+                    }
+                }
+                text.more(cut::ENOUGH)?;
+                let (range, next) = cut::piece(self.tokenizer, &text.text, 0)?;
+                let ids = self.tokenizer.encode(&text.text[range])?;
+                text.text.drain(..next);
+                if text.text.is_empty() {
+                    text.more(1)?;
+                }
+                let ends = text.ended && text.text.is_empty();
+                Ok(Some(TextPiece { begins, ids, prompt: 0, bytes: next, prompt_bytes: 0, ends }))
             }
-            self.text += &self.documents.utf8(bytes)?;
+            Source::Lines(lines) => {
+                let (document, from, begins) = match self.open.take() {
+                    Some((document, from)) => (document, from, None),
+                    None => match lines.next_document()? {
+                        Some(document) => {
+                            let name = document.name.clone();
+                            (document, 0, Some(name))
+                        }
+                        None => return Ok(None),
+                    },
+                };
+                let len = document.text.len();
+                if let Some(prompt_bytes) = document.completion_from {
+                    let (ids, prompt) = document.encode(self.tokenizer)?;
+                    return Ok(Some(TextPiece { begins, ids, prompt, bytes: len, prompt_bytes, ends: true }));
+                }
+                let (range, next) = cut::piece(self.tokenizer, &document.text, from)?;
+                let ids = self.tokenizer.encode(&document.text[range])?;
+                if next < len {
+                    self.open = Some((document, next));
+                }
+                Ok(Some(TextPiece { begins, ids, prompt: 0, bytes: next - from, prompt_bytes: 0, ends: next == len }))
+            }
         }
-        Ok(())
-    }
-
-    fn next_of_text(&mut self) -> Result<Option<Piece>> {
-        self.fill()?;
-        if self.text.is_empty() {
-            return Ok(None);
-        }
-        let (range, next) = cut::piece(self.tokenizer, &self.text, 0)?;
-        let ids = self.tokenizer.encode(&self.text[range])?;
-        self.text.drain(..next);
-        Ok(Some(Piece { ids, bytes: next, first: std::mem::take(&mut self.first) }))
-    }
-
-    fn next_of_lines(&mut self) -> Result<Option<Piece>> {
-        let Some(document) = self.documents.next().transpose()? else { return Ok(None) };
-        Ok(Some(Piece { ids: document.encode(self.tokenizer)?.0, bytes: document.text.len(), first: true }))
     }
 }
 
 impl Iterator for Pieces<'_> {
-    type Item = Result<Piece>;
+    type Item = Result<TextPiece>;
 
-    fn next(&mut self) -> Option<Result<Piece>> {
-        let next = if self.documents.lines { self.next_of_lines() } else { self.next_of_text() };
-        if next.is_err() {
-            (self.ended, self.text) = (true, String::new());
+    fn next(&mut self) -> Option<Result<TextPiece>> {
+        if self.done {
+            return None;
         }
+        let next = self.next_piece();
+        self.done = !matches!(next, Ok(Some(_)));
         next.transpose()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn read(name: &str, contents: &[u8], tokenizer: &Tokenizer) -> Result<Vec<Piece>> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(name);
-        std::fs::write(&path, contents).unwrap();
-        let file = SourceFile { name: name.into(), path };
-        Pieces::open(&file, tokenizer)?.collect()
-    }
-
-    #[test]
-    fn pieces_of_any_file_are_the_whole() {
-        let words = ["the", " cat,", "\n\nsat", " on", "  a", " mat.", " Straße", " €", "\n"];
-        let text: String = (0..160_000u64).map(|i| words[(i * i % 1009 % 9) as usize]).collect();
-        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        packed.write_all(text.as_bytes()).unwrap();
-        let packed = packed.finish().unwrap();
-        let bpe = Tokenizer::train_bpe([&text[..50_000]].into_iter(), 400, &["<s>", "</s>"]).unwrap();
-        let json = serde_json::json!({ "text": text }).to_string();
-        for tokenizer in [Tokenizer::bytes(258), bpe] {
-            let whole = tokenizer.encode(&text).unwrap();
-            for (name, contents) in [("a.txt", text.as_bytes()), ("a.txt.gz", &packed), ("a.jsonl", json.as_bytes())] {
-                let pieces = read(name, contents, &tokenizer).unwrap();
-                assert!(pieces.iter().flat_map(|p| &p.ids).eq(&whole), "{name}");
-                assert_eq!(pieces.iter().map(|p| p.bytes).sum::<usize>(), text.len());
-                assert_eq!(pieces.iter().filter(|p| p.first).count(), 1);
-                assert!(pieces.len() > 2 || name == "a.jsonl");
-            }
-        }
-    }
-
-    #[test]
-    fn documents_begin_and_bad_bytes_are_named() {
-        let bytes = Tokenizer::bytes(258);
-        let lines = b"{\"text\": \"ab\"}\n\n{\"prompt\": \"c\", \"completion\": \"d\"}\n";
-        let pieces = read("a.jsonl", lines, &bytes).unwrap();
-        assert_eq!(pieces.iter().map(|p| (p.ids.len(), p.first)).collect::<Vec<_>>(), [(2, true), (2, true)]);
-        assert_eq!(read("a.txt", "\u{FEFF}ab".as_bytes(), &bytes).unwrap()[0].ids, [97, 98]);
-        assert!(read("a.txt", b"", &bytes).unwrap().is_empty());
-        // In the third buffer, and an incomplete character at the end.
-        let mut long = vec![b'a'; 150_000];
-        long[140_000] = 0xFF;
-        for (contents, place) in [(&long[..], "byte 140000 is 0xff"), (b"ab\xE2\x82", "byte 2 is 0xe2")] {
-            let error = read("a.txt", contents, &bytes).unwrap_err().to_string();
-            assert!(error.contains("not UTF-8") && error.contains(place), "{error}");
-        }
     }
 }

@@ -67,6 +67,13 @@ impl BlockSaved {
             BlockSaved::Input(_, start) => start.as_ref().map_or(0, |start| start.fast.bytes()),
         }
     }
+
+    fn ttt(&self) -> &TttSaved {
+        match self {
+            BlockSaved::Whole(saved) => &saved.ttt,
+            BlockSaved::Input(..) => panic!("statistics need the activations of the block"),
+        }
+    }
 }
 
 impl Block {
@@ -219,10 +226,12 @@ impl Block {
 
     /// Inner-loop statistics of a block whose pass kept everything (`group` 1) and ended with `end`.
     pub fn statistics(&self, pass: &Pass<'_>, saved: &BlockSaved, end: &LayerState) -> Result<InnerStatistics> {
-        match saved {
-            BlockSaved::Whole(saved) => self.ttt.statistics(pass, &saved.ttt, &end.fast),
-            BlockSaved::Input(..) => panic!("statistics need the activations of the block"),
-        }
+        self.ttt.statistics(pass, saved.ttt(), &end.fast)
+    }
+
+    /// Errors of the inner loop alone (see [`TttLayer::inner_errors`]) of such a pass.
+    pub fn inner_errors(&self, pass: &Pass<'_>, saved: &BlockSaved, end: &LayerState) -> Result<Vec<[f64; 3]>> {
+        self.ttt.inner_errors(pass, saved.ttt(), &end.fast)
     }
 }
 

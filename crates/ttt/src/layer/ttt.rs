@@ -359,14 +359,26 @@ impl TttLayer {
 
     /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`.
     pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
+        let rows = self.inner_errors(pass, saved, end)?;
         let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
-        let rows = match self.inner {
-            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, end),
-            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, end),
-        };
         let column = |i: usize| rows.iter().map(|r| r[i]).collect();
         let target_variance = self.target_variance(pass, inputs.k, inputs.v, rows.len())?;
         Ok(InnerStatistics { target_variance, initial: column(0), before: column(1), after: column(2) })
+    }
+
+    /// The last three of [`InnerStatistics`], a row for each full mini-batch of the pass. The initial weights are the learned
+    /// ones, wherever in its text the pass began.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn inner_errors(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Vec<[f64; 3]>> {
+        let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
+        let mut initial = self.fast_weights(pass.weights, end.slots())?;
+        pass.segments.iter().for_each(|s| self.start(pass.weights, &mut initial, s.slot));
+        Ok(match self.inner {
+            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, &initial, end),
+            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, &initial, end),
+        })
     }
 
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
