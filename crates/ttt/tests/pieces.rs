@@ -11,13 +11,12 @@ fn file(folder: &Path, name: &str, contents: &[u8]) -> SourceFile {
     SourceFile { name: name.into(), path }
 }
 
-/// Name, ids, prompt ids, bytes and prompt bytes of every document.
-fn read(
-    file: &SourceFile,
-    separator: Option<&str>,
-    tokenizer: &Tokenizer,
-) -> ttt::Result<Vec<(String, Vec<u32>, usize, usize, usize)>> {
-    let mut all: Vec<(String, Vec<u32>, usize, usize, usize)> = Vec::new();
+/// Name, ids, prompt ids, bytes and prompt bytes of a document.
+type Whole = (String, Vec<u32>, usize, usize, usize);
+
+/// Every document.
+fn read(file: &SourceFile, separator: Option<&str>, tokenizer: &Tokenizer) -> ttt::Result<Vec<Whole>> {
+    let mut all: Vec<Whole> = Vec::new();
     let mut open = false;
     for piece in Pieces::open(file, separator, tokenizer)? {
         let TextPiece { begins, ids, prompt, bytes, prompt_bytes, ends } = piece?;
