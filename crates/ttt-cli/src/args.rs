@@ -270,9 +270,6 @@ pub struct Read {
     /// Go on after what this state file has read; no token that begins a text is added
     #[arg(long, value_name = "STATE")]
     pub state_in: Option<PathBuf>,
-    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
-    #[arg(long, value_name = "FILE")]
-    pub skill: Option<PathBuf>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
