@@ -276,9 +276,9 @@ pub struct Read {
     /// Print a JSON object, with speed and resident memory for every 100,000 tokens
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -385,9 +385,9 @@ pub struct Chat {
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 use ttt::data::{Pieces, Sources};
 use ttt::generate::{PREFILL_CHUNK, learn};
 use ttt::lm::Lm;
-use ttt::tensor::DType;
 
 use crate::args::Read;
 use crate::progress::Bar;
@@ -23,7 +22,7 @@ pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
     let sources = Sources::resolve(&args.files)?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load_as(&folder, &device, args.dtype)?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer, such as --tokenizer bytes", folder.display());
     };

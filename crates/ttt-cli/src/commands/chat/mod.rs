@@ -15,7 +15,6 @@ use anyhow::{Context, Result, bail};
 use ttt::data::Tokenizer;
 use ttt::generate::{Generator, Sampling};
 use ttt::lm::Lm;
-use ttt::tensor::DType;
 
 use crate::args::Chat as Arguments;
 use crate::state::{self, Start};
@@ -47,7 +46,7 @@ pub fn run(args: &Arguments, out: &mut dyn Write) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load_as(&folder, &device, args.dtype)?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer", folder.display());
     };
