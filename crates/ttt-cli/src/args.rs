@@ -44,6 +44,8 @@ pub enum Command {
     /// Describe, compare and copy state files
     #[command(subcommand)]
     State(State),
+    /// Talk with a model whose state goes on learning
+    Chat(Chat),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
@@ -55,6 +57,8 @@ pub enum Command {
     /// Make a model folder of a checkpoint of the official JAX code
     #[command(after_help = IMPORT_EXAMPLES)]
     Import(Import),
+    /// Write a model with bf16 or int8 matrices, and say what that changes
+    Quantize(Quantize),
     /// Train a tokenizer, or try one
     #[command(subcommand)]
     Tokenizer(Tokenizer),
@@ -169,9 +173,9 @@ pub struct Eval {
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic: f32, f64 (the plain reference loops) or, on a GPU, bf16 [default: f32; on a GPU bf16]
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops; on a GPU f32, or bf16 for activations too [default: as stored, on a GPU bf16]
     #[arg(long, value_name = "TYPE")]
-    pub dtype: Option<Precision>,
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub report: Report,
     #[command(flatten)]
@@ -231,9 +235,9 @@ pub struct Generate {
     /// Print one JSON object with the new `tokens`, their `text` (null without a tokenizer) and `logprobs`, when all is done
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic: f32, f64 (the plain reference loops) or, on a GPU, bf16 [default: f32; on a GPU bf16]
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops; on a GPU f32, or bf16 for activations too [default: as stored, on a GPU bf16]
     #[arg(long, value_name = "TYPE")]
-    pub dtype: Option<Precision>,
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Say how fast it was, on the standard error
@@ -260,6 +264,9 @@ pub struct Read {
     /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<String>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// File to write the state to
     #[arg(long, value_name = "STATE")]
     pub state_out: PathBuf,
@@ -272,9 +279,9 @@ pub struct Read {
     /// Print a JSON object, with speed and resident memory for every 100,000 tokens
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -339,6 +346,55 @@ The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, 
 [b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
 
+/// Arguments of `ttt chat`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  ttt read runs/tiny book.txt --state-out book.state\n  ttt chat runs/tiny --state book.state\n\nIn the conversation /help lists what can be done: /save /load /undo /fork /switch /stats /quit."
+)]
+pub struct Chat {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Go on from this state file [default: from the beginning]
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
+    /// Plain text that the model continues, even where it has a chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// The system's message, for models with a chat template
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// End an answer once it contains this text; can be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Tokens of an answer at most
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
+    pub max_new_tokens: usize,
+    /// Divides the logits: below 1 is more careful, 0 always takes the likeliest token
+    #[arg(long, short, value_name = "T", default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens; 0 means all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Seed of the choice; the same seed and lines give the same conversation
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
 /// Arguments of `ttt verify`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = VERIFY_HELP)]
@@ -352,7 +408,7 @@ pub struct Verify {
     /// Largest relative error that is accepted
     #[arg(long, value_name = "X", default_value_t = 1e-4)]
     pub tolerance: f64,
-    /// Precision of the arithmetic; f64 runs the plain reference loops, bf16 needs a GPU
+    /// Precision of the arithmetic; f64 runs the plain reference loops
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: Precision,
     #[command(flatten)]
@@ -437,6 +493,47 @@ pub struct Import {
     /// Start another file before one is larger than this, such as 500MB or 2GiB [default: one file]
     #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_bytes)]
     pub max_shard_size: Option<u64>,
+}
+
+const QUANTIZE_HELP: &str = "\
+The projections, the embedding and the output matrix become narrow; norms, gates, convolutions and the initial fast weights stay \
+f32. A bf16 folder has the official names, and other programs read it. An int8 folder has a scale for each row (output) and is for \
+this program alone; training does not start from it. How well both models predict is measured on the same text.
+
+Examples:
+  ttt quantize runs/tiny small --to int8
+  ttt quantize models/125m 125m-bf16 --to bf16 --data book.txt --tokens 50000";
+
+/// Arguments of `ttt quantize`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = QUANTIZE_HELP)]
+pub struct Quantize {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Type of the matrices: bf16 or int8
+    #[arg(long, value_name = "TYPE")]
+    pub to: ttt::Storage,
+    /// Files, folders or 'globs' of texts to measure on [default: the Rust sources that the tiny run keeps for validation]
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "no_eval")]
+    pub data: Vec<String>,
+    /// Read at most so many tokens of them
+    #[arg(long, value_name = "N", default_value_t = 16_384, value_parser = clap::value_parser!(u64).range(2..1 << 40))]
+    pub tokens: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Do not measure
+    #[arg(long)]
+    pub no_eval: bool,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// The commands of `ttt tokenizer`.
@@ -555,6 +652,9 @@ pub struct Bench {
     /// Measurements, after one that does not count
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive())]
     pub repeat: u64,
+    /// prefill and decode: type that the large matrices are held in, f32, bf16 or int8 [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     /// train: only forward and backward, without clip and AdamW
     #[arg(long)]
     pub no_optimizer: bool,
@@ -682,8 +782,6 @@ pub enum Precision {
     F32,
     // 64 bits, to check results
     F64,
-    // 16 bits for activations and products, 32 for the rest; on a GPU
-    Bf16,
 }
 
 /// What the backward pass computes again.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ttt::Storage;
 use ttt::config::Config;
 use ttt::data::Tokenizer;
 use ttt::device::{Device, Kernels, cuda};
@@ -43,16 +44,32 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The model that a path means, on the device that was named.
-pub fn load(path: &Path, args: &DeviceArgs, dtype: Option<Precision>) -> Result<Lm> {
+/// The model that a path means, on the device that was named, its weights held as `storage`, or else as the folder stores them; on
+/// a GPU in mixed precision.
+pub fn load(path: &Path, args: &DeviceArgs, storage: Option<Storage>) -> Result<Lm> {
     let folder = ModelFolder::open(resolve(path)?).context("cannot load the model")?;
-    // Only a CPU computes in f64.
-    let name = match (args.device, dtype) {
-        (DeviceName::Auto, Some(Precision::F64)) => DeviceName::Cpu,
+    // What a GPU does not run.
+    let name = match (args.device, storage.map_or_else(|| folder.storage(), Ok)?) {
+        (DeviceName::Auto, Storage::F64 | Storage::Int8) => DeviceName::Cpu,
         (name, _) => name,
     };
     let device = device(name, args.threads.unwrap_or(0), folder.config())?;
-    Lm::from_folder(&folder, folder.config(), &device, self::dtype(dtype, &device)).context("cannot load the model")
+    let storage = match (storage, device.as_cuda()) {
+        (Some(storage), _) => storage,
+        (None, Some(_)) => Storage::Bf16,
+        (None, None) => folder.storage()?,
+    };
+    Lm::from_folder(&folder, folder.config(), &device, storage).context("cannot load the model")
+}
+
+/// The model of a folder, its weights held as `storage`, or else as the folder stores them.
+pub fn load_as(folder: &Path, device: &Device, storage: Option<Storage>) -> Result<Lm> {
+    let load = || {
+        let folder = ModelFolder::open(folder)?;
+        let storage = storage.map_or_else(|| folder.storage(), Ok)?;
+        Lm::from_folder(&folder, folder.config(), device, storage)
+    };
+    load().context("cannot load the model")
 }
 
 /// The tokenizer that was named, or else the model folder's own, if there is one; checked to fit the model.
@@ -101,17 +118,11 @@ pub fn cpu() -> Result<Device> {
     Ok(Device::cpu()?)
 }
 
-/// The precision that was asked for, or else the device's own.
-pub fn dtype(asked: Option<Precision>, device: &Device) -> DType {
-    asked.map_or(if device.as_cuda().is_some() { DType::Bf16 } else { DType::F32 }, DType::from)
-}
-
 impl From<Precision> for DType {
     fn from(precision: Precision) -> DType {
         match precision {
             Precision::F32 => DType::F32,
             Precision::F64 => DType::F64,
-            Precision::Bf16 => DType::Bf16,
         }
     }
 }

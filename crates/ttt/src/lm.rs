@@ -14,10 +14,12 @@ use crate::device::{Device, cuda};
 use crate::dstates::DStates;
 use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
 use crate::layer::{Block, BlockSaved, Keep, Pass, Route, routes};
+use crate::narrow::Narrow;
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
 use crate::state::States;
 use crate::tensor::{DType, Tensor};
+use crate::weights::{Storage, Weights};
 use crate::{Error, Result};
 
 /// A TTT language model.
@@ -31,7 +33,7 @@ pub struct Lm {
     ids: ModelIds,
     blocks: Vec<Block>,
     rope: rope::Table,
-    params: Params,
+    weights: Weights,
     /// [`Lm::hash`], once it was asked for.
     hash: OnceLock<String>,
 }
@@ -66,7 +68,10 @@ impl Lm {
     /// # Errors
     /// An impossible configuration, or memory.
     pub fn new(config: &Config, device: &Device, dtype: DType, seed: u64) -> Result<Lm> {
-        check(config, device, dtype)?;
+        if dtype == DType::Bf16 && device.as_cuda().is_none() {
+            return Err(Error::Config("bf16 needs a GPU; use f32 on a CPU".into()));
+        }
+        check(config, device, dtype.into())?;
         let table = Arc::new(ParamTable::new(config).0);
         let params = device.install(|| Params::init(&table, device, dtype, seed))?;
         Lm::from_params(config, params)
@@ -80,32 +85,57 @@ impl Lm {
     /// # Panics
     /// When the weights are laid out for another configuration.
     pub fn from_params(config: &Config, params: Params) -> Result<Lm> {
-        check(config, params.data().device(), params.dtype())?;
-        let (table, ids) = ParamTable::new(config);
-        assert_eq!(table.len(), params.table().len(), "weights of another configuration");
-        let device = params.data().device().clone();
-        let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
-        let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
-        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params, hash: OnceLock::new() })
+        Lm::from_weights(config, params.into())
     }
 
-    /// The model of a folder, its weights converted to `dtype`.
+    /// A model with given weights, as wide as they are stored.
+    ///
+    /// # Errors
+    /// An impossible configuration, or memory.
+    ///
+    /// # Panics
+    /// When the weights are laid out for another configuration.
+    pub fn from_weights(config: &Config, weights: Weights) -> Result<Lm> {
+        check(config, weights.device(), weights.storage())?;
+        let (table, ids) = ParamTable::new(config);
+        assert_eq!(table.len(), weights.table().len(), "weights of another configuration");
+        let device = weights.device().clone();
+        let rope =
+            rope::Table::new(&device, weights.storage().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
+        let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
+        Ok(Lm { config: config.clone(), device, ids, blocks, rope, weights, hash: OnceLock::new() })
+    }
+
+    /// The model of a folder, its weights held as `storage`, whatever the folder stores.
     ///
     /// # Errors
     /// Files that cannot be read or are no TTT model, or memory.
-    pub fn load(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Lm> {
+    pub fn load(folder: impl AsRef<Path>, device: &Device, storage: impl Into<Storage>) -> Result<Lm> {
         let folder = ModelFolder::open(folder)?;
-        Lm::from_folder(&folder, folder.config(), device, dtype)
+        Lm::from_folder(&folder, folder.config(), device, storage)
     }
 
     /// The weights of a folder under `config`, which may differ from the folder's in what has no weights.
     ///
     /// # Errors
     /// Weights that cannot be read or do not fit, or memory.
-    pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, dtype: DType) -> Result<Lm> {
-        check(config, device, dtype)?;
+    pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, storage: impl Into<Storage>) -> Result<Lm> {
+        let storage = storage.into();
+        check(config, device, storage)?;
         let table = Arc::new(ParamTable::new(config).0);
-        Lm::from_params(config, device.install(|| folder.load_params(&table, device, dtype))?)
+        Lm::from_weights(config, device.install(|| folder.load_weights(&table, device, storage))?)
+    }
+
+    /// The same model with its large matrices stored narrow.
+    ///
+    /// # Errors
+    /// A weight that is not finite, or memory.
+    ///
+    /// # Panics
+    /// When the matrices are narrow already, or `storage` is not.
+    pub fn narrowed(&self, storage: Storage) -> Result<Lm> {
+        let narrow = self.device.install(|| Narrow::new(self.weights.table(), &self.device, storage, self.weights.float()))?;
+        Lm::from_weights(&self.config, Weights::Narrow(narrow))
     }
 
     /// Hyperparameters.
@@ -118,9 +148,13 @@ impl Lm {
         &self.device
     }
 
-    /// Type of its activations; `Bf16` is mixed precision on a GPU, with weights in f32.
+    /// Type of its activations and states, and of all weights that are not stored narrow; `Bf16` is mixed precision on a GPU, with
+    /// weights and fast weights in f32.
     pub fn dtype(&self) -> DType {
-        self.params.dtype()
+        match &self.weights {
+            Weights::Float(params) => params.dtype(),
+            Weights::Narrow(narrow) => narrow.storage().dtype(),
+        }
     }
 
     /// Its blocks.
@@ -128,15 +162,26 @@ impl Lm {
         &self.blocks
     }
 
-    /// Its weights.
-    pub fn params(&self) -> &Params {
-        &self.params
+    /// Its weights, as they are stored.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
     }
 
-    /// Its weights, to change.
+    /// Its weights as one flat buffer.
+    ///
+    /// # Panics
+    /// When they are stored narrow.
+    pub fn params(&self) -> &Params {
+        self.weights.float()
+    }
+
+    /// Its weights as one flat buffer, to change.
+    ///
+    /// # Panics
+    /// When they are stored narrow.
     pub fn params_mut(&mut self) -> &mut Params {
         self.hash.take();
-        &mut self.params
+        self.weights.float_mut()
     }
 
     /// Puts a skill, initial fast weights from a file, in the place of the model's own. States that were made before belong to the
@@ -146,13 +191,14 @@ impl Lm {
     /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
     pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
         let skill = Skill::open(path)?;
-        self.device.clone().install(|| skill.apply(self.params_mut()))?;
+        self.hash.take();
+        self.device.clone().install(|| skill.apply(&mut self.weights))?;
         Ok(skill.info().clone())
     }
 
     /// Identity of its weights ([`model_hash`]), computed when it is first asked for.
     pub fn hash(&self) -> &str {
-        self.hash.get_or_init(|| model_hash(&self.params))
+        self.hash.get_or_init(|| model_hash(&self.weights))
     }
 
     /// The states of `slots` sequences, each at its beginning.
@@ -200,9 +246,9 @@ impl Lm {
             Some(states) => self.segments(batch, states, keep),
             None => (fresh_segments(batch), None),
         };
-        let (weights, rope) = (&self.params, &self.rope);
+        let (weights, rope) = (&self.weights, &self.rope);
         let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
-        let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
+        let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
         let mut saved = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let state = states.as_mut().map(|s| &mut s.layers[i]);
@@ -213,7 +259,7 @@ impl Lm {
         if let Some(states) = states {
             states.advance(batch);
         }
-        let hidden = rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)?;
+        let hidden = rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)?;
         let saved = (keep != Keep::Nothing).then(|| Saved { segments, routes, blocks: saved, last: x, keep, inner_lr });
         Ok((hidden, saved))
     }
@@ -231,9 +277,9 @@ impl Lm {
         self.device.install(|| {
             let keep = Keep::Nothing;
             let (segments, routes) = self.segments(batch, states, keep);
-            let (weights, rope) = (&self.params, &self.rope);
+            let (weights, rope) = (&self.weights, &self.rope);
             let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
+            let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             let last = self.blocks.len() - 1;
             let few = rows.len() < batch.tokens.len();
             for (i, (block, state)) in self.blocks.iter().zip(&mut states.layers).enumerate() {
@@ -246,7 +292,7 @@ impl Lm {
             if !few {
                 x = add::gather(x.view(), rows)?;
             }
-            rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)
+            rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)
         })
     }
 
@@ -260,7 +306,7 @@ impl Lm {
     pub fn logits(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
         let all: bool = rows.len() == hidden.view().rows() && rows.iter().enumerate().all(|(i, r)| i == *r);
         self.device.install(|| {
-            let head = self.params.operand(self.ids.head, self.ids.head);
+            let head = self.weights.matrix(self.ids.head);
             let dtype = if hidden.dtype() == DType::Bf16 { DType::F32 } else { hidden.dtype() };
             if all {
                 return linear::forward_as(hidden.view(), head, dtype);
@@ -275,7 +321,7 @@ impl Lm {
     /// A target outside the vocabulary, or memory.
     pub fn nll(&self, hidden: View<'_>, targets: &[u32]) -> Result<Vec<f64>> {
         self.check_tokens(targets)?;
-        self.device.install(|| cross_entropy::forward(hidden, self.params.operand(self.ids.head, self.ids.head), targets))
+        self.device.install(|| cross_entropy::forward(hidden, self.weights.matrix(self.ids.head), targets))
     }
 
     /// Negative log likelihoods, and the gradient of `sum_t weights[t] * nll[t]` with respect to the hidden rows; the output
@@ -285,7 +331,7 @@ impl Lm {
     /// A target outside the vocabulary, or memory.
     pub fn loss(&self, hidden: &Tensor, targets: &[u32], weights: &[f64], grads: &mut Params) -> Result<(Vec<f64>, Tensor)> {
         self.check_tokens(targets)?;
-        let head = self.params.operand(self.ids.head, self.ids.head);
+        let head = self.weights.operand(self.ids.head, self.ids.head);
         self.device
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
@@ -313,9 +359,9 @@ impl Lm {
     ) -> Result<()> {
         self.device.install(|| {
             let Saved { segments, routes, blocks, last, keep, inner_lr } = saved;
-            let (weights, rope) = (&self.params, &self.rope);
+            let (weights, rope) = (&self.weights, &self.rope);
             let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
-            let (eps, norm) = (self.config.rms_norm_eps, self.params.view(self.ids.norm));
+            let (eps, norm) = (self.config.rms_norm_eps, self.weights.view(self.ids.norm));
             let mut dx = rms_norm::backward(dhidden.view(), last.view(), norm, eps, grads.view_mut(self.ids.norm))?;
             drop((last, dhidden));
             for (i, (block, saved)) in self.blocks.iter().zip(blocks).enumerate().rev() {
@@ -337,9 +383,9 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
             let segments = fresh_segments(batch);
-            let (weights, rope) = (&self.params, &self.rope);
+            let (weights, rope) = (&self.weights, &self.rope);
             let pass = Pass { weights, segments: &segments, routes: None, rope, inner_lr, keep: Keep::Nothing };
-            let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
+            let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             for (i, block) in self.blocks.iter().enumerate() {
                 x = block.forward(&pass, x, None)?.0;
                 if let Some(element) = x.to_f64_vec().iter().position(|x| !x.is_finite()) {
@@ -372,11 +418,13 @@ impl Lm {
 }
 
 /// Checks that a model can be made on a device.
-fn check(config: &Config, device: &Device, dtype: DType) -> Result<()> {
+fn check(config: &Config, device: &Device, storage: Storage) -> Result<()> {
     config.validate()?;
-    match (device, dtype) {
-        (Device::Cpu(_), DType::Bf16) => Err(Error::Config("bf16 needs a GPU; use f32 on a CPU".into())),
-        (Device::Cuda(_), DType::F64) => Err(Error::Config("f64 needs a CPU; use --device cpu, or bf16 or f32 on a GPU".into())),
+    match (device, storage) {
+        (Device::Cuda(_), Storage::F64) => Err(Error::Config("f64 needs a CPU; use --device cpu, or bf16 or f32 on a GPU".into())),
+        (Device::Cuda(_), Storage::Int8) => {
+            Err(Error::Config("int8 weights need a CPU; use --device cpu, or bf16 or f32 on a GPU".into()))
+        }
         (Device::Cuda(_), _) => cuda::supports(config),
         (Device::Cpu(_), _) => Ok(()),
     }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use ttt::data::{Document, Documents, Piece, Pieces, SourceFile, Tokenizer};
+use ttt::data::{Document, Documents, Pieces, SourceFile, TextPiece, Tokenizer};
 
 fn file(folder: &Path, name: &str, contents: &[u8]) -> SourceFile {
     let path = folder.join(name);
@@ -11,16 +11,15 @@ fn file(folder: &Path, name: &str, contents: &[u8]) -> SourceFile {
     SourceFile { name: name.into(), path }
 }
 
-/// Name, ids, prompt ids, bytes and prompt bytes of every document.
-fn read(
-    file: &SourceFile,
-    separator: Option<&str>,
-    tokenizer: &Tokenizer,
-) -> ttt::Result<Vec<(String, Vec<u32>, usize, usize, usize)>> {
-    let mut all: Vec<(String, Vec<u32>, usize, usize, usize)> = Vec::new();
+/// Name, ids, prompt ids, bytes and prompt bytes of a document.
+type Whole = (String, Vec<u32>, usize, usize, usize);
+
+/// Every document.
+fn read(file: &SourceFile, separator: Option<&str>, tokenizer: &Tokenizer) -> ttt::Result<Vec<Whole>> {
+    let mut all: Vec<Whole> = Vec::new();
     let mut open = false;
     for piece in Pieces::open(file, separator, tokenizer)? {
-        let Piece { begins, ids, prompt, bytes, prompt_bytes, ends } = piece?;
+        let TextPiece { begins, ids, prompt, bytes, prompt_bytes, ends } = piece?;
         assert_eq!(begins.is_some(), !open, "a document begins where the last one ended");
         assert!(bytes < 300_000 || !file.name.ends_with("txt"), "a piece of {bytes} bytes");
         if let Some(name) = begins {

@@ -63,16 +63,16 @@ proptest! {
             let (mut read, mut since) = (Vec::new(), 0usize);
             for step in 0..3 * of_sequence as u64 {
                 for i in 0..per_step {
-                    let pieces = all.pieces(tokens, step, stream..stream + 1, i);
-                    let rows: usize = pieces.iter().map(|p| p.tokens.len()).sum();
+                    let stretches = all.stretches(tokens, step, stream..stream + 1, i);
+                    let rows: usize = stretches.iter().map(|p| p.tokens.len()).sum();
                     prop_assert!(rows.abs_diff(segment) < mini_batch && (reset_at_documents || rows == segment));
-                    for piece in pieces {
-                        prop_assert!(!piece.tokens.is_empty() && piece.stream == stream);
-                        prop_assert!(piece.fresh || since % mini_batch == 0);
-                        let crosses = documents.iter().any(|d| piece.tokens.start < d.start && d.start < piece.tokens.end);
-                        prop_assert!(!reset_at_documents || (!crosses && piece.fresh >= begins(piece.tokens.start)));
-                        since = if piece.fresh { 0 } else { since } + piece.tokens.len();
-                        read.extend(piece.tokens.map(|t| (t, piece.fresh)));
+                    for stretch in stretches {
+                        prop_assert!(!stretch.tokens.is_empty() && stretch.stream == stream);
+                        prop_assert!(stretch.fresh || since % mini_batch == 0);
+                        let crosses = documents.iter().any(|d| stretch.tokens.start < d.start && d.start < stretch.tokens.end);
+                        prop_assert!(!reset_at_documents || (!crosses && stretch.fresh >= begins(stretch.tokens.start)));
+                        since = if stretch.fresh { 0 } else { since } + stretch.tokens.len();
+                        read.extend(stretch.tokens.map(|t| (t, stretch.fresh)));
                     }
                 }
             }

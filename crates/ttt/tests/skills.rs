@@ -231,7 +231,8 @@ fn what_is_no_skill_of_this_model_is_refused_and_changes_nothing() {
         refused(&damaged, part);
     }
     let last = tensors.len() - 1;
-    let cases: [(&dyn Fn(&mut Tensors), &str); 5] = [
+    type Change<'c> = &'c dyn Fn(&mut Tensors);
+    let cases: [(Change<'_>, &str); 5] = [
         (&|t| t[last].2[3] = f32::NAN, "holds NaN at element 3"),
         (&|t| t[last].2[0] = f32::INFINITY, "holds inf"),
         (&|t| t[last].1.push(1), "has shape"),

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use ttt::Storage;
 use ttt::config::Config;
 use ttt::device::{Device, probe};
 use ttt::train::Settings;
@@ -17,7 +18,7 @@ use ttt::train::Settings;
 use crate::args::{Bench, BenchWhat, DeviceName, InnerName};
 use crate::commands::plan;
 use crate::commands::train::settings::is_assignment;
-use crate::{model, units};
+use crate::{Usage, model, units};
 
 /// What the machine reaches.
 #[derive(Clone, Copy)]
@@ -58,9 +59,14 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     if args.what == Some(BenchWhat::State) {
         return state::run(args, &config, &device, out);
     }
+    let dtype = args.dtype.unwrap_or(Storage::F32);
+    if dtype != Storage::F32 && !matches!(args.what, None | Some(BenchWhat::Prefill | BenchWhat::Decode)) {
+        return Err(Usage(format!("--dtype {dtype} is for prefill and decode")).into());
+    }
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
     device.memory().trim();
     let all = match args.what {
+        None if dtype != Storage::F32 => vec![work::prefill(args, &config, &device)?, work::decode(args, &config, &device)?],
         None => vec![
             work::train(args, &config, &device)?,
             work::prefill(args, &config, &device)?,
@@ -74,7 +80,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     };
     if args.json {
         let object = json!({
-            "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()),
+            "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()), "dtype": dtype.to_string(),
             "matmul_flops": ceilings.flops, "read_bandwidth": ceilings.bandwidth,
             "results": all.iter().map(|m| m.json(&ceilings)).collect::<Vec<_>>(),
         });
@@ -86,7 +92,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         "{}; this machine reaches {:.0} GFLOP/s in a matrix product and {:.1} GB/s of memory\n",
         match device.as_cuda() {
             Some(gpu) => gpu.info().name.clone(),
-            None => format!("{} threads, {:?} kernels", device.threads(), device.kernels()),
+            None => format!("{} threads, {:?} kernels, {dtype} weights", device.threads(), device.kernels()),
         },
         ceilings.flops / 1e9,
         ceilings.bandwidth / 1e9
@@ -159,7 +165,7 @@ fn config(args: &Bench) -> Result<Config> {
         settings.apply_override(assignment)?;
     }
     if from_folder && (args.preset.is_some() || args.inner.is_some()) {
-        return Err(crate::Usage("a model folder has its own size and inner model; leave out --preset and --inner".into()).into());
+        return Err(Usage("a model folder has its own size and inner model; leave out --preset and --inner".into()).into());
     }
     if let Some(preset) = &args.preset {
         set_preset(&mut settings, preset)?;

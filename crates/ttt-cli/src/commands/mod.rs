@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub mod bench;
+pub mod chat;
 pub mod completions;
 pub mod convert;
 pub mod doctor;
@@ -10,6 +11,7 @@ pub mod import;
 pub mod info;
 pub mod kernels;
 pub mod plan;
+pub mod quantize;
 pub mod read;
 pub mod state;
 pub mod task;

@@ -21,10 +21,11 @@ const WINDOW: u64 = 100_000;
 pub fn run(args: &Read, out: &mut dyn Write) -> Result<()> {
     let sources = Sources::resolve(&args.files)?;
     let folder = model::resolve(&args.model)?;
-    let lm = model::load(&folder, &args.device, Some(args.dtype))?;
+    let mut lm = model::load(&folder, &args.device, args.dtype)?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer, such as --tokenizer bytes", folder.display());
     };
+    model::load_skill(&mut lm, args.skill.as_deref(), Some(&tokenizer))?;
     let Start { states, pending } = state::start(&lm, args.state_in.as_deref(), Some(&tokenizer))?;
     let mut reader = Reader { lm: &lm, start: Start { states, pending }, speed: Speed::new(), tokens: 0 };
     if args.state_in.is_none() {

@@ -7,9 +7,8 @@ use serde_json::json;
 use ttt::config::Inner;
 use ttt::hub::write_atomic;
 use ttt::state::StateFile;
-use ttt::tensor::DType;
 
-use crate::args::{Precision, State, StateDiff, StateFork, StateInfo};
+use crate::args::{State, StateDiff, StateFork, StateInfo};
 use crate::{model, units};
 
 /// Runs the command.
@@ -27,8 +26,7 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
     let header = state.header();
     let moved = match &args.model {
         Some(path) => {
-            let precision = if header.dtype == DType::F64 { Precision::F64 } else { Precision::F32 };
-            let lm = model::load(path, &args.device, Some(precision))?;
+            let lm = model::load(path, &args.device, Some(header.dtype.into()))?;
             let mut states = lm.states(1)?;
             let initial = StateFile::from_bytes(states.to_bytes(0, &lm, &[], None)?)?;
             // Only a restored state is one of this model for sure.

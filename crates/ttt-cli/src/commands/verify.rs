@@ -4,6 +4,8 @@ use std::io::Write;
 
 use anyhow::{Result, bail};
 
+use ttt::tensor::DType;
+
 use crate::Usage;
 use crate::args::Verify;
 use crate::model;
@@ -13,7 +15,7 @@ pub fn run(args: &Verify, out: &mut dyn Write) -> Result<()> {
     if !(args.tolerance >= 0.0 && args.tolerance.is_finite()) {
         return Err(Usage(format!("--tolerance {} is not a number from 0 up", args.tolerance)).into());
     }
-    let lm = model::load(&args.model, &args.device, Some(args.dtype))?;
+    let lm = model::load(&args.model, &args.device, Some(DType::from(args.dtype).into()))?;
     let all = ttt::verify::verify(&lm, &args.reference)?;
     let width = all.iter().map(|c| c.name.len()).max().unwrap_or(0);
     writeln!(out, "{:width$}  {:>10}  {:>10}", "", "error", "relative")?;

@@ -36,6 +36,15 @@ fn a_skill_is_learned_and_used() {
     assert_ne!(of("runs/skill")["hash"], of("m")["hash"]);
     place.run(&["info", "runs/skill/skill.safetensors"]).ok().says(&["skill       \"skill\"", "from 2,560 tokens", "base"]);
 
+    // A state belongs to the model with its skill.
+    place.write("start.txt", "12 yellow");
+    place.run(&[&["read", "m", "start.txt", "--state-out", "s.state"][..], &skill].concat()).ok();
+    let go_on = |model: &str, more: &[&str]| {
+        place.run(&[&["generate", model, "-p", " sub", "-n", "9", "--state-in", "s.state"][..], more].concat())
+    };
+    assert_eq!(go_on("m", &skill).ok().out, go_on("runs/skill", &[]).ok().out);
+    go_on("m", &[]).fails(1, &["s.state"]);
+
     // Another model, another tokenizer, another file.
     place.train(&["--out", "other", "--seed", "1", "-q"]).ok();
     let with = |more: &[&'static str]| [&["generate", "m", "-p", "a", "-n", "1"][..], more].concat();

@@ -23,7 +23,7 @@ mod writer;
 
 pub use default_corpus::{DefaultCorpus, default_corpus, default_corpus_in};
 pub use document::{Document, Documents};
-pub use pieces::{Piece, Pieces};
+pub use pieces::{Pieces, TextPiece};
 pub use sampler::{Examples, Sampler};
 pub use source::{SourceFile, Sources};
 pub use store::{Progress, Split, Store, StoreOptions};

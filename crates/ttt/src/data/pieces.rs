@@ -19,7 +19,7 @@ use crate::{
 
 /// Part of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct TextPiece {
     /// Name of the document, with its first piece.
     pub begins: Option<String>,
     /// Ids.
@@ -71,7 +71,7 @@ impl<'a> Pieces<'a> {
         self.taken.load(Ordering::Relaxed)
     }
 
-    fn next_piece(&mut self) -> Result<Option<Piece>> {
+    fn next_piece(&mut self) -> Result<Option<TextPiece>> {
         match &mut self.source {
             Source::Plain(text) => {
                 let mut begins = None;
@@ -89,7 +89,7 @@ impl<'a> Pieces<'a> {
                     text.more(1)?;
                 }
                 let ends = text.ended && text.text.is_empty();
-                Ok(Some(Piece { begins, ids, prompt: 0, bytes: next, prompt_bytes: 0, ends }))
+                Ok(Some(TextPiece { begins, ids, prompt: 0, bytes: next, prompt_bytes: 0, ends }))
             }
             Source::Lines(lines) => {
                 let (document, from, begins) = match self.open.take() {
@@ -105,23 +105,23 @@ impl<'a> Pieces<'a> {
                 let len = document.text.len();
                 if let Some(prompt_bytes) = document.completion_from {
                     let (ids, prompt) = document.encode(self.tokenizer)?;
-                    return Ok(Some(Piece { begins, ids, prompt, bytes: len, prompt_bytes, ends: true }));
+                    return Ok(Some(TextPiece { begins, ids, prompt, bytes: len, prompt_bytes, ends: true }));
                 }
                 let (range, next) = cut::piece(self.tokenizer, &document.text, from)?;
                 let ids = self.tokenizer.encode(&document.text[range])?;
                 if next < len {
                     self.open = Some((document, next));
                 }
-                Ok(Some(Piece { begins, ids, prompt: 0, bytes: next - from, prompt_bytes: 0, ends: next == len }))
+                Ok(Some(TextPiece { begins, ids, prompt: 0, bytes: next - from, prompt_bytes: 0, ends: next == len }))
             }
         }
     }
 }
 
 impl Iterator for Pieces<'_> {
-    type Item = Result<Piece>;
+    type Item = Result<TextPiece>;
 
-    fn next(&mut self) -> Option<Result<Piece>> {
+    fn next(&mut self) -> Option<Result<TextPiece>> {
         if self.done {
             return None;
         }

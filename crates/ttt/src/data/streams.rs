@@ -72,11 +72,11 @@ impl Streams {
         self.sampler.seq_len() / (self.cut.segment * self.cut.per_step)
     }
 
-    /// What some of the streams read in segment `segment` of `step`: each a piece, or with resets at documents one for every
+    /// What some of the streams read in segment `segment` of `step`: each a stretch, or with resets at documents one for every
     /// document that it meets.
-    pub fn pieces(&self, tokens: &Tokens, step: u64, streams: Range<usize>, segment: usize) -> Vec<Stretch> {
+    pub fn stretches(&self, tokens: &Tokens, step: u64, streams: Range<usize>, segment: usize) -> Vec<Stretch> {
         let steps = self.steps_per_sequence();
-        let mut pieces = Vec::new();
+        let mut stretches = Vec::new();
         for stream in streams {
             let ahead = step + (stream % steps) as u64;
             let (round, part) = (ahead / steps as u64, (ahead % steps as u64) as usize);
@@ -90,11 +90,11 @@ impl Streams {
                 let document = if self.cut.reset_at_documents { tokens.document_around(at) } else { window.clone() };
                 let end = document.end.min(range.end);
                 let fresh = (starts && at == range.start) || (self.cut.reset_at_documents && at == document.start);
-                pieces.push(Stretch { stream, tokens: at..end, fresh });
+                stretches.push(Stretch { stream, tokens: at..end, fresh });
                 at = end;
             }
         }
-        pieces
+        stretches
     }
 
     /// Where the cut planned at token `at` of a window is made: a document is cut at a multiple of the mini-batch from where it

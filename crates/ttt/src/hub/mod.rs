@@ -14,7 +14,7 @@ pub mod skill;
 pub mod weights;
 
 pub use atomic::{write_atomic, write_folder};
-pub use folder::{ModelFolder, SaveOptions, save};
+pub use folder::{ModelFolder, Quantized, SaveOptions, save};
 pub use hash::{base_hash, model_hash};
 pub use skill::{Skill, SkillInfo};
 pub use weights::FileDType;

@@ -10,7 +10,7 @@ use super::hash::base_hash;
 use super::safetensors::{Dtype, File, write};
 use super::weights;
 use crate::params::{ParamId, Params};
-use crate::tensor::with_dtype;
+use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// Key of the format's version.
@@ -106,27 +106,22 @@ impl Skill {
     ///
     /// # Errors
     /// [`Error::Format`]: a skill of another model, with other tensors than this model's W0, or with numbers that are not finite.
-    pub fn apply(&self, params: &mut Params) -> Result<()> {
-        if params.data().device().as_cuda().is_some() {
-            let mut on_cpu = params.on_cpu()?.into_owned();
-            self.apply(&mut on_cpu)?;
-            *params = on_cpu.to(params.data().device(), params.dtype())?;
-            return Ok(());
-        }
+    pub fn apply(&self, weights: &mut Weights) -> Result<()> {
         let path = self.file.path();
-        let base = base_hash(params);
+        let base = base_hash(weights);
         if self.base != base {
             return Err(Error::format(
                 path,
                 format!(
-                    "the skill {:?} was learned for another model (base {}, this one's is {}); `ttt info MODEL` shows a model's base",
+                    "the skill {:?} was learned for another model (base {}, this one's is {}); `ttt info MODEL` shows a model's base{}",
                     self.info.name,
                     &self.base[..16],
-                    &base[..16]
+                    &base[..16],
+                    if weights.storage().is_narrow() { ", and --dtype f32 leaves its numbers as they are" } else { "" }
                 ),
             ));
         }
-        let table = params.table().clone();
+        let table = weights.table().clone();
         let initial = |name: &str| table.find(name).is_some_and(|id| table.entry(id).initial_state);
         if let Some(name) = self.file.names().find(|name| !initial(name)) {
             return Err(Error::format(path, format!("`{name}` is none of the model's initial fast weights")));
@@ -142,12 +137,7 @@ impl Skill {
             loaded.push((ParamId(index), values));
         }
         for (id, values) in loaded {
-            with_dtype!(params.data().dtype(), E => {
-                use crate::tensor::Element;
-                for (x, value) in params.values_mut::<E>(id).iter_mut().zip(&values) {
-                    *x = E::from_f64(f64::from(*value));
-                }
-            });
+            weights.set(id, &values);
         }
         Ok(())
     }

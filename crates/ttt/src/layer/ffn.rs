@@ -25,10 +25,10 @@ impl FeedForward {
     /// `x [n, D]` to `[n, D]`, and the pre-activations `[gate | up] [n, 2 I]`.
     pub(super) fn forward(&self, pass: &Pass<'_>, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
-        let gate_up = linear::forward(normed.view(), pass.weights.operand(self.gate, self.up))?;
+        let gate_up = linear::forward(normed.view(), pass.weights.matrices(self.gate, self.up))?;
         drop(normed);
         let hidden = swiglu::forward(gate_up.view())?;
-        let mut y = linear::forward(hidden.view(), pass.weights.operand(self.down, self.down))?;
+        let mut y = linear::forward(hidden.view(), pass.weights.matrix(self.down))?;
         add::add_to(y.view_mut(), x.view());
         Ok((y, gate_up))
     }

@@ -1,7 +1,5 @@
 //! The TTT layer (paper section 2): projections, convolutions, RoPE, the inner loop, post-norm, gate and output projection.
 
-use std::borrow::Cow;
-
 use crate::Result;
 use crate::config::{Config, Inner};
 use crate::device::view::View;
@@ -11,6 +9,7 @@ use crate::ops::rope::Direction;
 use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::params::{ParamId, Params, TttIds};
 use crate::tensor::{Tensor, with_dtype};
+use crate::weights::Weights;
 
 /// LayerNorm's epsilon is fixed in all official code.
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -47,14 +46,14 @@ pub struct TttSaved {
 }
 
 /// A pass of a GPU on the CPU (see [`TttLayer::statistics`]).
-struct OnCpu<'a> {
-    weights: Cow<'a, Params>,
+struct OnCpu {
+    weights: Weights,
     rope: rope::Table,
     saved: TttSaved,
     end: FastWeights,
 }
 
-impl OnCpu<'_> {
+impl OnCpu {
     fn pass<'b>(&'b self, gpu: &Pass<'b>) -> Pass<'b> {
         Pass { weights: &self.weights, rope: &self.rope, ..*gpu }
     }
@@ -132,11 +131,11 @@ impl TttLayer {
     }
 
     /// Slot `slot` starts from the learned initial weights.
-    pub fn start(&self, weights: &Params, fast: &mut FastWeights, slot: usize) {
+    pub fn start(&self, weights: &Weights, fast: &mut FastWeights, slot: usize) {
         fast.start(slot, &self.initial(weights));
     }
 
-    fn initial<'a>(&self, weights: &'a Params) -> Vec<View<'a>> {
+    fn initial<'a>(&self, weights: &'a Weights) -> Vec<View<'a>> {
         self.ids.initial.iter().map(|id| weights.view(*id)).collect()
     }
 
@@ -144,9 +143,9 @@ impl TttLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn fast_weights(&self, weights: &Params, slots: usize) -> Result<FastWeights> {
-        let data = weights.data();
-        FastWeights::zeros(data.device(), data.dtype(), self.inner, slots, self.heads, self.head_dim, self.mini_batch)
+    pub fn fast_weights(&self, weights: &Weights, slots: usize) -> Result<FastWeights> {
+        let (device, dtype) = (weights.device(), weights.storage().dtype());
+        FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.head_dim, self.mini_batch)
     }
 
     /// `x [n, D]` (normed) to `[n, D]`. Without a state every segment starts from the learned initial weights.
@@ -162,7 +161,7 @@ impl TttLayer {
     ) -> Result<(Tensor, Option<TttSaved>)> {
         let Learned { projected, qk, lr, tok, z, inner, window } = self.learn(pass, x, self.last_projection(), fast, window)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
-        let out = linear::forward(y.view(), pass.weights.operand(self.ids.o_proj, self.ids.o_proj))?;
+        let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
         Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner, window })))
     }
 
@@ -182,11 +181,11 @@ impl TttLayer {
         let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
-            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.operand(g_proj, g_proj))?),
+            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.matrix(g_proj))?),
             None => None,
         };
         let y = self.output(pass, gate.as_ref().map(Tensor::view), &z)?;
-        linear::forward(y.view(), pass.weights.operand(self.ids.o_proj, self.ids.o_proj))
+        linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
@@ -207,7 +206,7 @@ impl TttLayer {
             Some(window) if group.is_some() && ids.convs.is_some() => Some(window.copy()?),
             _ => None,
         };
-        let mut projected = linear::forward(x, w.operand(ids.q_proj, last))?;
+        let mut projected = linear::forward(x, w.matrices(ids.q_proj, last))?;
         let qk = match ids.convs {
             Some(convs) => {
                 let shared = self.block(&projected, 0);
@@ -295,7 +294,7 @@ impl TttLayer {
             Some(Carried { fast, qk_conv, .. }) => (fast, qk_conv.as_mut()),
             None => {
                 let state_len = FastWeights::state_len(self.inner, self.head_dim);
-                let zeros = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], w.data().dtype())?;
+                let zeros = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], w.storage().dtype())?;
                 (nothing.insert(zeros), None)
             }
         };
@@ -406,7 +405,7 @@ impl TttLayer {
     }
 
     /// What statistics read, on the CPU, when it lies in a GPU's memory.
-    fn on_cpu<'a>(&self, pass: &Pass<'a>, saved: &TttSaved, end: &FastWeights) -> Result<Option<OnCpu<'a>>> {
+    fn on_cpu(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Option<OnCpu>> {
         let Some(gpu) = saved.z.device().as_cuda() else { return Ok(None) };
         let host = gpu.host();
         let on_cpu = |tensor: &Tensor| tensor.to(host);
@@ -423,7 +422,12 @@ impl TttLayer {
             inner: saved.inner.on_cpu(host, pass.segments, self.heads, self.mini_batch)?,
             window: None,
         };
-        Ok(Some(OnCpu { weights: pass.weights.on_cpu()?, rope: pass.rope.to(host)?, saved, end: end.to(host)? }))
+        Ok(Some(OnCpu {
+            weights: pass.weights.float().on_cpu()?.into_owned().into(),
+            rope: pass.rope.to(host)?,
+            saved,
+            end: end.to(host)?,
+        }))
     }
 
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {

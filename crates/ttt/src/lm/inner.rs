@@ -32,12 +32,13 @@ impl Lm {
     /// A token outside the vocabulary, or memory.
     ///
     /// # Panics
-    /// As [`Lm::forward`]; when a slot is inside a mini-batch.
+    /// When the batch names a slot twice, starts one afresh, or names one that is inside a mini-batch.
     pub fn forward_measured(&self, batch: &Batch, states: &mut States) -> Result<(Tensor, Vec<InnerErrors>)> {
         self.check_tokens(&batch.tokens)?;
+        assert!(batch.seqs.iter().all(|s| !s.fresh), "a measured pass starts a sequence afresh");
         self.device.install(|| {
             let (x, errors) = self.measure(batch, states, Block::inner_errors)?;
-            let hidden = rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)?;
+            let hidden = rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)?;
             Ok((hidden, errors))
         })
     }
@@ -51,8 +52,8 @@ impl Lm {
     ) -> Result<(Tensor, Vec<T>)> {
         let segments = states.segments(batch);
         let keep = Keep::Saved { group: 1 };
-        let pass = Pass { weights: &self.params, segments: &segments, routes: None, rope: &self.rope, inner_lr: 1.0, keep };
-        let mut x = embedding::forward(&batch.tokens, self.params.operand(self.ids.embed, self.ids.embed))?;
+        let pass = Pass { weights: &self.weights, segments: &segments, routes: None, rope: &self.rope, inner_lr: 1.0, keep };
+        let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
         let mut all = Vec::with_capacity(self.blocks.len());
         for (block, state) in self.blocks.iter().zip(&mut states.layers) {
             let (y, saved) = block.forward(&pass, x, Some(&mut *state))?;

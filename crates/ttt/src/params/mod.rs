@@ -153,6 +153,13 @@ impl Params {
         &mut self.data.as_mut_slice()[range]
     }
 
+    /// Replaces a parameter in a GPU's memory that products do not read.
+    pub(crate) fn upload(&mut self, id: ParamId, values: &[f32]) {
+        assert_eq!(self.table.entry(id).elements(), values.len(), "numbers of a parameter");
+        let to = self.view(id).address();
+        self.data.device().as_cuda().expect("a GPU").context().upload(to, values);
+    }
+
     /// One parameter as a matrix `[all axes but the last, last axis]`.
     pub fn view(&self, id: ParamId) -> View<'_> {
         self.fused(id, id)

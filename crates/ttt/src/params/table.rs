@@ -36,6 +36,12 @@ impl Entry {
         self.offset..self.offset + self.elements()
     }
 
+    /// Whether it is one of the large matrices, which a model for reading only may store narrow: a projection, the embedding or
+    /// the output matrix.
+    pub fn is_matrix(&self) -> bool {
+        self.shape.len() == 2 && self.name.ends_with(".weight")
+    }
+
     /// `[rows, cols]`: all axes but the last are rows.
     pub fn matrix_shape(&self) -> [usize; 2] {
         let cols = self.shape.last().copied().unwrap_or(1);

@@ -467,11 +467,11 @@ impl StateHeader {
                 self.mini_batch, config.mini_batch_size
             ));
         }
-        if self.dtype != model.params().data().dtype() {
+        if self.dtype != model.weights().storage().dtype() {
             return refuse(format!(
                 "the state was made in {:?} and the model runs in {:?}: run it in the state's precision (--dtype)",
                 self.dtype,
-                model.params().data().dtype()
+                model.weights().storage().dtype()
             ));
         }
         if self.model != model.hash() {

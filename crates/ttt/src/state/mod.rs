@@ -35,7 +35,7 @@ impl States {
         };
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for block in model.blocks() {
-            let fast = block.ttt().fast_weights(model.params(), slots)?;
+            let fast = block.ttt().fast_weights(model.weights(), slots)?;
             layers.push(LayerState { fast, pre_conv: window(config.pre_conv)?, qk_conv: window(config.share_qk)? });
         }
         let mut states = States { layers, positions: vec![0; slots], mini_batch: config.mini_batch_size };
@@ -56,7 +56,7 @@ impl States {
                 let per_slot = tensor.len() / tensor.shape()[0];
                 tensor.fill_zero_range(slot * per_slot..(slot + 1) * per_slot);
             }
-            block.ttt().start(model.params(), &mut layer.fast, slot);
+            block.ttt().start(model.weights(), &mut layer.fast, slot);
         }
     }
 

@@ -153,8 +153,15 @@ impl<'j> Run<'j> {
         })?;
 
         let dtype = settings.train.precision.dtype(&job.device);
+        if dtype == DType::Bf16 && job.device.as_cuda().is_none() {
+            return Err(Error::Config("train.precision=bf16 needs a GPU; use auto or f32 on a CPU".into()));
+        }
         let mut model = match &settings.model.folder {
-            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, dtype)?,
+            Some(folder) => {
+                let folder = ModelFolder::open(folder)?;
+                folder.check_trainable()?;
+                Lm::from_folder(&folder, &config, &job.device, dtype)?
+            }
             None => Lm::new(&config, &job.device, dtype, settings.train.seed)?,
         };
         let mut optimizer = match settings.train.only_initial_state {
@@ -335,7 +342,7 @@ impl<'j> Run<'j> {
         // Of each group of streams the segments of the step.
         let (tokens, at_once) = (self.corpus.train(), settings.micro_batch());
         let streams = |first: usize| first..first + at_once;
-        let segment = |first, i| segment_batch(tokens, &self.streams.pieces(tokens, self.state.step, streams(first), i));
+        let segment = |first, i| segment_batch(tokens, &self.streams.stretches(tokens, self.state.step, streams(first), i));
         let segments = |first| (0..self.streams.per_step()).map(|i| segment(first, i)).collect();
         let groups: Vec<Vec<MicroBatch>> = (0..self.streams.streams()).step_by(at_once).map(segments).collect();
         match &mut self.carried {
@@ -457,11 +464,11 @@ impl<'j> Run<'j> {
     }
 }
 
-/// Pieces of the token stream as a batch: that of stream i is in slot i.
-fn segment_batch(tokens: &Tokens, pieces: &[Stretch]) -> MicroBatch {
+/// Stretches of the token stream as a batch: those of stream i are in slot i.
+fn segment_batch(tokens: &Tokens, stretches: &[Stretch]) -> MicroBatch {
     let mut micro = MicroBatch::default();
     let (mut inputs, mut mask) = (Vec::new(), Vec::new());
-    for Stretch { stream, tokens: Range { start, end }, fresh } in pieces.iter().cloned() {
+    for Stretch { stream, tokens: Range { start, end }, fresh } in stretches.iter().cloned() {
         inputs.clear();
         tokens.read(start..end, &mut inputs);
         match fresh {

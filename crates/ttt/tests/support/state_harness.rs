@@ -1,5 +1,6 @@
 //! What a state file may do to a program that reads it, whatever bytes it holds: nothing but to be restored or refused. Used by
 //! the tests and by the fuzzer.
+#![allow(dead_code)]
 
 use std::sync::Arc;
 

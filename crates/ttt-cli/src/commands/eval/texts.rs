@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::{Result, bail};
 use serde_json::json;
-use ttt::data::{Piece, Pieces, Sources, Tokenizer};
+use ttt::data::{Pieces, Sources, TextPiece, Tokenizer};
 use ttt::eval::{Evaluation, Judge, Judged, Report, report_svg};
 use ttt::lm::Lm;
 
@@ -101,7 +101,7 @@ impl<'a> Reader<'a> {
 
     /// Reads a piece; returns the sums of a document that it ends. Where the tokenizer has a token that begins a text, that is read
     /// first, or the state's pending token, so that the document's first token is predicted too; a prompt is read and not judged.
-    fn read(&mut self, piece: Piece, show: &dyn Fn(&Evaluation)) -> Result<Option<Evaluation>> {
+    fn read(&mut self, piece: TextPiece, show: &dyn Fn(&Evaluation)) -> Result<Option<Evaluation>> {
         let Reader { judge, report, start, .. } = self;
         let mut sink = |judged: &Judged<'_>| {
             report.add(judged);

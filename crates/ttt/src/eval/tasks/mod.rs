@@ -54,12 +54,10 @@ pub struct Alphabet {
 }
 
 impl Alphabet {
-    /// Printable bytes: 52 letters as keys, 42 digits and signs as values, the space between.
+    /// Bytes: 26 capital letters as keys, 26 small ones as values, the space between.
     pub fn bytes() -> Alphabet {
-        let ids = |range: std::ops::RangeInclusive<u8>| range.map(u32::from);
-        let keys = ids(b'A'..=b'Z').chain(ids(b'a'..=b'z')).collect();
-        let values = ids(b'!'..=b'@').chain(ids(b'['..=b'`')).chain(ids(b'{'..=b'~')).collect();
-        Alphabet { keys, values, filler: b' '.into() }
+        let ids = |range: std::ops::RangeInclusive<u8>| range.map(u32::from).collect();
+        Alphabet { keys: ids(b'A'..=b'Z'), values: ids(b'a'..=b'z'), filler: b' '.into() }
     }
 
     /// Ids of any vocabulary: 0 is the filler, the lower half of the others are keys, the upper half values.

@@ -1,4 +1,4 @@
-//! Multi-query associative recall (MQAR; Arora et al., Zoology, arXiv 2312.04927): `A1 B7 ...`, then keys of these in any order,
+//! Multi-query associative recall (MQAR; Arora et al., Zoology, arXiv 2312.04927): `Ax Kb ...`, then keys of these in any order,
 //! each followed by its value.
 
 use super::{Alphabet, Example, Random, invalid};

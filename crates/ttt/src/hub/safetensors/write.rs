@@ -65,6 +65,14 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// BF16 elements.
+    pub fn bf16s(name: impl Into<String>, shape: &[usize], values: &'a [bf16]) -> Source<'a> {
+        Source::new(name, Dtype::BF16, shape, move |w| match cfg!(target_endian = "little") {
+            true => w.write_all(bytemuck::cast_slice(values)),
+            false => stream(w, values, |x| Ok(x.to_le_bytes())),
+        })
+    }
+
     /// Floating-point elements that lie in several places, one behind the other, written in their own type.
     pub fn parts<E: Element>(name: impl Into<String>, shape: &[usize], parts: Vec<&'a [E]>) -> Source<'a> {
         let dtype = if E::DTYPE == DType::F64 { Dtype::F64 } else { Dtype::F32 };
