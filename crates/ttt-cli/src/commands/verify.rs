@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use anyhow::{Result, bail};
-
 use ttt::tensor::DType;
 
 use crate::Usage;

@@ -126,7 +126,7 @@ pub fn load(
 ) -> Result<Weights> {
     if device.as_cuda().is_some() {
         let read = load(files, path, int8, table, &device.cpu_beside(), Storage::F32)?;
-        let dtype = if storage == Storage::Bf16 { DType::Bf16 } else { storage.dtype() };
+        let dtype = if storage == Storage::Bf16 { crate::tensor::DType::Bf16 } else { storage.dtype() };
         return Ok(read.float().to(device, dtype)?.into());
     }
     let stored = Stored::find(files, path, int8, table)?;

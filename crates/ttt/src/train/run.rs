@@ -15,6 +15,7 @@ use crate::lm::Lm;
 use crate::ops::adamw;
 use crate::plan;
 use crate::state::States;
+use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
 use crate::train::corpus::{self, Corpus};
 use crate::train::lock::{self, RunLock};
