@@ -416,7 +416,7 @@ def run_bench(args):
             device.torch.cuda.synchronize()
             continue
         if T == 1:
-            ms = device.milliseconds(lambda: [bench.decode() for _ in range(20)]) / 20
+            ms = device.milliseconds(device.graph(bench.decode, 20)) / 20
             print(json.dumps(dict(bench="ttt_linear", plain=args.plain, B=B, H=H, d=d, decode_ms=round(ms, 5),
                                   weights_GBps=round(B * H * 4 * (d * d + d) / ms / 1e6))), flush=True)
             continue
