@@ -1,8 +1,12 @@
 //! What can be typed. What it means is in [`crate::commands`].
 
+mod eval;
+
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub use eval::{Report, Task, TaskArgs, TaskName};
 
 /// Language models whose hidden state is itself a model that learns while it reads (TTT-Linear and TTT-MLP, arXiv 2407.04620).
 #[derive(Debug, Parser)]
@@ -29,18 +33,32 @@ A MODEL is a folder with config.json and model.safetensors, or the folder of a r
 pub enum Command {
     /// Train a model, or go on with a run
     Train(Train),
-    /// Measure how well a model predicts texts that are new to it
+    /// Measure how well a model predicts texts that are new to it, or does a task
     Eval(Eval),
+    /// Write training files of a task: recall, a needle in a haystack, copying
+    Task(Task),
     /// Continue a text
     Generate(Generate),
+    /// Learn texts of any length into a state file, in constant memory
+    Read(Read),
+    /// Describe, compare and copy state files
+    #[command(subcommand)]
+    State(State),
+    /// Talk with a model whose state goes on learning
+    Chat(Chat),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
     Plan(Plan),
-    /// Describe a model folder or a run
+    /// Describe a model folder, a run or a skill file
     Info(Info),
     /// Write a model in another number type, or in several files
     Convert(Convert),
+    /// Make a model folder of a checkpoint of the official JAX code
+    #[command(after_help = IMPORT_EXAMPLES)]
+    Import(Import),
+    /// Write a model with bf16 or int8 matrices, and say what that changes
+    Quantize(Quantize),
     /// Train a tokenizer, or try one
     #[command(subcommand)]
     Tokenizer(Tokenizer),
@@ -62,7 +80,8 @@ Examples:
   ttt train model.inner=mlp optimizer.learning_rate=2e-3
   ttt train --data 'texts/*.txt' --data more.jsonl.gz --tokens 10M --out runs/mine
   ttt train --resume runs/mine                         go on; exactly as if it had not stopped
-  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model";
+  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model
+  ttt train --only-initial-state --init-from runs/mine --data letters.txt --out runs/letters";
 
 /// Arguments of `ttt train`.
 #[derive(Debug, clap::Args)]
@@ -86,6 +105,9 @@ pub struct Train {
     /// Start from the weights, shape and tokenizer of a trained model
     #[arg(long, value_name = "MODEL")]
     pub init_from: Option<PathBuf>,
+    /// Learn a skill: the initial fast weights of the model of --init-from, and nothing else; written to skill.safetensors
+    #[arg(long)]
+    pub only_initial_state: bool,
     /// Compute activations again in the backward pass instead of keeping them: slower, needs less memory
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
@@ -102,14 +124,30 @@ pub struct Train {
     pub quiet: bool,
 }
 
+const EVAL_HELP: &str = "\
+Every token is predicted before anything is learned from it. A position is the number of tokens that the state had read before; \
+its loss comes with a 95 % interval over documents, or, of fewer than 8, over sixteenths of a bucket in a document. The inner losses \
+are the mean squared errors of each layer's inner models on the last token of every mini-batch: under the initial weights W0, \
+before its update, and after it.
+
+Examples:
+  ttt eval runs/tiny --data book.txt --plot book.svg
+  ttt eval runs/tiny --data texts/ --per-document --context 2048
+  ttt eval runs/recall --task recall --pairs 4,8,16
+  ttt eval runs/tiny --task needle --haystack corpus --lengths 1000,4000 --plot needle.svg";
+
 /// Arguments of `ttt eval`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EVAL_HELP)]
 pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
-    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    #[arg(long, value_name = "PATH", required_unless_present = "task", num_args = 1..)]
     pub data: Vec<String>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
@@ -123,14 +161,24 @@ pub struct Eval {
     /// Also print the result of each document
     #[arg(long)]
     pub per_document: bool,
+    /// Judge every document as the continuation of what this state file has read
+    #[arg(long, value_name = "STATE", conflicts_with = "context")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state after the document, of which there may be only one, to this file
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
+    #[command(flatten)]
+    pub report: Report,
     #[command(flatten)]
     pub device: DeviceArgs,
+    #[command(flatten)]
+    pub task: TaskArgs,
 }
 
 /// Arguments of `ttt generate`.
@@ -139,6 +187,9 @@ pub struct Generate {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Text to continue
     #[arg(long, short, value_name = "TEXT", group = "input")]
     pub prompt: Option<String>,
@@ -169,15 +220,21 @@ pub struct Generate {
     /// Print the prompt as well
     #[arg(long)]
     pub echo: bool,
+    /// Go on after what this state file has read; no token that begins a text is added, and the prompt may be empty
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state at the end to this file; --state-in continues from it as if there had been no end
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
     /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
     #[arg(long, value_name = "bytes|FILE")]
     pub tokenizer: Option<String>,
     /// Print one JSON object with the new `tokens`, their `text` (null without a tokenizer) and `logprobs`, when all is done
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Say how fast it was, on the standard error
@@ -185,10 +242,155 @@ pub struct Generate {
     pub verbose: bool,
 }
 
+const READ_EXAMPLES: &str = "\
+Between documents stand the tokens that end and begin one, as in training. A text file is one document, read piece by piece; a \
+line of a .jsonl file is one.
+
+Examples:
+  ttt read runs/tiny book.txt --state-out book.state                       read a book once
+  ttt generate runs/tiny --state-in book.state -p ' And then'              ask it many times
+  ttt read runs/tiny more.txt --state-in book.state --state-out both.state";
+
+/// Arguments of `ttt read`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = READ_EXAMPLES)]
+pub struct Read {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Files, folders or 'globs' of texts, as for `ttt train`, read one after the other into one state
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<String>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
+    /// File to write the state to
+    #[arg(long, value_name = "STATE")]
+    pub state_out: PathBuf,
+    /// Go on after what this state file has read; no token that begins a text is added
+    #[arg(long, value_name = "STATE")]
+    pub state_in: Option<PathBuf>,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Print a JSON object, with speed and resident memory for every 100,000 tokens
+    #[arg(long)]
+    pub json: bool,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// The commands of `ttt state`.
+#[derive(Debug, Subcommand)]
+pub enum State {
+    /// Describe a state: what made it, how much it has read, its size
+    Info(StateInfo),
+    /// Say how far apart two states of one model are
+    Diff(StateDiff),
+    /// Copy a state, so that both can go on from it
+    Fork(StateFork),
+}
+
+/// Arguments of `ttt state info`.
+#[derive(Debug, clap::Args)]
+pub struct StateInfo {
+    /// The state file
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Also say how far the fast weights of each layer have moved from this model's initial ones
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `ttt state diff`.
+#[derive(Debug, clap::Args)]
+pub struct StateDiff {
+    /// A state file
+    #[arg(value_name = "A")]
+    pub a: PathBuf,
+    /// Another of the same model
+    #[arg(value_name = "B")]
+    pub b: PathBuf,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ttt state fork`.
+#[derive(Debug, clap::Args)]
+pub struct StateFork {
+    /// The state file to copy
+    #[arg(value_name = "STATE")]
+    pub file: PathBuf,
+    /// Files to write; every copy is read again and compared
+    #[arg(value_name = "NEW", required = true)]
+    pub new: Vec<PathBuf>,
+    /// Overwrite files that exist
+    #[arg(long)]
+    pub force: bool,
+}
+
 const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
-[b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
+[b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
+
+/// Arguments of `ttt chat`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  ttt read runs/tiny book.txt --state-out book.state\n  ttt chat runs/tiny --state book.state\n\nIn the conversation /help lists what can be done: /save /load /undo /fork /switch /stats /quit."
+)]
+pub struct Chat {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Go on from this state file [default: from the beginning]
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
+    /// Plain text that the model continues, even where it has a chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// The system's message, for models with a chat template
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// End an answer once it contains this text; can be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Tokens of an answer at most
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
+    pub max_new_tokens: usize,
+    /// Divides the logits: below 1 is more careful, 0 always takes the likeliest token
+    #[arg(long, short, value_name = "T", default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens; 0 means all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Seed of the choice; the same seed and lines give the same conversation
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
 
 /// Arguments of `ttt verify`.
 #[derive(Debug, clap::Args)]
@@ -230,7 +432,7 @@ pub struct Plan {
 /// Arguments of `ttt info`.
 #[derive(Debug, clap::Args)]
 pub struct Info {
-    /// Folder of a model or a run
+    /// Folder of a model or a run, or a skill file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// Also list every tensor
@@ -256,6 +458,79 @@ pub struct Convert {
     /// Start another file before one is larger than this, such as 500MB or 2GiB [default: one file]
     #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_bytes)]
     pub max_shard_size: Option<u64>,
+}
+
+const IMPORT_EXAMPLES: &str = "\
+Shapes and kinds come from the file. What it does not tell has the value of the official training scripts, \
+and can be given as key=value with the names of config.json.
+
+Examples:
+  ttt import exp/125m/streaming_train_state models/125m --tokenizer llama/tokenizer.json
+  ttt import streaming_params models/1.3b rope_theta=500000 --dtype bf16
+  ttt verify models/125m reference.safetensors     whether it computes what the original does";
+
+/// Arguments of `ttt import`.
+#[derive(Debug, clap::Args)]
+pub struct Import {
+    /// The file streaming_params or streaming_train_state, or the folder it is in
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Fields of config.json that the file does not tell, such as ttt_base_lr=0.1
+    #[arg(value_name = "key=value")]
+    pub overrides: Vec<String>,
+    /// Tokenizer of the model to put beside it: `bytes`, or a tokenizer.json or its folder [default: none]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Number type of the weights: f32, bf16 or f16
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: ttt::hub::FileDType,
+    /// Start another file before one is larger than this, such as 500MB or 2GiB [default: one file]
+    #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_bytes)]
+    pub max_shard_size: Option<u64>,
+}
+
+const QUANTIZE_HELP: &str = "\
+The projections, the embedding and the output matrix become narrow; norms, gates, convolutions and the initial fast weights stay \
+f32. A bf16 folder has the official names, and other programs read it. An int8 folder has a scale for each row (output) and is for \
+this program alone; training does not start from it. How well both models predict is measured on the same text.
+
+Examples:
+  ttt quantize runs/tiny small --to int8
+  ttt quantize models/125m 125m-bf16 --to bf16 --data book.txt --tokens 50000";
+
+/// Arguments of `ttt quantize`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = QUANTIZE_HELP)]
+pub struct Quantize {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Type of the matrices: bf16 or int8
+    #[arg(long, value_name = "TYPE")]
+    pub to: ttt::Storage,
+    /// Files, folders or 'globs' of texts to measure on [default: the Rust sources that the tiny run keeps for validation]
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "no_eval")]
+    pub data: Vec<String>,
+    /// Read at most so many tokens of them
+    #[arg(long, value_name = "N", default_value_t = 16_384, value_parser = clap::value_parser!(u64).range(2..1 << 40))]
+    pub tokens: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Do not measure
+    #[arg(long)]
+    pub no_eval: bool,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// The commands of `ttt tokenizer`.
@@ -328,7 +603,8 @@ Examples:
   ttt bench prefill --preset 125m --inner mlp --length 512
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
-  ttt bench ops                                          every operation on its own";
+  ttt bench ops                                          every operation on its own
+  ttt bench state                                        saving and restoring a state";
 
 /// Arguments of `ttt bench`.
 #[derive(Debug, clap::Args)]
@@ -355,9 +631,15 @@ pub struct Bench {
     /// Measurements, after one that does not count
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive())]
     pub repeat: u64,
+    /// prefill and decode: type that the large matrices are held in, f32, bf16 or int8 [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     /// train: only forward and backward, without clip and AdamW
     #[arg(long)]
     pub no_optimizer: bool,
+    /// train: learn the initial fast weights alone
+    #[arg(long, conflicts_with = "no_optimizer")]
+    pub only_initial_state: bool,
     /// prefill: logits of every position, not of the last one only
     #[arg(long)]
     pub all_logits: bool,
@@ -386,6 +668,8 @@ pub enum BenchWhat {
     Decode,
     // Every operation on its own
     Ops,
+    // Saving and restoring a state
+    State,
 }
 
 /// An inner model.

@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod model;
 mod progress;
+mod state;
 mod units;
 
 use std::io::{ErrorKind, Write};
@@ -36,11 +37,17 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     match &args.command {
         Command::Train(args) => commands::train::run(args, out),
         Command::Eval(args) => commands::eval::run(args, out),
+        Command::Task(args) => commands::task::run(args, out),
         Command::Generate(args) => commands::generate::run(args, out),
+        Command::Read(args) => commands::read::run(args, out),
+        Command::State(command) => commands::state::run(command, out),
+        Command::Chat(args) => commands::chat::run(args, out),
         Command::Verify(args) => commands::verify::run(args, out),
         Command::Plan(args) => commands::plan::run(args, out),
         Command::Info(args) => commands::info::run(args, out),
         Command::Convert(args) => commands::convert::run(args, out),
+        Command::Import(args) => commands::import::run(args, out),
+        Command::Quantize(args) => commands::quantize::run(args, out),
         Command::Tokenizer(command) => commands::tokenizer::run(command, out),
         Command::Bench(args) => commands::bench::run(args, out),
         Command::Doctor(args) => commands::doctor::run(args, out),

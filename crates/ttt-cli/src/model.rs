@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ttt::Storage;
 use ttt::data::Tokenizer;
 use ttt::device::{Device, Kernels};
+use ttt::hub::ModelFolder;
 use ttt::lm::Lm;
 use ttt::tensor::DType;
 use ttt::train::checkpoint::Checkpoints;
@@ -47,6 +49,16 @@ pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<Lm> {
     Lm::load(&folder, device, dtype).context("cannot load the model")
 }
 
+/// The model of a folder, its weights held as `storage`, or else as the folder stores them.
+pub fn load_as(folder: &Path, device: &Device, storage: Option<Storage>) -> Result<Lm> {
+    let load = || {
+        let folder = ModelFolder::open(folder)?;
+        let storage = storage.map_or_else(|| folder.storage(), Ok)?;
+        Lm::from_folder(&folder, folder.config(), device, storage)
+    };
+    load().context("cannot load the model")
+}
+
 /// The tokenizer that was named, or else the model folder's own, if there is one; checked to fit the model.
 pub fn tokenizer(named: Option<&str>, folder: &Path, vocab_size: usize) -> Result<Option<Tokenizer>> {
     let tokenizer = match named {
@@ -58,6 +70,16 @@ pub fn tokenizer(named: Option<&str>, folder: &Path, vocab_size: usize) -> Resul
         bail!("the tokenizer has {} ids, but the model only {vocab_size}; name the model's own with --tokenizer", t.vocab_size());
     }
     Ok(tokenizer)
+}
+
+/// Loads a skill over a model, when one is named; it must have been learned with the model's tokenizer.
+pub fn load_skill(lm: &mut Lm, skill: Option<&Path>, tokenizer: Option<&Tokenizer>) -> Result<()> {
+    let Some(path) = skill else { return Ok(()) };
+    let info = lm.load_skill(path)?;
+    if tokenizer.is_some_and(|t| t.fingerprint() != info.tokenizer) {
+        bail!("{}: the skill {:?} was learned with another tokenizer than this one", path.display(), info.name);
+    }
+    Ok(())
 }
 
 /// Starts the device; 0 threads means all processors.

@@ -23,12 +23,14 @@ pub struct Seq {
     pub len: usize,
     /// Slot of the states that it continues (see [`crate::state::States`]).
     pub slot: usize,
+    /// Whether it starts the slot afresh, from the learned initial weights, instead of continuing it.
+    pub fresh: bool,
 }
 
 impl Batch {
     /// One sequence in slot 0.
     pub fn one(tokens: &[u32]) -> Batch {
-        Batch { tokens: tokens.to_vec(), seqs: vec![Seq { first_row: 0, len: tokens.len(), slot: 0 }] }
+        Batch { tokens: tokens.to_vec(), seqs: vec![Seq { first_row: 0, len: tokens.len(), slot: 0, fresh: false }] }
     }
 
     /// Sequences of any lengths in the slots 0, 1, ...
@@ -42,7 +44,17 @@ impl Batch {
 
     /// Adds a sequence that continues `slot`.
     pub fn push(&mut self, tokens: &[u32], slot: usize) {
-        self.seqs.push(Seq { first_row: self.tokens.len(), len: tokens.len(), slot });
+        self.add(tokens, slot, false);
+    }
+
+    /// Adds a sequence that starts `slot` afresh, as the next document of a stream does. The slot may have other sequences before
+    /// it in the batch; what is left in it is the state of the last.
+    pub fn push_fresh(&mut self, tokens: &[u32], slot: usize) {
+        self.add(tokens, slot, true);
+    }
+
+    fn add(&mut self, tokens: &[u32], slot: usize, fresh: bool) {
+        self.seqs.push(Seq { first_row: self.tokens.len(), len: tokens.len(), slot, fresh });
         self.tokens.extend_from_slice(tokens);
     }
 

@@ -6,6 +6,7 @@ use rand_core::{Rng, SeedableRng};
 use crate::batch::Batch;
 use crate::lm::Lm;
 use crate::state::States;
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// How the next token is chosen.
@@ -124,17 +125,10 @@ impl<'m> Generator<'m> {
         if tokens.is_empty() {
             return Err(Error::Invalid("there is no token to continue from: give a prompt of at least one token".into()));
         }
-        let chunks = tokens.chunks(PREFILL_CHUNK).count();
-        for (i, chunk) in tokens.chunks(PREFILL_CHUNK).enumerate() {
-            let mut batch = Batch::default();
-            batch.push(chunk, slot);
-            // Only the last token's prediction is wanted, so most of the last block's work is not.
-            let hidden = self.model.forward_rows(&batch, states, &[chunk.len() - 1])?;
-            if i + 1 == chunks {
-                self.logits.clear();
-                let logits = self.model.logits(&hidden, &[0])?;
-                self.logits.extend(logits.to_f64_vec().iter().map(|x| *x as f32));
-            }
+        if let Some(hidden) = prefill(self.model, states, slot, tokens)? {
+            self.logits.clear();
+            let logits = self.model.logits(&hidden, &[0])?;
+            self.logits.extend(logits.to_f64_vec().iter().map(|x| *x as f32));
         }
         Ok(())
     }
@@ -152,6 +146,26 @@ impl<'m> Generator<'m> {
         let unit = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         choose(&self.logits, &self.sampling, unit)
     }
+}
+
+/// Reads any number of tokens into slot `slot`, in constant memory, where no prediction is wanted.
+///
+/// # Errors
+/// A token outside the vocabulary, or memory.
+pub fn learn(model: &Lm, states: &mut States, slot: usize, tokens: &[u32]) -> Result<()> {
+    prefill(model, states, slot, tokens).map(|_| ())
+}
+
+/// Reads tokens in chunks; returns the final hidden row `[1, D]` of the last.
+fn prefill(model: &Lm, states: &mut States, slot: usize, tokens: &[u32]) -> Result<Option<Tensor>> {
+    let mut last = None;
+    for chunk in tokens.chunks(PREFILL_CHUNK) {
+        let mut batch = Batch::default();
+        batch.push(chunk, slot);
+        // Only the last token's prediction is wanted, so most of the last block's work is not.
+        last = Some(model.forward_rows(&batch, states, &[chunk.len() - 1])?);
+    }
+    Ok(last)
 }
 
 #[cfg(test)]

@@ -74,15 +74,19 @@
 //! Dependencies point one way: `train`, `eval`, `generate` use [`lm`], which uses [`layer`], which uses [`ops`] on a [`device`].
 
 pub mod batch;
+mod chart;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod dstates;
 mod error;
 pub mod eval;
 pub mod generate;
 pub mod hub;
+pub mod import;
 pub mod layer;
 pub mod lm;
+pub mod narrow;
 pub mod ops;
 pub mod params;
 pub mod plan;
@@ -90,11 +94,14 @@ pub mod state;
 pub mod tensor;
 pub mod train;
 pub mod verify;
+pub mod weights;
 
 pub use batch::Batch;
 pub use config::Config;
 pub use device::Device;
+pub use dstates::DStates;
 pub use error::{AtPath, Error, Result};
 pub use lm::Lm;
 pub use state::States;
 pub use tensor::DType;
+pub use weights::{Storage, Weights};

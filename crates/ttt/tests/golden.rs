@@ -32,7 +32,7 @@ fn check(golden: &Golden, device: &Device, dtype: DType, keep: Keep) -> Vec<Chec
     let loss: f64 = nll.iter().zip(&weights).map(|(n, w)| n * w).sum();
     checked.push(("loss".to_owned(), relative(&[loss], golden.array("loss")), 1e-6));
 
-    model.backward(&batch, saved.unwrap(), dhidden, &mut grads).unwrap();
+    model.backward(&batch, saved.unwrap(), dhidden, None, &mut grads).unwrap();
     let flat = grads.data().to_f64_vec();
     for (i, entry) in model.params().table().entries().iter().enumerate() {
         let name = format!("grad.{}", entry.name);

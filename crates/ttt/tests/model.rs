@@ -56,7 +56,7 @@ fn gradient(model: &Lm, batch: &Batch, targets: &[u32], weights: &[f64], keep: K
     let mut grads = Params::zeros(model.params().table(), model.device(), model.dtype()).unwrap();
     let (hidden, saved) = model.forward(batch, None, keep, 0.7).unwrap();
     let (nll, dhidden) = model.loss(&hidden, targets, weights, &mut grads).unwrap();
-    model.backward(batch, saved.unwrap(), dhidden, &mut grads).unwrap();
+    model.backward(batch, saved.unwrap(), dhidden, None, &mut grads).unwrap();
     (nll.iter().zip(weights).map(|(n, w)| n * w).sum(), grads)
 }
 

@@ -129,7 +129,7 @@ fn logits_and_gradient(config: &Config, device: &Device) -> Result<[Vec<f64>; 2]
     let logits = lm.logits(&hidden, &(0..n).collect::<Vec<_>>())?.to_f64_vec();
     let mut grads = Params::zeros(lm.params().table(), device, DType::F32)?;
     let (_, dhidden) = lm.loss(&hidden, &ids, &vec![1.0 / n as f64; n], &mut grads)?;
-    lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?;
+    lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, None, &mut grads)?;
     Ok([logits, grads.data().to_f64_vec()])
 }
 

@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use ttt::data::Tokenizer;
-use ttt::generate::{Generator, Sampling};
-use ttt::tensor::DType;
+use ttt::generate::{Generator, Sampling, learn};
 
 use crate::args::Generate;
+use crate::progress::warn;
+use crate::state::{self, Start};
 use crate::{model, units};
 
 /// Runs the command.
@@ -17,14 +18,31 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     sampling.validate()?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load_as(&folder, &device, args.dtype)?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
+    model::load_skill(&mut lm, args.skill.as_deref(), tokenizer.as_ref())?;
+    if let Some(warning) = tokenizer.as_ref().and_then(|t| t.unused_ids(lm.config().vocab_size)) {
+        warn(&warning);
+    }
     let (prompt, text) = prompt(args, tokenizer.as_ref())?;
+    let Start { mut states, mut pending } = state::start(&lm, args.state_in.as_deref(), tokenizer.as_ref())?;
+    pending.extend(prompt);
+    let prompt = pending;
+    let Some(last) = prompt.len().checked_sub(1) else {
+        bail!(
+            "there is nothing to continue: give a text with --prompt (neither the state nor the tokenizer has a token to begin with)"
+        );
+    };
 
     let start = Instant::now();
-    let mut states = lm.states(1)?;
     let mut generator = Generator::new(&lm, sampling)?;
-    generator.read(&mut states, 0, &prompt)?;
+    // Accepted but not read: what a continuation begins with.
+    let mut pending = prompt[last];
+    if args.max_new_tokens > 0 {
+        generator.read(&mut states, 0, &prompt)?;
+    } else {
+        learn(&lm, &mut states, 0, &prompt[..last])?;
+    }
     let read = start.elapsed().as_secs_f64();
 
     let eos = match &tokenizer {
@@ -39,6 +57,7 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     let start = Instant::now();
     while tokens.len() < args.max_new_tokens {
         let choice = generator.choose();
+        pending = choice.token;
         if !args.no_eos && Some(choice.token) == eos {
             break;
         }
@@ -51,9 +70,18 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     }
     let written = start.elapsed().as_secs_f64();
     let text = output.finish()?;
+    let saved = match &args.state_out {
+        Some(path) => Some(state::save(&states, &lm, &[pending], tokenizer.as_ref(), path)?),
+        None => None,
+    };
     if args.json {
-        let object = serde_json::json!({"tokens": tokens, "text": text, "logprobs": logprobs});
+        let mut object = serde_json::json!({"tokens": tokens, "text": text, "logprobs": logprobs});
+        if let Some(saved) = &saved {
+            object["state"] = saved.json();
+        }
         writeln!(out, "{object}")?;
+    } else if let Some(saved) = &saved {
+        writeln!(std::io::stderr(), "{saved}")?;
     }
     if args.verbose {
         // The last token is chosen but not read.
@@ -79,6 +107,9 @@ fn prompt(args: &Generate, tokenizer: Option<&Tokenizer>) -> Result<(Vec<u32>, S
         return Ok((ids.clone(), text));
     }
     let Some(tokenizer) = tokenizer else {
+        if args.state_in.is_some() && args.prompt.is_none() && args.prompt_file.is_none() {
+            return Ok(Default::default());
+        }
         bail!("the model has no tokenizer; name one with --tokenizer, or give ids with --prompt-tokens");
     };
     let text = match (&args.prompt, &args.prompt_file) {
@@ -91,11 +122,8 @@ fn prompt(args: &Generate, tokenizer: Option<&Tokenizer>) -> Result<(Vec<u32>, S
         (None, Some(path)) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
         (None, None) => String::new(),
     };
-    let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let mut ids: Vec<u32> = tokenizer.bos().filter(|_| args.state_in.is_none()).into_iter().collect();
     ids.extend(tokenizer.encode(&text)?);
-    if ids.is_empty() {
-        bail!("there is nothing to continue: give a text with --prompt (this tokenizer has no token that begins a text)");
-    }
     Ok((ids, text))
 }
 

@@ -1,13 +1,19 @@
 //! One file per command.
 
 pub mod bench;
+pub mod chat;
 pub mod completions;
 pub mod convert;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod import;
 pub mod info;
 pub mod plan;
+pub mod quantize;
+pub mod read;
+pub mod state;
+pub mod task;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;

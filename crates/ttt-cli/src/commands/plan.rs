@@ -5,10 +5,11 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use ttt::Storage;
 use ttt::config::{Config, Inner};
 use ttt::layer::Keep;
 use ttt::params::ParamTable;
-use ttt::plan::{Memory, flops, inference_memory, training_memory};
+use ttt::plan::{Memory, Segments, flops, inference_memory, segmented_memory, training_memory, weight_bytes};
 use ttt::train::Settings;
 
 use crate::args::Plan;
@@ -21,16 +22,22 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     settings.validate()?;
     let config = settings.model_config()?;
     let batch = args.batch.map_or(settings.micro_batch(), |n| n as usize);
-    let length = args.length.map_or(settings.train.sequence_length, |n| n as usize);
+    let length = args.length.map_or(settings.segment_length(), |n| n as usize);
     let group = settings.train.checkpoint_group.max(1);
     let lens = vec![length; batch];
+    let training = |keep| match settings.planned_segments() {
+        // All sequences of a step carry states, those of other micro-batches too.
+        Some(segments) => segmented_memory(&config, &lens, keep, Segments { slots: segments.slots.max(batch), ..segments }),
+        None => training_memory(&config, &lens, keep),
+    };
     let memory = [
-        ("training", training_memory(&config, &lens, Keep::Saved { group })),
-        ("training_recompute_block", training_memory(&config, &lens, Keep::Input { group })),
+        ("training", training(Keep::Saved { group })),
+        ("training_recompute_block", training(Keep::Input { group })),
         ("inference", inference_memory(&config, batch, length)),
     ];
     let parameters = ParamTable::new(&config).0.parameters();
     let flops = flops(&config);
+    let stored = [Storage::F32, Storage::Bf16, Storage::Int8].map(|storage| (storage.to_string(), weight_bytes(&config, storage)));
     if args.json {
         let mut object = json!({
             "parameters": parameters, "batch": batch, "length": length,
@@ -39,6 +46,8 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
                 "training": flops.training,
             },
         });
+        object["inference_weight_bytes"] =
+            stored.iter().map(|(storage, bytes)| (storage.clone(), json!(bytes))).collect::<serde_json::Map<_, _>>().into();
         object["memory_bytes"] = Value::Object(memory.iter().map(|(name, m)| ((*name).to_owned(), parts(m))).collect());
         writeln!(out, "{object}")?;
         return Ok(());
@@ -72,6 +81,8 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
         });
         writeln!(out, "  {name:14}{a:>14}{b:>20}{c:>14}")?;
     }
+    let stored = stored.map(|(storage, bytes)| format!("{} as {storage}", units::bytes(bytes as u64)));
+    writeln!(out, "\nweights for inference: {}", stored.join(", "))?;
     Ok(())
 }
 

@@ -2,10 +2,18 @@
 #![allow(missing_docs)]
 
 mod bad_input;
+#[cfg(unix)]
+mod chat;
 mod commands;
+mod evaluate;
 mod flow;
+mod quantize;
+mod skills;
+mod state;
 #[cfg(unix)]
 mod stop;
+#[cfg(unix)]
+mod terminal;
 mod verify;
 
 use std::path::{Path, PathBuf};

@@ -12,6 +12,9 @@ const SEARCH: usize = 1 << 13;
 /// Bytes on each side of a cut of which the ids are compared.
 const CONTEXT: usize = 256;
 
+/// Bytes of a text after which [`piece`] finds the same first piece in its beginning as in all of it.
+pub(super) const ENOUGH: usize = PIECE + 2 * CONTEXT;
+
 /// The first piece of `text[from..]`, and where the next one starts.
 ///
 /// A cut is taken before a space if `encode(left) + encode(right) == encode(left + right)` for the text around it. Some tokenizers

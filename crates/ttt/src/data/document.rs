@@ -2,6 +2,7 @@
 
 use std::{
     io::BufRead,
+    path::Path,
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -11,7 +12,8 @@ use crate::{
     Error, Result,
     data::{
         cut,
-        read::{self, Packing},
+        plain::{PlainText, not_utf8},
+        read::{self, Opened, Packing},
         source::SourceFile,
         tokenizer::Tokenizer,
     },
@@ -51,17 +53,14 @@ impl Document {
 /// `prompt` and `completion`. Any other file is one document, or several with lines between them that hold only the separator.
 /// A byte order mark at the beginning is left out.
 pub struct Documents<'a> {
-    file: &'a SourceFile,
-    separator: Option<&'a str>,
-    reader: Box<dyn BufRead + Send>,
+    source: Source<'a>,
     taken: Arc<AtomicU64>,
-    /// Whether each line is a JSON object.
-    lines: bool,
-    /// Bytes, lines and documents that were read.
-    bytes: u64,
-    line: u64,
-    documents: u64,
     done: bool,
+}
+
+enum Source<'a> {
+    Lines(Lines<'a>),
+    Plain(PlainText<'a>),
 }
 
 impl<'a> Documents<'a> {
@@ -70,13 +69,13 @@ impl<'a> Documents<'a> {
     /// # Errors
     /// A file that cannot be opened.
     pub fn open(file: &'a SourceFile, separator: Option<&'a str>) -> Result<Documents<'a>> {
-        let read::Opened { reader, taken } = read::open(&file.path)?;
-        let unpacked = match Packing::of(&file.path) {
-            Packing::Plain => file.path.clone(),
-            _ => file.path.with_extension(""),
+        let opened = read::open(&file.path)?;
+        let taken = opened.taken.clone();
+        let source = match is_lines(&file.path) {
+            true => Source::Lines(Lines::new(file, opened)),
+            false => Source::Plain(PlainText::new(file, separator, opened)),
         };
-        let lines = matches!(unpacked.extension().and_then(|e| e.to_str()), Some("jsonl" | "ndjson"));
-        Ok(Documents { file, separator, reader, taken, lines, bytes: 0, line: 0, documents: 0, done: false })
+        Ok(Documents { source, taken, done: false })
     }
 
     /// Counter of the bytes taken from the file, packed.
@@ -84,83 +83,14 @@ impl<'a> Documents<'a> {
         self.taken.clone()
     }
 
-    /// The next line with its end, or `None` at the end of the file.
-    fn next_line(&mut self) -> Result<Option<Vec<u8>>> {
-        let mut line = Vec::new();
-        let n = self.reader.read_until(b'\n', &mut line).map_err(|e| read::read_error(&self.file.path, e))?;
-        self.line += 1;
-        Ok((n > 0).then_some(line))
-    }
-
-    /// Checks bytes that start where `self.bytes` says, and moves past them.
-    fn utf8(&mut self, bytes: Vec<u8>) -> Result<String> {
-        let (start, len) = (self.bytes, bytes.len());
-        let text = String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            let message = format!(
-                "not UTF-8: byte {} is {:#04x}{}; convert the file, for example with `iconv -t UTF-8`",
-                start + at as u64,
-                e.as_bytes()[at],
-                if self.lines { format!(" (line {})", self.line) } else { String::new() }
-            );
-            Error::format(&self.file.path, message)
-        })?;
-        self.bytes += len as u64;
-        Ok(match text.strip_prefix('\u{FEFF}') {
-            Some(rest) if start == 0 => rest.to_owned(),
-            _ => text,
-        })
-    }
-
-    fn next_json(&mut self) -> Result<Option<Document>> {
-        while let Some(line) = self.next_line()? {
-            let text = self.utf8(line)?;
-            if text.trim().is_empty() {
-                continue;
-            }
-            let (text, completion_from) = parse(&text).map_err(|e| self.in_line(&e))?;
-            if !text.is_empty() {
-                return Ok(Some(Document { name: format!("{}:{}", self.file.name, self.line), text, completion_from }));
+    fn next_document(&mut self) -> Result<Option<Document>> {
+        match &mut self.source {
+            Source::Lines(lines) => lines.next_document(),
+            Source::Plain(plain) => {
+                let Some(name) = plain.begin(usize::MAX)? else { return Ok(None) };
+                Ok(Some(Document { name, text: std::mem::take(&mut plain.text), completion_from: None }))
             }
         }
-        Ok(None)
-    }
-
-    fn in_line(&self, message: &str) -> Error {
-        Error::format(&self.file.path, format!("line {}: {message}", self.line))
-    }
-
-    fn next_text(&mut self) -> Result<Option<Document>> {
-        let Some(separator) = self.separator else {
-            self.done = true;
-            let mut bytes = Vec::new();
-            self.reader.read_to_end(&mut bytes).map_err(|e| read::read_error(&self.file.path, e))?;
-            let text = self.utf8(bytes)?;
-            let document = Document { name: self.file.name.clone(), text, completion_from: None };
-            return Ok((!document.text.is_empty()).then_some(document));
-        };
-        while !self.done {
-            let mut bytes = Vec::new();
-            let mut separator_bytes = 0;
-            loop {
-                let Some(line) = self.next_line()? else {
-                    self.done = true;
-                    break;
-                };
-                if line.trim_ascii_end() == separator.as_bytes() {
-                    separator_bytes = line.len();
-                    break;
-                }
-                bytes.extend(line);
-            }
-            let text = self.utf8(bytes)?;
-            self.bytes += separator_bytes as u64;
-            self.documents += 1;
-            if !text.trim().is_empty() {
-                return Ok(Some(Document { name: format!("{}:{}", self.file.name, self.documents), text, completion_from: None }));
-            }
-        }
-        Ok(None)
     }
 }
 
@@ -171,11 +101,70 @@ impl Iterator for Documents<'_> {
         if self.done {
             return None;
         }
-        let next = if self.lines { self.next_json() } else { self.next_text() };
+        let next = self.next_document();
         if !matches!(next, Ok(Some(_))) {
             self.done = true;
         }
         next.transpose()
+    }
+}
+
+/// Whether each line of a file is a JSON object, by its name.
+pub(super) fn is_lines(path: &Path) -> bool {
+    let unpacked = match Packing::of(path) {
+        Packing::Plain => path.to_owned(),
+        _ => path.with_extension(""),
+    };
+    matches!(unpacked.extension().and_then(|e| e.to_str()), Some("jsonl" | "ndjson"))
+}
+
+/// The documents of a file of JSON lines.
+pub(super) struct Lines<'a> {
+    file: &'a SourceFile,
+    reader: Box<dyn BufRead + Send>,
+    /// Bytes and lines that were read.
+    bytes: u64,
+    line: u64,
+}
+
+impl<'a> Lines<'a> {
+    pub fn new(file: &'a SourceFile, opened: Opened) -> Lines<'a> {
+        Lines { file, reader: opened.reader, bytes: 0, line: 0 }
+    }
+
+    /// The next document, or `None` at the end of the file.
+    pub fn next_document(&mut self) -> Result<Option<Document>> {
+        loop {
+            let mut line = Vec::new();
+            let n = self.reader.read_until(b'\n', &mut line).map_err(|e| read::read_error(&self.file.path, e))?;
+            if n == 0 {
+                return Ok(None);
+            }
+            self.line += 1;
+            let text = self.utf8(line)?;
+            if text.trim().is_empty() {
+                continue;
+            }
+            let wrong = |message: String| Error::format(&self.file.path, format!("line {}: {message}", self.line));
+            let (text, completion_from) = parse(&text).map_err(wrong)?;
+            if !text.is_empty() {
+                return Ok(Some(Document { name: format!("{}:{}", self.file.name, self.line), text, completion_from }));
+            }
+        }
+    }
+
+    /// Checks bytes that start where `self.bytes` says, and moves past them.
+    fn utf8(&mut self, bytes: Vec<u8>) -> Result<String> {
+        let (start, len) = (self.bytes, bytes.len());
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            not_utf8(self.file, start + at as u64, e.as_bytes()[at], &format!(" (line {})", self.line))
+        })?;
+        self.bytes += len as u64;
+        Ok(match text.strip_prefix('\u{FEFF}') {
+            Some(rest) if start == 0 => rest.to_owned(),
+            _ => text,
+        })
     }
 }
 

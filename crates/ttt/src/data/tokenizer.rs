@@ -181,14 +181,34 @@ impl Tokenizer {
         self.eos
     }
 
+    /// Ids between two documents that are read one after the other: EOS and BOS, as far as there are two such ids.
+    pub fn between_documents(&self) -> impl Iterator<Item = u32> {
+        [self.eos, super::store::document_bos(self)].into_iter().flatten()
+    }
+
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
+    /// A sentence about ids of a model with `vocab_size` ids that stand for no text (padding, usually), when there are any.
+    pub fn unused_ids(&self, vocab_size: usize) -> Option<String> {
+        let used = match self.kind {
+            Kind::Bytes => self.bos.into_iter().chain(self.eos).map(|id| id as usize + 1).fold(256, usize::max),
+            Kind::HuggingFace(_) => self.vocab_size,
+        };
+        let last = vocab_size.checked_sub(1).filter(|last| used <= *last)?;
+        Some(format!("the model has {vocab_size} ids, the tokenizer makes {used}: ids {used} to {last} stand for no text"))
+    }
+
     /// SHA-256, in hexadecimal, of everything that determines ids.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// What a state file calls it: `bytes`, or the fingerprint. Ids of tokenizers with one name stand for the same text.
+    pub fn id(&self) -> &str {
+        if self.is_bytes() { "bytes" } else { &self.fingerprint }
     }
 
     /// Whether ids are the bytes of the text.

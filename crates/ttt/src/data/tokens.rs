@@ -220,6 +220,15 @@ impl Tokens {
         self.span(self.first_document() + i)
     }
 
+    /// Tokens of the document that token `at` belongs to.
+    ///
+    /// # Panics
+    /// When there is no such token.
+    pub fn document_around(&self, at: usize) -> Range<usize> {
+        let at = self.in_file(&(at..at + 1)).start;
+        self.span(self.file.document_at(at)).tokens
+    }
+
     fn span(&self, document: usize) -> DocumentSpan {
         let (first, next) = (self.file.first(document), self.file.first(document + 1));
         let (start, end) = (first.max(self.range.start), next.min(self.range.end));

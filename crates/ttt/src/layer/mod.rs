@@ -1,23 +1,26 @@
 //! The parts of the model: forward and backward over [`crate::ops`], holding parameter ids and never tensors.
 //!
 //! Everything here follows one pattern: `forward` returns its output and, when asked to keep something, a plain struct of what
-//! `backward` needs; `backward` adds parameter gradients to a flat [`Params`] and returns the gradient of its input. Sums over
+//! `backward` needs; `backward` adds parameter gradients to a flat [`Params`](crate::params::Params) and returns the gradient of its input. Sums over
 //! the several uses of one value (the residual stream, the input of q, k, v and the gates) are written out here, never in `ops/`.
 
 mod block;
+mod carry;
 mod ffn;
 mod pre_conv;
 mod ttt;
 
 pub use block::{Block, BlockSaved};
+pub(crate) use carry::routes;
+pub use carry::{Carried, Route};
 pub use ttt::{InnerStatistics, TttLayer, TttSaved};
 
 use crate::Result;
 use crate::batch::Segment;
 use crate::ops::inner::FastWeights;
 use crate::ops::rope;
-use crate::params::Params;
 use crate::tensor::Tensor;
+use crate::weights::Weights;
 
 /// What a forward pass keeps for the backward pass: the one switch between inference, training and recomputation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +43,11 @@ pub enum Keep {
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
     /// The model's parameters.
-    pub weights: &'a Params,
-    /// The sequences of the batch. In a pass without states sequence i is in slot i at the start of a mini-batch.
+    pub weights: &'a Weights,
+    /// The sequences of the batch. In a pass without states, or with routes, sequence i is in a slot i of its own.
     pub segments: &'a [Segment],
+    /// Of each sequence, the slots of the states that it comes from and goes to. Without routes it works in its slot itself.
+    pub routes: Option<&'a [Route]>,
     /// Rotary angles.
     pub rope: &'a rope::Table,
     /// Factor of the inner learning rate: below 1 while it warms up, otherwise 1.

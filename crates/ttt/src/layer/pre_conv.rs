@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::config::Config;
-use crate::layer::Pass;
+use crate::layer::{Pass, carry};
 use crate::ops::{add, conv, rms_norm};
 use crate::params::{ParamId, Params};
 use crate::tensor::Tensor;
@@ -33,11 +33,26 @@ impl PreConv {
         Ok(y)
     }
 
-    /// Gradient of `x` from the gradient of the output, for sequences that began with an empty window.
-    pub(super) fn backward(&self, pass: &Pass<'_>, x: &Tensor, dy: Tensor, grads: &mut Params) -> Result<Tensor> {
+    /// Gradient of `x` from the gradient of the output, for sequences that began with `window`, or with an empty one. `dwindow`
+    /// holds the gradient of the windows that they ended with and becomes that of the windows they began with.
+    pub(super) fn backward(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        dy: Tensor,
+        window: Option<&Tensor>,
+        dwindow: Option<&mut Tensor>,
+        grads: &mut Params,
+    ) -> Result<Tensor> {
         let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
         let [dw, db] = grads.views_mut([self.weight, self.bias]);
-        let dnormed = conv::backward(dy.view(), normed.view(), pass.weights.view(self.weight), pass.segments, None, dw, db, None)?;
+        let mut dstart = dwindow.as_deref().map(|w| carry::zeros(w, pass.segments.len())).transpose()?;
+        let w = pass.weights.view(self.weight);
+        let mut dnormed = conv::backward(dy.view(), normed.view(), w, pass.segments, window, dw, db, dstart.as_mut())?;
+        if let (Some(dwindow), Some(mut dstart)) = (dwindow, dstart) {
+            conv::backward_advance(dwindow, pass.segments, dnormed.view_mut(), &mut dstart);
+            *dwindow = dstart;
+        }
         let dnorm = grads.view_mut(self.norm);
         let mut dx = rms_norm::backward(dnormed.view(), x.view(), pass.weights.view(self.norm), self.eps, dnorm)?;
         add::add_to(dx.view_mut(), dy.view());

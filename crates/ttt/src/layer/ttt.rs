@@ -3,12 +3,13 @@
 use crate::Result;
 use crate::config::{Config, Inner};
 use crate::device::view::View;
-use crate::layer::Pass;
+use crate::layer::{Carried, Keep, Pass, carry};
 use crate::ops::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads};
 use crate::ops::rope::Direction;
 use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::params::{ParamId, Params, TttIds};
 use crate::tensor::{Tensor, with_dtype};
+use crate::weights::Weights;
 
 /// LayerNorm's epsilon is fixed in all official code.
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -40,6 +41,8 @@ pub struct TttSaved {
     z: Tensor,
     /// Kept fast weights.
     inner: inner::Saved,
+    /// The convolutions' window at the beginning, when the sequences had one.
+    window: Option<Tensor>,
 }
 
 /// What [`TttSaved`] has, whether or not fast weights were kept.
@@ -50,6 +53,7 @@ struct Learned {
     tok: Tensor,
     z: Tensor,
     inner: Option<inner::Saved>,
+    window: Option<Tensor>,
 }
 
 /// Squared errors of the inner loop, one value a full mini-batch, each a mean over sequences, heads and channels (the statistics
@@ -69,7 +73,7 @@ pub struct InnerStatistics {
 impl TttSaved {
     /// Bytes held for the backward pass.
     pub fn bytes(&self) -> usize {
-        let qk = self.qk.iter().flatten().map(Tensor::bytes).sum::<usize>();
+        let qk = self.qk.iter().flatten().chain(&self.window).map(Tensor::bytes).sum::<usize>();
         self.projected.bytes() + qk + self.lr.bytes() + self.tok.bytes() + self.z.bytes() + self.inner.bytes()
     }
 
@@ -113,7 +117,7 @@ impl TttLayer {
     }
 
     /// Slot `slot` starts from the learned initial weights.
-    pub fn start(&self, weights: &Params, fast: &mut FastWeights, slot: usize) {
+    pub fn start(&self, weights: &Weights, fast: &mut FastWeights, slot: usize) {
         let initial: Vec<View<'_>> = self.ids.initial.iter().map(|id| weights.view(*id)).collect();
         fast.start(slot, &initial);
     }
@@ -122,9 +126,9 @@ impl TttLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn fast_weights(&self, weights: &Params, slots: usize) -> Result<FastWeights> {
-        let data = weights.data();
-        FastWeights::zeros(data.device(), data.dtype(), self.inner, slots, self.heads, self.head_dim, self.mini_batch)
+    pub fn fast_weights(&self, weights: &Weights, slots: usize) -> Result<FastWeights> {
+        let (device, dtype) = (weights.device(), weights.storage().dtype());
+        FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.head_dim, self.mini_batch)
     }
 
     /// `x [n, D]` (normed) to `[n, D]`. Without a state every segment starts from the learned initial weights.
@@ -138,10 +142,10 @@ impl TttLayer {
         fast: Option<&mut FastWeights>,
         window: Option<&mut Tensor>,
     ) -> Result<(Tensor, Option<TttSaved>)> {
-        let Learned { projected, qk, lr, tok, z, inner } = self.learn(pass, x, self.last_projection(), fast, window)?;
+        let Learned { projected, qk, lr, tok, z, inner, window } = self.learn(pass, x, self.last_projection(), fast, window)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
-        let out = linear::forward(y.view(), pass.weights.view(self.ids.o_proj))?;
-        Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner })))
+        let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
+        Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner, window })))
     }
 
     /// [`TttLayer::forward`] of which only some rows are wanted: all tokens are learned from, but gate and output are computed
@@ -160,11 +164,11 @@ impl TttLayer {
         let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
-            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.view(g_proj))?),
+            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.matrix(g_proj))?),
             None => None,
         };
         let y = self.output(pass, gate.as_ref().map(Tensor::view), &z)?;
-        linear::forward(y.view(), pass.weights.view(self.ids.o_proj))
+        linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
@@ -177,7 +181,15 @@ impl TttLayer {
         window: Option<&mut Tensor>,
     ) -> Result<Learned> {
         let (w, ids) = (pass.weights, &self.ids);
-        let mut projected = linear::forward(x, w.fused(ids.q_proj, last))?;
+        let group = match pass.keep {
+            Keep::Saved { group } => Some(group),
+            _ => None,
+        };
+        let start = match &window {
+            Some(window) if group.is_some() && ids.convs.is_some() => Some(window.copy()?),
+            _ => None,
+        };
+        let mut projected = linear::forward(x, w.matrices(ids.q_proj, last))?;
         let qk = match ids.convs {
             Some(convs) => {
                 let shared = self.block(&projected, 0);
@@ -205,10 +217,6 @@ impl TttLayer {
         let lr = inner_lr::forward(x, w.view(ids.lr_weight), lr_bias, self.lr_scale(pass))?;
         let tok = token_scale::forward(w.view(ids.token_idx))?;
 
-        let group = match pass.keep {
-            super::Keep::Saved { group } => Some(group),
-            _ => None,
-        };
         let (z, inner) = {
             let inputs = self.inputs(pass, &projected, &qk, &lr, &tok);
             match fast {
@@ -222,23 +230,34 @@ impl TttLayer {
                 }
             }
         };
-        Ok(Learned { projected, qk, lr, tok, z, inner })
+        Ok(Learned { projected, qk, lr, tok, z, inner, window: start })
     }
 
-    /// Gradient of `x` from the gradient of the output, for a pass without a state.
+    /// Gradient of `x` from the gradient of the output. `dstate`, of one slot a sequence, holds the gradient of what the sequences
+    /// ended with and becomes that of what they began with; without it nothing follows them. The initial weights get the gradient
+    /// of the sequences that start from them.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn backward(&self, pass: &Pass<'_>, x: View<'_>, saved: TttSaved, dout: View<'_>, grads: &mut Params) -> Result<Tensor> {
+    pub fn backward(
+        &self,
+        pass: &Pass<'_>,
+        x: View<'_>,
+        saved: TttSaved,
+        dout: View<'_>,
+        dstate: Option<&mut Carried>,
+        grads: &mut Params,
+    ) -> Result<Tensor> {
         let (w, ids, d) = (pass.weights, &self.ids, self.hidden);
-        let TttSaved { projected, qk, lr, tok, z, inner } = saved;
+        let TttSaved { projected, qk, lr, tok, z, inner, window } = saved;
         let (device, dtype, n) = (&z.device().clone(), z.dtype(), x.rows());
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
         // Output projection, gate, post-norm.
-        let y = self.output(pass, self.gate(&projected), &z)?;
-        linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
-        drop(y);
+        if grads.holds(ids.o_proj) {
+            let y = self.output(pass, self.gate(&projected), &z)?;
+            linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
+        }
         let dy = linear::backward_input(dout, w.view(ids.o_proj))?;
         let (post_w, post_b) = ids.post_norm;
         let dnormed = match ids.g_proj {
@@ -255,8 +274,15 @@ impl TttLayer {
         drop((dnormed, z));
 
         // The inner loop.
-        let state_len = FastWeights::state_len(self.inner, self.head_dim);
-        let mut dstate = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], dtype)?;
+        let mut nothing = None;
+        let (dfast, dwindow) = match dstate {
+            Some(Carried { fast, qk_conv, .. }) => (fast, qk_conv.as_mut()),
+            None => {
+                let state_len = FastWeights::state_len(self.inner, self.head_dim);
+                let zeros = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], dtype)?;
+                (nothing.insert(zeros), None)
+            }
+        };
         let mut dlr = Tensor::empty(device, lr.shape(), dtype)?;
         let mut dtok = Tensor::zeros(device, tok.shape(), dtype)?;
         let mut dqk = match &qk {
@@ -276,30 +302,39 @@ impl TttLayer {
             let activations = InputGrads { dq, dk, dv, dlr: dlr.view_mut() };
             let parameters = ParamGrads { dtok: dtok.view_mut(), dgamma, dbeta };
             match self.inner {
-                Inner::Linear => ttt_linear::backward(&inputs, &inner, dz.view(), &mut dstate, activations, parameters)?,
-                Inner::Mlp => ttt_mlp::backward(&inputs, &inner, dz.view(), &mut dstate, activations, parameters)?,
+                Inner::Linear => ttt_linear::backward(&inputs, &inner, dz.view(), dfast, activations, parameters)?,
+                Inner::Mlp => ttt_mlp::backward(&inputs, &inner, dz.view(), dfast, activations, parameters)?,
             }
         }
         drop((inner, dz, qk));
-        self.add_initial_gradient(&dstate, grads);
-        drop(dstate);
+        self.add_initial_gradient(pass, dfast, grads);
+        drop(nothing);
         token_scale::backward(dtok.view(), w.view(ids.token_idx), grads.view_mut(ids.token_idx));
 
         // RoPE and convolutions.
         match (ids.convs, dqk) {
             (Some(convs), Some(dqk)) => {
-                let mut dshared: Option<Tensor> = None;
+                let start = || dwindow.as_deref().map(|w| carry::zeros(w, pass.segments.len())).transpose();
+                let (mut dshared, mut dstart): (Option<Tensor>, Option<Tensor>) = (None, None);
                 for ((weight, bias), mut dy) in convs.into_iter().zip(dqk) {
                     rope::rotate(dy.view_mut(), pass.rope, pass.segments, self.heads, Direction::Backward);
                     let [dweight, dbias] = grads.views_mut([weight, bias]);
                     let shared = self.block(&projected, 0);
-                    let dx = conv::backward(dy.view(), shared, w.view(weight), pass.segments, None, dweight, dbias, None)?;
-                    match &mut dshared {
-                        Some(sum) => add::add_to(sum.view_mut(), dx.view()),
-                        None => dshared = Some(dx),
+                    let mut dx_window = start()?;
+                    let (weight, dx_start) = (w.view(weight), dx_window.as_mut());
+                    let dx = conv::backward(dy.view(), shared, weight, pass.segments, window.as_ref(), dweight, dbias, dx_start)?;
+                    for (sum, part) in [(&mut dshared, Some(dx)), (&mut dstart, dx_window)] {
+                        match (sum, part) {
+                            (Some(sum), Some(part)) => add::add_to(sum.view_mut(), part.view()),
+                            (sum, part) => *sum = part,
+                        }
                     }
                 }
-                let dshared = dshared.expect("two convolutions");
+                let mut dshared = dshared.expect("two convolutions");
+                if let (Some(dwindow), Some(mut dstart)) = (dwindow, dstart) {
+                    conv::backward_advance(dwindow, pass.segments, dshared.view_mut(), &mut dstart);
+                    *dwindow = dstart;
+                }
                 add::copy_to(dprojected.view_mut().col_range(0..d), dshared.view());
             }
             _ => {
@@ -312,7 +347,9 @@ impl TttLayer {
 
         // The projections and the learning-rate gate read the same input.
         let (first, last) = (ids.q_proj, self.last_projection());
-        linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        if grads.holds(first) {
+            linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        }
         let mut dx = linear::backward_input(dprojected.view(), w.fused(first, last))?;
         let [dlr_weight, dlr_bias] = grads.views_mut([ids.lr_weight, ids.lr_bias]);
         let dlr_bias = dlr_bias.reshape(1, self.heads);
@@ -323,14 +360,26 @@ impl TttLayer {
 
     /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`.
     pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
+        let rows = self.inner_errors(pass, saved, end)?;
         let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
-        let rows = match self.inner {
-            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, end),
-            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, end),
-        };
         let column = |i: usize| rows.iter().map(|r| r[i]).collect();
         let target_variance = self.target_variance(pass, inputs.k, inputs.v, rows.len())?;
         Ok(InnerStatistics { target_variance, initial: column(0), before: column(1), after: column(2) })
+    }
+
+    /// The last three of [`InnerStatistics`], a row for each full mini-batch of the pass. The initial weights are the learned
+    /// ones, wherever in its text the pass began.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn inner_errors(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Vec<[f64; 3]>> {
+        let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
+        let mut initial = self.fast_weights(pass.weights, end.slots())?;
+        pass.segments.iter().for_each(|s| self.start(pass.weights, &mut initial, s.slot));
+        Ok(match self.inner {
+            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, &initial, end),
+            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, &initial, end),
+        })
     }
 
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
@@ -407,16 +456,17 @@ impl TttLayer {
         }
     }
 
-    /// Every sequence started from the same weights: their gradient is the sum over sequences, in order.
-    fn add_initial_gradient(&self, dstate: &Tensor, grads: &mut Params) {
+    /// Sequences that started from the initial weights: their gradient is the sum over these sequences, in order.
+    fn add_initial_gradient(&self, pass: &Pass<'_>, dstate: &Tensor, grads: &mut Params) {
         let [sequences, heads, len] = *dstate.shape() else { panic!("state gradients of shape {:?}", dstate.shape()) };
+        let starts = |s: usize| pass.routes.is_none_or(|routes| routes[s].from.is_none());
         with_dtype!(dstate.dtype(), E => {
             let dstate = dstate.as_slice::<E>();
             let mut at = 0;
             for id in &self.ids.initial {
                 let per_head = grads.table().entry(*id).elements() / heads;
                 let sum = grads.values_mut::<E>(*id);
-                for s in 0..sequences {
+                for s in (0..sequences).filter(|s| starts(*s)) {
                     for h in 0..heads {
                         let part = &dstate[(s * heads + h) * len + at..][..per_head];
                         for (a, b) in sum[h * per_head..][..per_head].iter_mut().zip(part) {

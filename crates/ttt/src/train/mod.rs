@@ -1,8 +1,10 @@
 //! Training: settings of a run, schedules, and what a run writes beside its checkpoints.
 
+mod carried;
 pub mod checkpoint;
 mod corpus;
-mod keys;
+pub(crate) mod keys;
+mod lock;
 pub mod loss;
 pub mod metrics;
 pub mod observe;
@@ -13,4 +15,5 @@ pub mod settings;
 pub mod step;
 pub mod tensorboard;
 
+pub use corpus::{DataId, TextId};
 pub use settings::Settings;

@@ -2,23 +2,18 @@
 
 use std::path::Path;
 
-use plotters::{
-    prelude::*,
-    style::text_anchor::{HPos, Pos, VPos},
-};
+use plotters::prelude::*;
 
 use super::metrics::{Record, Split};
+use crate::chart::{self, GRID, INK, QUIET, font, short, trimmed};
 use crate::hub::write_atomic;
 use crate::{Error, Result};
 
 const SIZE: (u32, u32) = (960, 560);
 /// Left edge of the plot itself.
 const LEFT: i32 = 76;
-const INK: RGBColor = RGBColor(0x2B, 0x30, 0x36);
-const QUIET: RGBColor = RGBColor(0x5C, 0x63, 0x6A);
-const GRID: RGBColor = RGBColor(0xE6, 0xE8, 0xEB);
-const TRAIN: RGBColor = RGBColor(0x1F, 0x66, 0xB0);
-const VALIDATION: RGBColor = RGBColor(0xD9, 0x4F, 0x0B);
+const TRAIN: RGBColor = chart::BLUE;
+const VALIDATION: RGBColor = chart::ORANGE;
 
 /// Points that a line of training losses is thinned to, about two a pixel: longer runs look the same and make no larger file.
 const MOST_POINTS: usize = 1600;
@@ -60,13 +55,12 @@ pub fn loss_svg(records: &[Record], title: &str) -> Result<String> {
 }
 
 fn draw(
-    root: &DrawingArea<SVGBackend, plotters::coord::Shift>,
+    root: &chart::Area<'_>,
     title: &str,
     tokens: f64,
     (low, high): (f64, f64),
     [train, smooth, validation]: [&[(f64, f64)]; 3],
-) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>> {
-    let font = |size: u32, color: RGBColor| ("sans-serif", size).into_font().color(&color);
+) -> chart::Drawn {
     root.fill(&WHITE)?;
     // Title and legend stand above the plot, from its left edge on, where no line can run under them.
     root.draw(&Text::new(title.to_owned(), (LEFT, 18), font(20, INK)))?;
@@ -113,13 +107,7 @@ fn draw(
         }
         legend.push(("validation", line));
     }
-    let mut x = LEFT;
-    for (label, style) in legend {
-        root.draw(&PathElement::new([(x, 58), (x + 24, 58)], style))?;
-        root.draw(&Text::new(label, (x + 32, 58), font(14, QUIET).pos(Pos::new(HPos::Left, VPos::Center))))?;
-        // No font is at hand to measure with; at this size a letter takes at most 8 pixels on average.
-        x += 32 + 8 * label.len() as i32 + 24;
-    }
+    chart::legend(root, LEFT, 58, &legend)?;
     root.present()
 }
 
@@ -168,24 +156,6 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         }
     }
     kept
-}
-
-/// `1500000` as `1.5M`.
-fn short(number: f64) -> String {
-    let (scale, suffix) = match number.abs() {
-        x if x >= 1e12 => (1e12, "T"),
-        x if x >= 1e9 => (1e9, "B"),
-        x if x >= 1e6 => (1e6, "M"),
-        x if x >= 1e3 => (1e3, "k"),
-        _ => (1.0, ""),
-    };
-    trimmed(number / scale, 3) + suffix
-}
-
-/// With at most so many decimals and no zeros at the end.
-fn trimmed(number: f64, decimals: usize) -> String {
-    let text = format!("{number:.decimals$}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 #[cfg(test)]

@@ -1,16 +1,16 @@
 //! The training loop.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::data::{Examples, Sampler, Tokenizer, Tokens};
+use crate::data::{Examples, Sampler, Streams, Stretch, Tokenizer, Tokens};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
-use crate::hub::{ModelFolder, write_atomic};
-use crate::layer::Keep;
+use crate::hub::{ModelFolder, Skill, SkillInfo, write_atomic};
 use crate::lm::Lm;
 use crate::ops::adamw;
 use crate::plan;
@@ -18,10 +18,11 @@ use crate::state::States;
 use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
 use crate::train::corpus::{self, Corpus};
+use crate::train::lock::{self, RunLock};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::observe::{Event, Observer};
-use crate::train::settings::Recompute;
-use crate::train::step::{MicroBatch, Optimizer, StepReport, StepSettings};
+use crate::train::settings::{Carry as Over, Recompute};
+use crate::train::step::{Carry, MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
 use crate::train::{Settings, metrics, plot};
 use crate::{AtPath, Error, Result};
@@ -46,6 +47,8 @@ pub struct Outcome {
     pub validation: Record,
     /// Folder of the final model.
     pub model: PathBuf,
+    /// File of the learned initial state, when that is all that was learned.
+    pub skill: Option<PathBuf>,
     /// Time trained.
     pub seconds: f64,
 }
@@ -57,7 +60,14 @@ pub struct Outcome {
 pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
     job.settings.validate()?;
     check_folder(job)?;
-    let mut run = Run::new(job, observer)?;
+    let lock = job.resume.then(|| RunLock::take(&job.folder)).transpose()?;
+    let mut settings = job.settings.located()?;
+    if job.resume {
+        settings = settings.continued(&Settings::of_run(&job.folder)?.located()?, &job.folder)?;
+        settings.validate()?;
+    }
+    let job = Job { settings, ..job.clone() };
+    let mut run = Run::new(&job, lock, observer)?;
     run.train(observer)
 }
 
@@ -70,7 +80,8 @@ fn check_folder(job: &Job) -> Result<()> {
             false => Err(Error::Config(format!("{} is no run folder: it holds no settings.toml", job.folder.display()))),
         };
     }
-    let in_use = std::fs::read_dir(&job.folder).is_ok_and(|mut entries| entries.next().is_some());
+    let names = std::fs::read_dir(&job.folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let in_use = names.into_iter().any(|name| name != lock::NAME);
     if in_use {
         return Err(Error::Config(format!(
             "the run folder {0} exists and is not empty; continue it with `--resume {0}`, or name another one",
@@ -102,7 +113,9 @@ struct Run<'j> {
     optimizer: Optimizer,
     tokenizer: Tokenizer,
     corpus: Corpus,
-    sampler: Sampler,
+    streams: Streams,
+    /// What the streams have read, when sequences are cut: slot i is that of stream i.
+    carried: Option<States>,
     /// Windows of the validation text.
     validation: Sampler,
     /// Ids of the sample prompt.
@@ -116,18 +129,23 @@ struct Run<'j> {
     started: Instant,
     /// Seconds in steps, and tokens, since the last record of a step.
     since_record: (f64, u64),
+    _lock: RunLock,
 }
 
 impl<'j> Run<'j> {
-    fn new(job: &'j Job, observer: &dyn Observer) -> Result<Run<'j>> {
+    fn new(job: &'j Job, lock: Option<RunLock>, observer: &dyn Observer) -> Result<Run<'j>> {
         let checkpoints = Checkpoints::new(&job.folder, job.settings.checkpoint.keep, job.settings.checkpoint.milestone_every);
         let newest = if job.resume { checkpoints.latest()? } else { None };
         let settings = &job.settings;
         let config = settings.model_config()?;
         let tokenizer = corpus::tokenizer(settings, &config, newest.as_deref())?;
+        if let Some(warning) = tokenizer.unused_ids(config.vocab_size) {
+            observer.event(Event::Warning(&warning));
+        }
         let prompt = sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
+        let streams = Streams::new(sampler, settings.sequences_per_step(), settings.segmenting(config.mini_batch_size));
         let validation = Sampler::new(corpus.validation().len(), settings.train.sequence_length, 0).map_err(|e| match e {
             Error::Data(message) => {
                 Error::Data(format!("validation part: {message}, name data.validation_paths, or raise data.validation_fraction"))
@@ -136,19 +154,29 @@ impl<'j> Run<'j> {
         })?;
 
         let mut model = match &settings.model.folder {
-            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
+            Some(folder) => {
+                let folder = ModelFolder::open(folder)?;
+                folder.check_trainable()?;
+                Lm::from_folder(&folder, &config, &job.device, DType::F32)?
+            }
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
-        let mut optimizer = Optimizer::new(&model)?;
-        let fingerprint = corpus.fingerprint();
-        let state = match newest {
-            Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
-            None => TrainerState::new(fingerprint.clone()),
+        let mut optimizer = match settings.train.only_initial_state {
+            true => Optimizer::of_initial_state(&model)?,
+            false => Optimizer::new(&model)?,
         };
-        if state.data != fingerprint {
+        let mut carried = settings.carries().then(|| model.states(streams.streams())).transpose()?;
+        let data = corpus.id(settings, &tokenizer);
+        let state = match newest {
+            Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer, carried.as_mut())?,
+            None => TrainerState::new(data.clone()),
+        };
+        let changes = state.data.changes(&data);
+        if !changes.is_empty() {
             return Err(Error::Data(format!(
-                "the training data is not what {} was trained on: files, tokenizer or split have changed, so the run cannot go on exactly",
-                job.folder.display()
+                "{0} was trained on something else: {1}; put that back, or start a new run from its weights with `--init-from {0}`",
+                job.folder.display(),
+                changes.join(", ")
             )));
         }
         if state.step > settings.steps() {
@@ -163,10 +191,15 @@ impl<'j> Run<'j> {
         if let Some(parent) = job.folder.parent().filter(|p| *p != Path::new("")) {
             std::fs::create_dir_all(parent).at(parent)?;
         }
-        if std::fs::create_dir(&job.folder).is_err() {
-            check_folder(job)?;
-            std::fs::create_dir_all(&job.folder).at(&job.folder)?;
-        }
+        let lock = match lock {
+            Some(lock) => lock,
+            None => {
+                std::fs::create_dir_all(&job.folder).at(&job.folder)?;
+                let lock = RunLock::take(&job.folder)?;
+                check_folder(job)?;
+                lock
+            }
+        };
         let text = settings.to_toml();
         write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
         let path = job.folder.join("metrics.jsonl");
@@ -181,7 +214,8 @@ impl<'j> Run<'j> {
             optimizer,
             tokenizer,
             corpus,
-            sampler,
+            streams,
+            carried,
             validation,
             prompt,
             checkpoints,
@@ -191,6 +225,7 @@ impl<'j> Run<'j> {
             peak_flops,
             started: Instant::now(),
             since_record: (0.0, 0),
+            _lock: lock,
         })
     }
 
@@ -203,6 +238,7 @@ impl<'j> Run<'j> {
         observer.event(Event::Start {
             config: &self.config,
             parameters: self.model.params().table().parameters(),
+            learned: self.optimizer.m.table().parameters(),
             train_tokens: self.corpus.train().len() as u64,
             validation_tokens: self.corpus.validation().len() as u64,
             from_step,
@@ -239,7 +275,10 @@ impl<'j> Run<'j> {
             let milestone = settings.checkpoint.milestone_every;
             let wanted = due(step, settings.checkpoint.every) || (milestone > 0 && due(step, milestone));
             if step > from_step && (wanted || interrupted) {
-                let path = self.checkpoints.save(&self.model, &self.optimizer, &self.tokenizer, &self.state)?;
+                let path = {
+                    let carried = self.carried.as_ref();
+                    self.checkpoints.save(&self.model, &self.optimizer, &self.tokenizer, &self.state, carried)?
+                };
                 observer.event(Event::Saved(&path));
             }
             // Stop.
@@ -269,30 +308,48 @@ impl<'j> Run<'j> {
         }
         let model = self.job.folder.join("final");
         checkpoint::save_model(&model, &self.model, &self.tokenizer)?;
+        let skill = settings.train.only_initial_state.then(|| self.save_skill()).transpose()?;
         self.plot()?;
         let validation = validation.expect("the last pass of the loop evaluates");
-        Ok(Outcome { validation, model, seconds: self.state.elapsed_seconds })
+        Ok(Outcome { validation, model, skill, seconds: self.state.elapsed_seconds })
+    }
+
+    fn save_skill(&self) -> Result<PathBuf> {
+        let folder = std::path::absolute(&self.job.folder).at(&self.job.folder)?;
+        let info = SkillInfo {
+            name: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            tokens: self.state.tokens,
+            tokenizer: self.tokenizer.fingerprint().to_owned(),
+        };
+        let path = self.job.folder.join("skill.safetensors");
+        Skill::save(&path, self.model.params(), &info)?;
+        Ok(path)
     }
 
     fn step(&mut self, lr: f64) -> Result<StepReport> {
         let settings = &self.job.settings;
-        let group = settings.train.checkpoint_group;
-        let keep = match settings.train.recompute {
-            Recompute::None => Keep::Saved { group },
-            Recompute::Block => Keep::Input { group },
-        };
         let o = &settings.optimizer;
         let step = StepSettings {
             lr,
             inner_lr: settings.inner_learning_rate(&self.config).multiplier(self.state.step),
             clip: if o.clip > 0.0 { o.clip } else { f64::INFINITY },
             adamw: adamw::Settings { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
-            keep,
+            keep: settings.keep(),
         };
-        let windows = self.sampler.windows(self.state.step, settings.sequences_per_step());
-        let micro_batch = |windows| self.micro_batch(self.corpus.train(), &self.sampler, windows);
-        let micro_batches: Vec<MicroBatch> = windows.chunks(settings.micro_batch()).map(micro_batch).collect();
-        self.optimizer.step(&mut self.model, &micro_batches, &step)
+        // Of each group of streams the segments of the step.
+        let (tokens, at_once) = (self.corpus.train(), settings.micro_batch());
+        let streams = |first: usize| first..first + at_once;
+        let segment = |first, i| segment_batch(tokens, &self.streams.stretches(tokens, self.state.step, streams(first), i));
+        let segments = |first| (0..self.streams.per_step()).map(|i| segment(first, i)).collect();
+        let groups: Vec<Vec<MicroBatch>> = (0..self.streams.streams()).step_by(at_once).map(segments).collect();
+        match &mut self.carried {
+            Some(states) => {
+                let gradient = settings.train.carry == Over::Gradient;
+                let carry = Carry { states, gradient, recompute: settings.train.recompute == Recompute::Segment };
+                self.optimizer.step_segments(&mut self.model, &groups, carry, &step)
+            }
+            None => self.optimizer.step(&mut self.model, &groups.into_iter().flatten().collect::<Vec<_>>(), &step),
+        }
     }
 
     fn micro_batch(&self, tokens: &Tokens, sampler: &Sampler, windows: &[usize]) -> MicroBatch {
@@ -313,14 +370,16 @@ impl<'j> Run<'j> {
         let chosen: Vec<usize> = (0..wanted).map(|i| i * all / wanted).collect();
         let mut sums = Evaluation::default();
         let mut inner = None;
-        for windows in chosen.chunks(settings.micro_batch()) {
+        // So many that they are at most as many tokens as a micro-batch.
+        let at_once = settings.micro_batch() * settings.segment_length() / settings.train.sequence_length;
+        for windows in chosen.chunks(at_once.max(1)) {
             let m = self.micro_batch(tokens, sampler, windows);
             let targets = |window: &usize| tokens.bytes_in(sampler.range(*window).start + 1..sampler.range(*window).end);
             let bytes = windows.iter().map(targets).sum();
             sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes)?);
             if inner.is_none() {
-                // Of one sequence: every mini-batch's weights are held for it.
-                inner = Some(self.inner_losses(&Batch::one(&m.batch.tokens[..sampler.seq_len()]))?);
+                // Of one segment: every mini-batch's weights are held for it.
+                inner = Some(self.inner_losses(&Batch::one(&m.batch.tokens[..settings.segment_length()]))?);
             }
         }
         if sums.tokens == 0 {
@@ -351,13 +410,15 @@ impl<'j> Run<'j> {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
+        let flops = plan::flops(&self.config);
+        let per_token = if self.job.settings.train.only_initial_state { flops.training_initial_state() } else { flops.training };
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
             bits_per_byte: (bytes > 0.0).then(|| report.nll / std::f64::consts::LN_2 / bytes),
             lr: Some(lr),
             grad_norm: Some(report.grad_norm),
             tokens_per_second: Some(speed),
-            mfu: Some(plan::flops(&self.config).training * speed / self.peak_flops),
+            mfu: Some(per_token * speed / self.peak_flops),
             elapsed_seconds: Some(elapsed),
             memory_bytes: Some(self.job.device.memory().usage().peak as u64),
             ..Record::new(Split::Train, self.state.step, self.state.tokens, report.loss)
@@ -398,4 +459,22 @@ impl<'j> Run<'j> {
         let title = format!("TTT-{:?}, {millions:.1} million parameters", self.config.ttt_layer_type);
         plot::write_loss_svg(self.job.folder.join("loss.svg"), &records, &title)
     }
+}
+
+/// Stretches of the token stream as a batch: those of stream i are in slot i.
+fn segment_batch(tokens: &Tokens, stretches: &[Stretch]) -> MicroBatch {
+    let mut micro = MicroBatch::default();
+    let (mut inputs, mut mask) = (Vec::new(), Vec::new());
+    for Stretch { stream, tokens: Range { start, end }, fresh } in stretches.iter().cloned() {
+        inputs.clear();
+        tokens.read(start..end, &mut inputs);
+        match fresh {
+            true => micro.batch.push_fresh(&inputs, stream),
+            false => micro.batch.push(&inputs, stream),
+        }
+        tokens.read(start + 1..end + 1, &mut micro.targets);
+        tokens.mask(start + 1..end + 1, &mut mask);
+    }
+    micro.mask = mask.into_iter().map(|counts| f64::from(u8::from(counts))).collect();
+    micro
 }

@@ -15,11 +15,42 @@ use super::{
 use crate::{
     AtPath, Error, Result,
     config::{Backbone, Config, Inner},
+    data::Segmenting,
     hub::ModelFolder,
+    layer::Keep,
+    plan,
 };
 
 /// The default run, with a comment on every setting.
 pub const TINY: &str = include_str!("../../../../configs/tiny.toml");
+
+/// What may be another when a run goes on. Every other setting fixes the model, the order of the data or what a step's number
+/// means. Texts are judged by their contents ([`super::DataId`]), so that they may have moved.
+pub const MAY_CHANGE: [&str; 23] = [
+    "data.paths",
+    "data.validation_paths",
+    "data.cache",
+    "optimizer.learning_rate",
+    "optimizer.end_learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.clip",
+    "train.tokens",
+    "train.micro_batch",
+    "train.recompute",
+    "train.checkpoint_group",
+    "train.threads",
+    "eval.every",
+    "eval.tokens",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.milestone_every",
+    "checkpoint.best",
+    "sample.every",
+    "sample.prompt",
+    "sample.tokens",
+    "log.every",
+    "log.tensorboard",
+];
 
 /// Everything that fixes a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -111,6 +142,18 @@ pub enum Recompute {
     None,
     /// Every block, from its input.
     Block,
+    /// With gradient across cuts: every segment, from the states at its beginning.
+    Segment,
+}
+
+/// What crosses the cuts between the segments of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Carry {
+    /// The state alone, as everywhere: truncated backpropagation.
+    State,
+    /// The gradient too.
+    Gradient,
 }
 
 /// Section `[train]`.
@@ -119,8 +162,17 @@ pub struct Train {
     /// Tokens to train on in all.
     #[serde(deserialize_with = "keys::count")]
     pub tokens: u64,
-    /// Tokens of a training sequence.
+    /// Tokens of a training sequence, which starts from the initial fast weights.
     pub sequence_length: usize,
+    /// Tokens of the segments that sequences are cut into; without it, none are cut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub segment_length: Option<usize>,
+    /// Consecutive segments of every sequence in a step.
+    pub segments_per_step: usize,
+    /// What crosses the cuts between them.
+    pub carry: Carry,
+    /// Whether a document starts from the initial fast weights, also inside a sequence.
+    pub reset_at_documents: bool,
     /// Tokens of a step.
     #[serde(deserialize_with = "keys::count")]
     pub batch_tokens: u64,
@@ -137,6 +189,8 @@ pub struct Train {
     /// Steps of that warm-up; without it, those of the optimizer for TTT-MLP and 0 for TTT-Linear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inner_lr_warmup: Option<u64>,
+    /// Whether the initial fast weights, W0, alone are learned, and every other parameter stays that of `model.folder`.
+    pub only_initial_state: bool,
     /// Processor threads; 0 for all.
     pub threads: usize,
 }
@@ -297,9 +351,48 @@ impl Settings {
         Ok(config)
     }
 
-    /// Sequences of a step.
+    /// Tokens of a segment: a sequence, when it is not cut.
+    pub fn segment_length(&self) -> usize {
+        self.train.segment_length.unwrap_or(self.train.sequence_length)
+    }
+
+    /// How sequences are cut and dealt out, for mini-batches of `mini_batch` tokens.
+    pub fn segmenting(&self, mini_batch: usize) -> Segmenting {
+        Segmenting {
+            segment: self.segment_length(),
+            per_step: self.train.segments_per_step,
+            mini_batch,
+            reset_at_documents: self.train.reset_at_documents,
+        }
+    }
+
+    /// Whether segments continue states: sequences are cut.
+    pub fn carries(&self) -> bool {
+        self.segment_length() < self.train.sequence_length
+    }
+
+    /// What the segments of a step need of memory beside their own; nothing when sequences are not cut.
+    pub fn planned_segments(&self) -> Option<plan::Segments> {
+        self.carries().then(|| plan::Segments {
+            slots: self.sequences_per_step(),
+            per_step: self.train.segments_per_step,
+            gradient: self.train.carry == Carry::Gradient,
+            recompute: self.train.recompute == Recompute::Segment,
+        })
+    }
+
+    /// What a forward pass keeps.
+    pub fn keep(&self) -> Keep {
+        let group = self.train.checkpoint_group;
+        match self.train.recompute {
+            Recompute::None | Recompute::Segment => Keep::Saved { group },
+            Recompute::Block => Keep::Input { group },
+        }
+    }
+
+    /// Sequences of a step, of each of which it reads [`Train::segments_per_step`] segments.
     pub fn sequences_per_step(&self) -> usize {
-        self.train.batch_tokens as usize / self.train.sequence_length.max(1)
+        self.train.batch_tokens as usize / (self.segment_length() * self.train.segments_per_step).max(1)
     }
 
     /// Sequences computed at once: the largest number up to `train.micro_batch` that divides those of a step, so that all micro-batches
@@ -349,6 +442,67 @@ impl Settings {
         Ok(settings)
     }
 
+    /// These settings with every path absolute, so that they mean the same wherever the program is started next.
+    ///
+    /// # Errors
+    /// The current folder is gone.
+    pub fn located(&self) -> Result<Settings> {
+        let here = std::env::current_dir().at(".")?;
+        let pattern = |text: &str| text.contains(['*', '?', '[']);
+        let mut settings = self.clone();
+        for path in settings.data.paths.iter_mut().chain(&mut settings.data.validation_paths) {
+            // Before a pattern, a folder's own name would become a part of the pattern.
+            let absolute = here.join(&*path).into_os_string().into_string().ok();
+            if let Some(absolute) = absolute.filter(|_| !pattern(path) || here.to_str().is_some_and(|here| !pattern(here))) {
+                *path = absolute;
+            }
+        }
+        if settings.data.tokenizer != "bytes"
+            && let Ok(absolute) = here.join(&settings.data.tokenizer).into_os_string().into_string()
+        {
+            settings.data.tokenizer = absolute;
+        }
+        for path in [&mut settings.data.cache, &mut settings.model.folder].into_iter().flatten() {
+            *path = here.join(&*path);
+        }
+        Ok(settings)
+    }
+
+    /// These settings as those that the run in `folder`, made with `run`, goes on with. Of a run that is made longer or shorter
+    /// the warm-up stays as long as it was, and the cosine ends at the new end.
+    ///
+    /// # Errors
+    /// A setting differs that is not in [`MAY_CHANGE`].
+    pub fn continued(&self, run: &Settings, folder: &Path) -> Result<Settings> {
+        let mut settings = self.clone();
+        // One of its own checkpoints is as good as another: the newest is read anyway.
+        let own = std::path::absolute(folder).at(folder)?.join("checkpoints");
+        if [self, run].iter().all(|s| s.model.folder.as_ref().is_some_and(|model| model.starts_with(&own))) {
+            settings.model.folder = run.model.folder.clone();
+        }
+        let [now, then] = [&settings, run].map(|s| Table::try_from(s).expect("settings are representable in TOML"));
+        for (section, entries) in now.iter().chain(&then) {
+            for name in entries.as_table().expect("a section is a table").keys() {
+                let key = format!("{section}.{name}");
+                let value = |table: &Table| table[section].get(name).map_or("not set".into(), Value::to_string);
+                let (now, then) = (value(&now), value(&then));
+                if now == then || MAY_CHANGE.contains(&key.as_str()) {
+                    continue;
+                }
+                return Err(Error::Config(format!(
+                    "`{key}` is {then} in this run and cannot become {now}: with another model, other batches or another schedule \
+                     the steps that were made would not be steps of the run; leave it out, or start a new run from this one's \
+                     weights with `--init-from {}`",
+                    folder.display()
+                )));
+            }
+        }
+        if settings.train.tokens != run.train.tokens {
+            settings.optimizer.warmup_steps = Some(run.warmup_steps());
+        }
+        Ok(settings)
+    }
+
     /// Checks that the run can be made.
     ///
     /// # Errors
@@ -360,6 +514,8 @@ impl Settings {
         let at_least_one = [
             ("train.tokens", train.tokens),
             ("train.sequence_length", train.sequence_length as u64),
+            ("train.segment_length", self.segment_length() as u64),
+            ("train.segments_per_step", train.segments_per_step as u64),
             ("train.batch_tokens", train.batch_tokens),
             ("train.micro_batch", train.micro_batch as u64),
             ("train.checkpoint_group", train.checkpoint_group as u64),
@@ -376,11 +532,15 @@ impl Settings {
                 length.next_multiple_of(mini_batch)
             ));
         }
-        if !batch.is_multiple_of(length) {
-            return wrong(format!(
-                "train.batch_tokens {batch} is not a multiple of train.sequence_length {length}; {} is",
-                batch.next_multiple_of(length)
-            ));
+        self.validate_segments(mini_batch)?;
+        let at_once = (self.segment_length() * train.segments_per_step) as u64;
+        if !batch.is_multiple_of(at_once) {
+            let of = match (train.segment_length, train.segments_per_step) {
+                (None, _) => format!("train.sequence_length {length}"),
+                (Some(segment), 1) => format!("train.segment_length {segment}"),
+                (Some(segment), n) => format!("train.segments_per_step {n} times train.segment_length {segment}"),
+            };
+            return wrong(format!("train.batch_tokens {batch} is not a multiple of {of}; {} is", batch.next_multiple_of(at_once)));
         }
         if train.tokens < batch {
             return wrong(format!("train.tokens {} is less than one step of {batch} tokens (train.batch_tokens)", train.tokens));
@@ -390,6 +550,9 @@ impl Settings {
         }
         if self.warmup_steps() > self.steps() {
             return wrong(format!("optimizer.warmup_steps {} is more than the run's {} steps", self.warmup_steps(), self.steps()));
+        }
+        if train.only_initial_state && self.model.folder.is_none() {
+            return wrong("train.only_initial_state needs a trained model to start from: --init-from MODEL".into());
         }
         let positive = f64::MIN_POSITIVE..=f64::MAX;
         let ranges = [
@@ -408,6 +571,30 @@ impl Settings {
             Some((key, value, _, allowed)) => wrong(format!("{key} is {value}; it must be {allowed}")),
             None => Ok(()),
         }
+    }
+}
+
+impl Settings {
+    /// The cuts of sequences, for mini-batches of `mini_batch` tokens.
+    fn validate_segments(&self, mini_batch: u64) -> Result<()> {
+        let train = &self.train;
+        let (length, segment, at_once) = (train.sequence_length, self.segment_length(), train.segments_per_step);
+        let message = if !(segment as u64).is_multiple_of(mini_batch) {
+            let next = (segment as u64).next_multiple_of(mini_batch);
+            format!("train.segment_length {segment} is not a multiple of the mini-batch size {mini_batch}; {next} is")
+        } else if !length.is_multiple_of(segment) {
+            format!("train.sequence_length {length} is not a multiple of train.segment_length {segment}")
+        } else if !(length / segment).is_multiple_of(at_once) {
+            let n = length / segment;
+            format!("train.segments_per_step {at_once} does not divide the {n} segments of a sequence (train.segment_length)")
+        } else if train.carry == Carry::Gradient && at_once == 1 {
+            "train.carry is gradient, but a step has no cuts; set train.segments_per_step to 2 or more".into()
+        } else if train.recompute == Recompute::Segment && train.carry != Carry::Gradient {
+            "train.recompute is segment, which is of use only with train.carry=gradient; use block or none".into()
+        } else {
+            return Ok(());
+        };
+        Err(Error::Config(message))
     }
 }
 

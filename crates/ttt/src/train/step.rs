@@ -1,12 +1,16 @@
 //! One optimizer step: gradients of one or more micro-batches, global-norm clip, AdamW.
 
+use std::sync::Arc;
+
 use crate::batch::Batch;
+use crate::dstates::DStates;
 use crate::layer::Keep;
-use crate::lm::Lm;
+use crate::lm::{Lm, Saved};
 use crate::ops::adamw::{self, Settings};
 use crate::ops::grad_norm;
-use crate::params::Params;
-use crate::tensor::DType;
+use crate::params::{ParamTable, Params};
+use crate::state::States;
+use crate::tensor::{DType, Tensor};
 use crate::train::loss::sequence_mean_weights;
 use crate::{Error, Result};
 
@@ -22,9 +26,21 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
+    /// Tokens of each sequence as the loss sees it: the documents of one slot are one.
     fn lens(&self) -> Vec<usize> {
-        self.batch.seqs.iter().map(|s| s.len).collect()
+        self.batch.seqs.chunk_by(|a, b| a.slot == b.slot).map(|seqs| seqs.iter().map(|s| s.len).sum()).collect()
     }
+}
+
+/// States that go on from segment to segment and from step to step.
+#[derive(Debug)]
+pub struct Carry<'s> {
+    /// They are moved on by the step, whatever becomes of it.
+    pub states: &'s mut States,
+    /// Whether gradient crosses the cuts between the segments of a step; between steps it never does.
+    pub gradient: bool,
+    /// Whether only the states at those cuts are kept and the segments are read again for the backward pass.
+    pub recompute: bool,
 }
 
 /// Rates and switches of one step.
@@ -58,13 +74,22 @@ pub struct StepReport {
 /// The optimizer's memory: both moments, the gradient buffer and the number of updates made.
 #[derive(Debug)]
 pub struct Optimizer {
-    /// First moment.
+    /// First moment of what is learned.
     pub m: Params,
-    /// Second moment.
+    /// Second moment of what is learned.
     pub v: Params,
     grads: Params,
+    /// Where what is learned is brought together for an update, when that is not everything.
+    part: Option<Part>,
     /// Updates made so far.
     pub step: u64,
+}
+
+/// Copies of the learned part of weights and gradients.
+#[derive(Debug)]
+struct Part {
+    weights: Params,
+    grads: Params,
 }
 
 impl Optimizer {
@@ -73,11 +98,24 @@ impl Optimizer {
     /// # Errors
     /// [`Error::OutOfMemory`], or a model that is not in f32.
     pub fn new(model: &Lm) -> Result<Optimizer> {
-        if model.dtype() != DType::F32 {
-            return Err(Error::Config("training runs in f32 on a CPU".into()));
-        }
+        check_dtype(model)?;
         let zeros = || Params::zeros(model.params().table(), model.device(), model.dtype());
-        Ok(Optimizer { m: zeros()?, v: zeros()?, grads: zeros()?, step: 0 })
+        Ok(Optimizer { m: zeros()?, v: zeros()?, grads: zeros()?, part: None, step: 0 })
+    }
+
+    /// One that learns the initial fast weights, W0, and leaves every other parameter as it is. Nothing is kept for those, and the
+    /// gradients of frozen matrices are not computed. Clipping looks at the gradient of W0 alone.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
+    pub fn of_initial_state(model: &Lm) -> Result<Optimizer> {
+        check_dtype(model)?;
+        let all = model.params().table();
+        let table = Arc::new(all.initial_state());
+        let zeros = |table: &Arc<ParamTable>| Params::zeros(table, model.device(), model.dtype());
+        let part = Some(Part { weights: zeros(&table)?, grads: zeros(&table)? });
+        let grads = zeros(&Arc::new(all.gradients_of_initial_state()))?;
+        Ok(Optimizer { m: zeros(&table)?, v: zeros(&table)?, grads, part, step: 0 })
     }
 
     /// One step over `micro_batches`, whose sequences all weigh the same.
@@ -85,44 +123,96 @@ impl Optimizer {
     /// # Errors
     /// [`Error::NotFinite`] when the loss or the gradient is not finite: the weights and moments are as before the step. Memory.
     pub fn step(&mut self, model: &mut Lm, micro_batches: &[MicroBatch], settings: &StepSettings) -> Result<StepReport> {
-        let (loss, nll, counted) = self.gradients(model, micro_batches, settings)?;
+        let groups: Vec<&[MicroBatch]> = micro_batches.chunks(1).collect();
+        self.update(model, &groups, None, settings)
+    }
+
+    /// [`Optimizer::step`] over segments that continue `carry`: of each group the micro-batches are consecutive segments of the
+    /// same slots, and different groups have different slots. All segments of all slots weigh the same.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As [`Lm::forward`].
+    pub fn step_segments(
+        &mut self,
+        model: &mut Lm,
+        groups: &[Vec<MicroBatch>],
+        carry: Carry<'_>,
+        settings: &StepSettings,
+    ) -> Result<StepReport> {
+        let groups: Vec<&[MicroBatch]> = groups.iter().map(Vec::as_slice).collect();
+        self.update(model, &groups, Some(carry), settings)
+    }
+
+    fn update(
+        &mut self,
+        model: &mut Lm,
+        groups: &[&[MicroBatch]],
+        mut carry: Option<Carry<'_>>,
+        settings: &StepSettings,
+    ) -> Result<StepReport> {
+        let Sums { loss, nll, counted } = self.gradients(model, groups, carry.as_mut(), settings)?;
         let device = model.device().clone();
-        let grad_norm = device.install(|| grad_norm::sum_of_squares(self.grads.data())).sqrt();
+        let grads = match &mut self.part {
+            Some(part) => {
+                part.grads.copy_shared(&self.grads);
+                &part.grads
+            }
+            None => &self.grads,
+        };
+        let grad_norm = device.install(|| grad_norm::sum_of_squares(grads.data())).sqrt();
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(self.not_finite(model, micro_batches, settings.inner_lr)?);
+            return Err(self.not_finite(model, groups, carry.map(|carry| &*carry.states), settings.inner_lr)?);
         }
         let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
-        device.install(|| {
-            let (m, v) = (self.m.data_mut(), self.v.data_mut());
-            let params = model.params_mut().data_mut();
-            adamw::step(params, self.grads.data(), m, v, self.step, settings.lr, scale, &settings.adamw);
-        });
+        let (m, v, made) = (self.m.data_mut(), self.v.data_mut(), self.step);
+        let mut update = |weights: &mut Params, grads: &Params| {
+            device.install(|| adamw::step(weights.data_mut(), grads.data(), m, v, made, settings.lr, scale, &settings.adamw));
+        };
+        match &mut self.part {
+            Some(Part { weights, grads }) => {
+                weights.copy_shared(model.params());
+                update(weights, grads);
+                model.params_mut().copy_shared(weights);
+            }
+            None => update(model.params_mut(), &self.grads),
+        }
         self.step += 1;
         Ok(StepReport { loss, nll, counted, grad_norm })
     }
 
-    /// Gradients of the mean over all sequences: `(loss, sum of counted likelihoods, counted targets)`; they are in the gradient
-    /// buffer afterwards.
-    fn gradients(&mut self, model: &Lm, micro_batches: &[MicroBatch], settings: &StepSettings) -> Result<(f64, f64, f64)> {
+    /// Gradients of the mean over all sequences, which are in the gradient buffer afterwards.
+    fn gradients(
+        &mut self,
+        model: &Lm,
+        groups: &[&[MicroBatch]],
+        mut carry: Option<&mut Carry<'_>>,
+        settings: &StepSettings,
+    ) -> Result<Sums> {
         model.device().install(|| self.grads.data_mut().fill_zero());
-        let sequences: usize = micro_batches.iter().map(|m| m.batch.seqs.len()).sum();
-        let (mut loss, mut sum, mut counted) = (0.0, 0.0, 0.0);
-        for micro in micro_batches {
-            let share = micro.batch.seqs.len() as f64 / sequences as f64;
-            let weights: Vec<f64> = sequence_mean_weights(&micro.mask, &micro.lens()).iter().map(|w| w * share).collect();
-            let (hidden, saved) = model.forward(&micro.batch, None, settings.keep, settings.inner_lr)?;
-            let (nll, dhidden) = model.loss(&hidden, &micro.targets, &weights, &mut self.grads)?;
-            drop(hidden);
-            model.backward(&micro.batch, saved.expect("the pass keeps something"), dhidden, &mut self.grads)?;
-            loss += nll.iter().zip(&weights).map(|(n, w)| n * w).sum::<f64>();
-            sum += nll.iter().zip(&micro.mask).map(|(n, m)| n * m).sum::<f64>();
-            counted += micro.mask.iter().sum::<f64>();
+        let mut sums = Sums::default();
+        let sequences = groups.iter().flat_map(|group| *group).map(|m| m.lens().len()).sum();
+        let mut pass = Passes { model, settings, sequences, grads: &mut self.grads, sums: &mut sums };
+        for group in groups {
+            match &mut carry {
+                Some(Carry { states, gradient: true, recompute }) => pass.across_cuts(group, states, *recompute)?,
+                carry => {
+                    for micro in *group {
+                        let states = carry.as_mut().map(|carry| &mut *carry.states);
+                        let read = pass.forward(micro, states)?;
+                        pass.backward(micro, read, None)?;
+                    }
+                }
+            }
         }
-        Ok((loss, sum, counted))
+        Ok(sums)
     }
 
-    /// Looks for the first tensor that is not finite: parameters, then activations in the order of the forward pass, then gradients.
-    fn not_finite(&self, model: &Lm, micro_batches: &[MicroBatch], inner_lr: f64) -> Result<Error> {
+    /// Looks for the first tensor that is not finite: parameters, then activations in the order of the forward pass, every sequence
+    /// from its own beginning, then carried states, then gradients.
+    fn not_finite(&self, model: &Lm, groups: &[&[MicroBatch]], carried: Option<&States>, inner_lr: f64) -> Result<Error> {
         let at = |tensor: String, element| Error::NotFinite { step: self.step, tensor, element };
         let first_in = |params: &Params, what: &str| {
             params.table().entries().iter().find_map(|e| {
@@ -133,11 +223,119 @@ impl Optimizer {
         if let Some(found) = first_in(model.params(), "") {
             return Ok(found);
         }
-        for micro in micro_batches {
+        for micro in groups.iter().flat_map(|group| *group) {
             if let Some((name, element)) = model.first_non_finite(&micro.batch, inner_lr)? {
                 return Ok(at(name, element));
             }
         }
+        for (i, layer) in carried.iter().flat_map(|states| states.layers.iter().enumerate()) {
+            let element = layer.fast.weights().as_slice::<f32>().iter().position(|x| !x.is_finite());
+            if let Some(element) = element {
+                return Ok(at(format!("carried fast weights of model.layers.{i}"), element));
+            }
+        }
         Ok(first_in(&self.grads, "gradient of ").unwrap_or_else(|| at("global norm of the gradient".into(), 0)))
+    }
+}
+
+#[derive(Debug, Default)]
+struct Sums {
+    loss: f64,
+    nll: f64,
+    counted: f64,
+}
+
+/// The passes of one step.
+struct Passes<'p> {
+    model: &'p Lm,
+    settings: &'p StepSettings,
+    /// Sequences of the step, which weigh the same in the loss.
+    sequences: usize,
+    grads: &'p mut Params,
+    sums: &'p mut Sums,
+}
+
+/// Final hidden rows, and what the backward pass needs.
+type Read = (Tensor, Saved);
+
+impl Passes<'_> {
+    fn forward(&self, micro: &MicroBatch, states: Option<&mut States>) -> Result<Read> {
+        let (hidden, saved) = self.model.forward(&micro.batch, states, self.settings.keep, self.settings.inner_lr)?;
+        Ok((hidden, saved.expect("the pass keeps something")))
+    }
+
+    fn backward(&mut self, micro: &MicroBatch, (hidden, saved): Read, dstates: Option<&mut DStates>) -> Result<()> {
+        let lens = micro.lens();
+        let share = lens.len() as f64 / self.sequences as f64;
+        let weights: Vec<f64> = sequence_mean_weights(&micro.mask, &lens).iter().map(|w| w * share).collect();
+        let (nll, dhidden) = self.model.loss(&hidden, &micro.targets, &weights, self.grads)?;
+        drop(hidden);
+        self.model.backward(&micro.batch, saved, dhidden, dstates, self.grads)?;
+        self.sums.loss += nll.iter().zip(&weights).map(|(n, w)| n * w).sum::<f64>();
+        self.sums.nll += nll.iter().zip(&micro.mask).map(|(n, m)| n * m).sum::<f64>();
+        self.sums.counted += micro.mask.iter().sum::<f64>();
+        Ok(())
+    }
+
+    /// Consecutive segments, with gradient across the cuts between them: forward in their order, backward against it. Losses come
+    /// with the backward passes, so that the sum of the gradients does not depend on what is kept.
+    fn across_cuts(&mut self, segments: &[MicroBatch], states: &mut States, recompute: bool) -> Result<()> {
+        enum Kept {
+            Read(Box<Read>),
+            Start(States),
+        }
+        let mut kept = Vec::with_capacity(segments.len());
+        for (i, micro) in segments.iter().enumerate() {
+            if recompute && i + 1 < segments.len() {
+                kept.push(Kept::Start(states.fork()?));
+                self.model.forward(&micro.batch, Some(states), Keep::Nothing, self.settings.inner_lr)?;
+            } else {
+                kept.push(Kept::Read(Box::new(self.forward(micro, Some(states))?)));
+            }
+        }
+        let mut dstates = DStates::zeros(states)?;
+        for (micro, kept) in segments.iter().zip(kept).rev() {
+            let read = match kept {
+                Kept::Read(read) => *read,
+                Kept::Start(mut states) => self.forward(micro, Some(&mut states))?,
+            };
+            self.backward(micro, read, Some(&mut dstates))?;
+        }
+        Ok(())
+    }
+}
+
+fn check_dtype(model: &Lm) -> Result<()> {
+    match model.dtype() {
+        DType::F32 => Ok(()),
+        _ => Err(Error::Config("training runs in f32 on a CPU".into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Inner};
+    use crate::device::Device;
+
+    #[test]
+    fn carried_fast_weights_that_are_not_finite_are_named() {
+        let config = Config { vocab_size: 20, hidden_size: 32, ..Config::preset("tiny", Inner::Linear).unwrap() };
+        let mut model = Lm::new(&config, &Device::cpu().unwrap(), DType::F32, 1).unwrap();
+        let mut states = model.states(1).unwrap();
+        let adamw = Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let settings = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep: Keep::Saved { group: 2 } };
+        let batch = Batch::one(&[3; 16]);
+        let groups = [vec![MicroBatch { batch, targets: vec![5; 16], mask: vec![1.0; 16] }]];
+        let mut optimizer = Optimizer::new(&model).unwrap();
+        let mut step = |states: &mut States| {
+            let carry = Carry { states, gradient: false, recompute: false };
+            optimizer.step_segments(&mut model, &groups, carry, &settings)
+        };
+        step(&mut states).unwrap();
+        states.layers[2].fast.weights_mut().as_mut_slice::<f32>()[7] = f32::NAN;
+        let error = step(&mut states).unwrap_err();
+        let named = "carried fast weights of model.layers.2";
+        assert!(matches!(&error, Error::NotFinite { step: 1, tensor, element: 7 } if tensor == named), "{error}");
     }
 }

@@ -1,6 +1,7 @@
 //! What a model does: train, read, write.
 
 use anyhow::Result;
+use ttt::Storage;
 use ttt::batch::Batch;
 use ttt::config::Config;
 use ttt::device::Device;
@@ -22,12 +23,16 @@ const DECODED: usize = 16;
 /// Seed of the weights.
 const SEED: u64 = 0;
 
-fn model(config: &Config, device: &Device) -> Result<Lm> {
-    Ok(Lm::new(config, device, DType::F32, SEED)?)
+/// The model, with random weights.
+pub fn model(config: &Config, device: &Device, dtype: Option<Storage>) -> Result<Lm> {
+    Ok(match dtype.unwrap_or(Storage::F32) {
+        narrow if narrow.is_narrow() => Lm::new(config, device, DType::F32, SEED)?.narrowed(narrow)?,
+        wide => Lm::new(config, device, wide.dtype(), SEED)?,
+    })
 }
 
 /// Ids without meaning, spread over the vocabulary.
-fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
+pub fn ids(n: usize, vocab_size: usize) -> Vec<u32> {
     let mut x = 1u64;
     let mut next = || {
         x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -44,7 +49,7 @@ fn batch(args: &Bench, config: &Config) -> Batch {
 
 /// Steps of training, whole or without the optimizer.
 pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
-    let mut lm = model(config, device)?;
+    let mut lm = model(config, device, None)?;
     let batch = batch(args, config);
     let n = batch.tokens.len();
     let length = args.length as usize;
@@ -69,16 +74,20 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
             let (hidden, saved) = lm.forward(&batch, None, keep, 1.0)?;
             let (_, dhidden) = lm.loss(&hidden, &targets, &weights, &mut grads)?;
             drop(hidden);
-            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?)
+            Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, None, &mut grads)?)
         });
     }
-    let mut optimizer = Optimizer::new(&lm)?;
+    let (mut optimizer, training, what) = match args.only_initial_state {
+        true => (Optimizer::of_initial_state(&lm)?, flops(config).training_initial_state(), "train W0"),
+        false => (Optimizer::new(&lm)?, flops(config).training, "train"),
+    };
     let micro_batches = [MicroBatch { batch, targets, mask }];
     let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let step = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep };
-    // As above, then the norm reads gradients, and AdamW reads four numbers and writes three.
-    let cost = [flops(config).training, (16.0 + 4.0 + 28.0) * parameters / n as f64];
-    measure(format!("train {shape}"), device, args.repeat, n as f64, cost, || {
+    // As above, then the norm reads gradients, and AdamW reads four numbers and writes three, of what is learned.
+    let learned = optimizer.m.table().parameters() as f64;
+    let cost = [training, (8.0 * parameters + (8.0 + 4.0 + 28.0) * learned) / n as f64];
+    measure(format!("{what} {shape}"), device, args.repeat, n as f64, cost, || {
         optimizer.step(&mut lm, &micro_batches, &step)?;
         Ok(())
     })
@@ -86,7 +95,7 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
 
 /// Reading a prompt.
 pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
-    let lm = model(config, device)?;
+    let lm = model(config, device, args.dtype)?;
     let batch = batch(args, config);
     let n = batch.tokens.len();
     let mut states = lm.states(batch.slots())?;
@@ -96,7 +105,7 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let of_rows = 2.0 * (d * (config.vocab_size + (1 + usize::from(config.use_gate)) * d + 3 * i)) as f64;
     let arithmetic = flops(config).forward() - of_rows * (1.0 - rows.len() as f64 / n as f64);
-    let cost = [arithmetic, 4.0 * lm.params().table().parameters() as f64 / n as f64];
+    let cost = [arithmetic, lm.weights().bytes() as f64 / n as f64];
     let logits = if args.all_logits { "all logits" } else { "last logits" };
     measure(format!("prefill {} x {}, {logits}", args.batch, args.length), device, args.repeat, n as f64, cost, || {
         for slot in 0..states.slots() {
@@ -110,7 +119,7 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
 
 /// Writing token by token in every slot at once.
 pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
-    let lm = model(config, device)?;
+    let lm = model(config, device, args.dtype)?;
     let slots = args.batch as usize;
     let mut states = lm.states(slots)?;
     let prompt = ids(slots * DECODE_AFTER, config.vocab_size);
@@ -118,7 +127,7 @@ pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured
     let one: Vec<[u32; 1]> = prompt[..slots].iter().map(|id| [*id]).collect();
     let (step, rows) = (Batch::packed(&one), (0..slots).collect::<Vec<_>>());
     // All weights once a step; each slot's state once a token.
-    let weights = 4.0 * lm.params().table().parameters() as f64;
+    let weights = lm.weights().bytes() as f64;
     let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
     measure(format!("decode {slots}, after {DECODE_AFTER} tokens"), device, args.repeat, (slots * DECODED) as f64, cost, || {
         for _ in 0..DECODED {

@@ -7,7 +7,7 @@ mod write;
 
 pub use ::safetensors::Dtype;
 pub use read::{File, TensorRef};
-pub use write::{Source, write};
+pub use write::{Source, write, write_to};
 
 /// Longest header that is read, in bytes: the format's own limit.
 const MAX_HEADER: usize = 100_000_000;

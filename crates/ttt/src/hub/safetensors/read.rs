@@ -1,4 +1,4 @@
-//! Reading: a memory map whose header was checked against the file's length.
+//! Reading: a memory map, or bytes in memory, whose header was checked against their length.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -20,9 +20,26 @@ use crate::{AtPath, Error, Result};
 /// An open safetensors file. Every tensor's bytes lie inside the file and fit its shape.
 pub struct File {
     path: PathBuf,
-    map: Mmap,
+    contents: Contents,
     data: usize,
     header: Header,
+}
+
+/// Where the bytes of a [`File`] are.
+enum Contents {
+    Map(Mmap),
+    Memory(Vec<u8>),
+}
+
+impl std::ops::Deref for Contents {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Contents::Map(map) => map,
+            Contents::Memory(bytes) => bytes,
+        }
+    }
 }
 
 /// One tensor of a [`File`].
@@ -49,11 +66,28 @@ impl File {
         // SAFETY: the map is only read. Nobody here changes a file in place (`crate::hub::atomic` renames), so the bytes stay
         // as they are; another program that cut the file short while it is mapped would stop this one with SIGBUS.
         let map = unsafe { Mmap::map(&file) }.at(path)?;
-        let (data, header) = parse(&map).map_err(|message| Error::format(path, message))?;
-        Ok(File { path: path.to_owned(), map, data, header })
+        File::parse(path, Contents::Map(map))
     }
 
-    /// Where the file is.
+    /// A file that is in memory; errors call it `name`.
+    ///
+    /// # Errors
+    /// [`Error::Format`] that says what is wrong with it.
+    pub fn from_bytes(name: impl AsRef<Path>, bytes: Vec<u8>) -> Result<File> {
+        File::parse(name.as_ref(), Contents::Memory(bytes))
+    }
+
+    fn parse(path: &Path, contents: Contents) -> Result<File> {
+        let (data, header) = parse(&contents).map_err(|message| Error::format(path, message))?;
+        Ok(File { path: path.to_owned(), contents, data, header })
+    }
+
+    /// Bytes of the whole file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.contents
+    }
+
+    /// Where the file is, or what it is called.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -72,7 +106,7 @@ impl File {
     pub fn find(&self, name: &str) -> Option<TensorRef<'_>> {
         let (name, info) = self.header.tensors.get_key_value(name)?;
         let (begin, end) = info.data_offsets;
-        let bytes = &self.map[self.data + begin..self.data + end];
+        let bytes = &self.contents[self.data + begin..self.data + end];
         Some(TensorRef { path: &self.path, name, dtype: info.dtype, shape: &info.shape, bytes })
     }
 
@@ -85,7 +119,12 @@ impl File {
     }
 }
 
-impl TensorRef<'_> {
+impl<'a> TensorRef<'a> {
+    /// Name in the file.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> usize {
         // Cannot overflow: the file's bytes were checked against it.
@@ -123,16 +162,29 @@ impl TensorRef<'_> {
     /// When `out` has another number of elements.
     pub fn read<E: Element>(&self, out: &mut [E]) -> Result<()> {
         assert_eq!(out.len(), self.elements(), "a buffer of {} elements for a tensor of shape {:?}", out.len(), self.shape);
+        self.read_from(0, out)
+    }
+
+    /// [`TensorRef::read`] of the elements from `first` on.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when the elements are no floating-point numbers.
+    ///
+    /// # Panics
+    /// When there are fewer than `out` holds.
+    pub fn read_from<E: Element>(&self, first: usize, out: &mut [E]) -> Result<()> {
+        self.check_float()?;
+        let size = self.dtype.bitsize() / 8;
+        let bytes = &self.bytes[first * size..(first + out.len()) * size];
         match self.dtype {
             // Copied, not converted: every bit survives, those of a NaN too.
             Dtype::F32 if cfg!(target_endian = "little") && E::DTYPE == DType::F32 => {
-                bytemuck::cast_slice_mut(out).copy_from_slice(self.bytes);
+                bytemuck::cast_slice_mut(out).copy_from_slice(bytes);
             }
-            Dtype::F32 => convert(self.bytes, out, |b| E::from_f64(f32::from_le_bytes(b) as f64)),
-            Dtype::F64 => convert(self.bytes, out, |b| E::from_f64(f64::from_le_bytes(b))),
-            Dtype::BF16 => convert(self.bytes, out, |b| E::from_f64(bf16::from_le_bytes(b).to_f64())),
-            Dtype::F16 => convert(self.bytes, out, |b| E::from_f64(f16::from_le_bytes(b).to_f64())),
-            _ => self.check_float()?,
+            Dtype::F32 => convert(bytes, out, |b| E::from_f64(f32::from_le_bytes(b) as f64)),
+            Dtype::F64 => convert(bytes, out, |b| E::from_f64(f64::from_le_bytes(b))),
+            Dtype::BF16 => convert(bytes, out, |b| E::from_f64(bf16::from_le_bytes(b).to_f64())),
+            _ => convert(bytes, out, |b| E::from_f64(f16::from_le_bytes(b).to_f64())),
         }
         Ok(())
     }

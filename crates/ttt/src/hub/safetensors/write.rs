@@ -65,6 +65,23 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// BF16 elements.
+    pub fn bf16s(name: impl Into<String>, shape: &[usize], values: &'a [bf16]) -> Source<'a> {
+        Source::new(name, Dtype::BF16, shape, move |w| match cfg!(target_endian = "little") {
+            true => w.write_all(bytemuck::cast_slice(values)),
+            false => stream(w, values, |x| Ok(x.to_le_bytes())),
+        })
+    }
+
+    /// Floating-point elements that lie in several places, one behind the other, written in their own type.
+    pub fn parts<E: Element>(name: impl Into<String>, shape: &[usize], parts: Vec<&'a [E]>) -> Source<'a> {
+        let dtype = if E::DTYPE == DType::F64 { Dtype::F64 } else { Dtype::F32 };
+        let write = move |w: &mut dyn Write| {
+            parts.into_iter().try_for_each(|part| (Source::floats("", dtype, &[part.len()], part).produce)(w))
+        };
+        Source::new(name, dtype, shape, write)
+    }
+
     /// U32 elements.
     pub fn u32s(name: impl Into<String>, shape: &[usize], values: &'a [u32]) -> Source<'a> {
         Source::new(name, Dtype::U32, shape, move |w| stream(w, values, |x| Ok(x.to_le_bytes())))
@@ -94,20 +111,29 @@ impl<'a> Source<'a> {
 ///
 /// # Panics
 /// When two tensors have one name, or a producer writes another number of bytes than its shape needs.
-pub fn write(path: impl AsRef<Path>, metadata: &[(&str, String)], mut tensors: Vec<Source<'_>>) -> Result<()> {
+pub fn write(path: impl AsRef<Path>, metadata: &[(&str, String)], tensors: Vec<Source<'_>>) -> Result<()> {
+    write_atomic(path, |out| write_to(out, metadata, tensors))
+}
+
+/// What [`write()`] writes, to anywhere.
+///
+/// # Errors
+/// Those of `out`.
+///
+/// # Panics
+/// As [`write()`].
+pub fn write_to(out: &mut dyn Write, metadata: &[(&str, String)], mut tensors: Vec<Source<'_>>) -> io::Result<()> {
     tensors.sort_by(|a, b| (Reverse(a.dtype.bitsize()), &a.name).cmp(&(Reverse(b.dtype.bitsize()), &b.name)));
     let header = header(metadata, &tensors);
-    write_atomic(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
-        for tensor in tensors {
-            let (name, bytes) = (tensor.name.clone(), tensor.bytes());
-            let mut counted = Counted { out: &mut *out, written: 0 };
-            (tensor.produce)(&mut counted)?;
-            assert_eq!(counted.written, bytes, "bytes written for `{name}` and bytes its shape needs");
-        }
-        Ok(())
-    })
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for tensor in tensors {
+        let (name, bytes) = (tensor.name.clone(), tensor.bytes());
+        let mut counted = Counted { out: &mut *out, written: 0 };
+        (tensor.produce)(&mut counted)?;
+        assert_eq!(counted.written, bytes, "bytes written for `{name}` and bytes its shape needs");
+    }
+    Ok(())
 }
 
 fn header(metadata: &[(&str, String)], tensors: &[Source]) -> Vec<u8> {

@@ -442,8 +442,10 @@ pub(crate) fn statistics<E: Element>(
     inner: Inner,
     inputs: &Inputs<'_>,
     saved: &Saved,
+    initial: &FastWeights,
     end: &FastWeights,
 ) -> Vec<[f64; 3]> {
+    check_state(inputs, initial, inner);
     check_state(inputs, end, inner);
     let (_, heads, d, k) = inputs.sizes();
     let (typed, state_len) = (Typed::<E>::new(inputs), FastWeights::state_len(inner, d));
@@ -451,22 +453,32 @@ pub(crate) fn statistics<E: Element>(
     let expected = [heads * checkpoints(inputs.segments, k, 1), state_len];
     assert_eq!(saved.states.shape(), expected, "what was kept is {:?} instead of {expected:?}", saved.states.shape());
 
-    let full = inputs.segments.iter().map(|s| s.len / k).max().unwrap_or(0);
-    let mut sums = vec![[0.0; 3]; full];
     let mut kept = saved.states.as_slice::<E>().chunks_exact(state_len);
+    let mut tasks = Vec::with_capacity(inputs.segments.len() * heads);
     for segment in inputs.segments {
         for head in 0..heads {
-            let states: Vec<&[E]> = kept.by_ref().take(mini_batches(segment, k)).collect();
-            let last = &end.weights.as_slice::<E>()[(segment.slot * heads + head) * state_len..][..state_len];
-            let x = typed.of_head(head);
-            for (m, sum) in sums.iter_mut().enumerate().take(segment.len / k) {
-                let token = x.chunk(segment.first_row + (m + 1) * k - 1, 1, 0);
-                let after = states.get(m + 1).unwrap_or(&last);
-                for (sum, w) in sum.iter_mut().zip([states[0], states[m], after]) {
-                    *sum += error(token.k.row(0), token.v.row(0), token.wrap(), w);
-                }
-            }
+            let mut states: Vec<&[E]> = kept.by_ref().take(mini_batches(segment, k)).collect();
+            states.push(&end.weights.as_slice::<E>()[(segment.slot * heads + head) * state_len..][..state_len]);
+            tasks.push((segment, head, states));
         }
+    }
+    let errors: Vec<Vec<[f64; 3]>> = tasks
+        .par_iter()
+        .map(|(segment, head, states)| {
+            let x = typed.of_head(*head);
+            let first = &initial.weights.as_slice::<E>()[(segment.slot * heads + head) * state_len..][..state_len];
+            let of_mini_batch = |m: usize| {
+                let token = x.chunk(segment.first_row + (m + 1) * k - 1, 1, 0);
+                [first, states[m], states[m + 1]].map(|w| error(token.k.row(0), token.v.row(0), token.wrap(), w))
+            };
+            (0..segment.len / k).map(of_mini_batch).collect()
+        })
+        .collect();
+
+    let full = inputs.segments.iter().map(|s| s.len / k).max().unwrap_or(0);
+    let mut sums = vec![[0.0; 3]; full];
+    for (m, errors) in errors.iter().flat_map(|errors| errors.iter().enumerate()) {
+        sums[m].iter_mut().zip(errors).for_each(|(sum, error)| *sum += error);
     }
     for (m, sum) in sums.iter_mut().enumerate() {
         let having = inputs.segments.iter().filter(|s| s.len / k > m).count();

@@ -7,14 +7,49 @@
 use gemm::Parallelism;
 
 use super::few_rows;
+use crate::Result;
 use crate::device::view::{Mat, MatMut};
+use crate::device::{WeightView, par};
+use crate::ops::simd::vectorise;
+use crate::tensor::{DType, Tensor};
 
 /// `y = x wᵀ`.
-pub(crate) fn forward(x: Mat<f32>, w: Mat<f32>, y: MatMut<f32>) {
-    if x.rows() <= few_rows::MAX_ROWS {
-        few_rows::forward(x, w, y);
-    } else {
-        product(Operand::new(x), Operand::new(w).transposed(), y, false);
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+pub(crate) fn forward(x: Mat<f32>, w: WeightView, y: MatMut<f32>) -> Result<()> {
+    match w {
+        _ if x.rows() <= few_rows::MAX_ROWS => few_rows::forward(x, w, y),
+        WeightView::Float(w) => product(Operand::new(x), Operand::new(w.as_mat()).transposed(), y, false),
+        WeightView::Bf16 { .. } | WeightView::Int8 { .. } => widened_product(x, w, y)?,
+    }
+    Ok(())
+}
+
+/// Numbers of a narrow matrix that are widened at once: 4 MiB, which stay in the caches until they are multiplied.
+const WIDENED: usize = 1 << 20;
+
+/// `y = x wᵀ`, some rows of `w` at a time.
+fn widened_product(x: Mat<f32>, w: WeightView, mut y: MatMut<f32>) -> Result<()> {
+    let block = (WIDENED / w.cols().max(1)).clamp(1, w.rows().max(1));
+    let mut scratch = Tensor::empty(w.device(), &[block, w.cols()], DType::F32)?;
+    for first in (0..w.rows()).step_by(block) {
+        let rows = first..(first + block).min(w.rows());
+        let w = w.row_range(rows.clone());
+        let mut wide = scratch.view_mut().into_mat().row_range(0..rows.len());
+        par::for_row_blocks(wide.reborrow(), par::block_rows(w.cols()), |first, part| widen(w, first, part));
+        product(Operand::new(x), Operand::new(wide.as_ref()).transposed(), y.reborrow().col_range(rows), false);
+    }
+    Ok(())
+}
+
+vectorise! {
+    /// Writes the values of the rows from `first` on.
+    pub(super) fn widen<'a>(w: WeightView<'a>, first: usize, out: MatMut<'a, f32>) {
+        let mut out = out;
+        for i in 0..out.rows() {
+            w.widen_row(first + i, out.row_mut(i));
+        }
     }
 }
 
@@ -87,12 +122,12 @@ fn product(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool) {
 
 /// Asks for the cache lines of the `len` elements at `at`, which need not exist.
 #[inline(always)]
-pub(super) fn prefetch(at: *const f32, len: usize) {
+pub(super) fn prefetch<T>(at: *const T, len: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..len).step_by(16) {
+    for line in (0..len * size_of::<T>()).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch reads nothing; any address is allowed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(line)) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (at, len);

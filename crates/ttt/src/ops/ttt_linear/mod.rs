@@ -67,10 +67,10 @@ pub fn backward(
 
 /// How well the inner model fits: for each full mini-batch index, the mean over the segments that have it, heads and columns of
 /// the squared error of its last token under the initial weights, those of the mini-batch's start and those of its end (the official JAX code's statistics,
-/// entries 1 to 3). `end` is the state after the pass.
+/// entries 1 to 3). `initial` and `end` are the states before the first token and after the pass.
 ///
 /// # Panics
 /// When shapes disagree, or `saved` is not of g = 1.
-pub fn statistics(inputs: &Inputs<'_>, saved: &Saved, end: &FastWeights) -> Vec<[f64; 3]> {
-    with_dtype!(inputs.q.dtype(), E => drive::statistics::<E>(reference::squared_error, Inner::Linear, inputs, saved, end))
+pub fn statistics(inputs: &Inputs<'_>, saved: &Saved, initial: &FastWeights, end: &FastWeights) -> Vec<[f64; 3]> {
+    with_dtype!(inputs.q.dtype(), E => drive::statistics::<E>(reference::squared_error, Inner::Linear, inputs, saved, initial, end))
 }

@@ -1,4 +1,8 @@
-//! What sequences carry from token to token: the learned state as a value.
+//! What sequences carry from token to token: the learned state as a value, and as a file ([`file`](mod@file)).
+
+pub mod file;
+
+pub use file::{StateFile, StateHeader};
 
 use crate::Result;
 use crate::batch::{Batch, Segment};
@@ -31,7 +35,7 @@ impl States {
         };
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for block in model.blocks() {
-            let fast = block.ttt().fast_weights(model.params(), slots)?;
+            let fast = block.ttt().fast_weights(model.weights(), slots)?;
             layers.push(LayerState { fast, pre_conv: window(config.pre_conv)?, qk_conv: window(config.share_qk)? });
         }
         let mut states = States { layers, positions: vec![0; slots], mini_batch: config.mini_batch_size };
@@ -51,7 +55,7 @@ impl States {
             for tensor in layer.tensors_mut() {
                 with_dtype!(tensor.dtype(), E => slot_mut::<E>(tensor, slot).fill(0.0 as E));
             }
-            block.ttt().start(model.params(), &mut layer.fast, slot);
+            block.ttt().start(model.weights(), &mut layer.fast, slot);
         }
     }
 
@@ -63,6 +67,11 @@ impl States {
     /// Tokens that a slot has read.
     pub fn position(&self, slot: usize) -> u64 {
         self.positions[slot]
+    }
+
+    /// Says how many tokens a slot has read, whose tensors were filled otherwise.
+    pub(crate) fn set_position(&mut self, slot: usize, position: u64) {
+        self.positions[slot] = position;
     }
 
     /// Bytes of all slots.
@@ -121,7 +130,8 @@ impl States {
     /// Counts the tokens of a batch that has been read.
     pub(crate) fn advance(&mut self, batch: &Batch) {
         for s in &batch.seqs {
-            self.positions[s.slot] += s.len as u64;
+            let before = if s.fresh { 0 } else { self.positions[s.slot] };
+            self.positions[s.slot] = before + s.len as u64;
         }
     }
 }

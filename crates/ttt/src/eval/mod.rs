@@ -3,14 +3,21 @@
 //! Every prediction is made before its token is learned from: position t's logits depend on tokens 0..=t of its text and are
 //! compared with token t + 1.
 
+mod judge;
+mod mean;
+mod plot;
+mod report;
+pub mod tasks;
+
+pub use judge::{Judge, Judged};
+pub use mean::ClusteredMean;
+pub use plot::{grid_svg, report_svg};
+pub use report::{Clusters, InnerRow, LossRow, Report};
+
 use crate::batch::Batch;
 use crate::layer::Keep;
 use crate::lm::Lm;
-use crate::state::States;
 use crate::{Error, Result};
-
-/// Tokens read at once: long enough for full speed, short enough that memory does not grow with the text.
-const CHUNK: usize = 2048;
 
 /// Sums over everything that was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -58,24 +65,12 @@ pub fn evaluate_text(model: &Lm, tokens: &[u32], from: usize, context: Option<us
     if tokens.len() <= from {
         return Err(Error::Data(format!("a text of {} tokens has nothing to predict from token {from} on", tokens.len())));
     }
-    let mut states = States::new(model, 1)?;
+    let mut judge = Judge::new(model, context.map(|n| n.max(1) as u64), false)?;
+    judge.start(from);
     let mut nll = 0.0;
-    let inputs = tokens.len() - 1;
-    let window = context.unwrap_or(inputs).max(1);
-    for start in (0..inputs).step_by(window) {
-        if start > 0 {
-            states.reset(model, 0);
-        }
-        let end = (start + window).min(inputs);
-        for at in (start..end).step_by(CHUNK) {
-            let to = (at + CHUNK).min(end);
-            let (hidden, _) = model.forward(&Batch::one(&tokens[at..to]), Some(&mut states), Keep::Nothing, 1.0)?;
-            // Row i predicts token at + i + 1.
-            let judged = from.saturating_sub(at + 1).min(to - at);
-            let rows = hidden.view().row_range(judged..to - at);
-            nll += model.nll(rows, &tokens[at + judged + 1..to + 1])?.iter().sum::<f64>();
-        }
-    }
+    let mut sink = |judged: &Judged<'_>| nll += judged.nll.iter().sum::<f64>();
+    judge.push(tokens, &mut sink)?;
+    judge.finish(&mut sink)?;
     Ok(Evaluation { nll, tokens: (tokens.len() - from) as u64, bytes })
 }
 

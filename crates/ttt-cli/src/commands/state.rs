@@ -1,0 +1,104 @@
+//! `ttt state`: describes, compares and copies state files.
+
+use std::io::Write;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use ttt::config::Inner;
+use ttt::hub::write_atomic;
+use ttt::state::StateFile;
+
+use crate::args::{State, StateDiff, StateFork, StateInfo};
+use crate::{model, units};
+
+/// Runs the command.
+pub fn run(command: &State, out: &mut dyn Write) -> Result<()> {
+    match command {
+        State::Info(args) => info(args, out),
+        State::Diff(args) => diff(args, out),
+        State::Fork(args) => fork(args, out),
+    }
+}
+
+fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
+    let state = StateFile::open(&args.file)?;
+    state.check_finite()?;
+    let header = state.header();
+    let moved = match &args.model {
+        Some(path) => {
+            let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
+            let lm = model::load(path, &device, header.dtype)?;
+            let mut states = lm.states(1)?;
+            let initial = StateFile::from_bytes(states.to_bytes(0, &lm, &[], None)?)?;
+            // Only a restored state is one of this model for sure.
+            states.restore(0, &lm, &args.file)?;
+            Some(initial.distances(&state)?)
+        }
+        None => None,
+    };
+    let bytes = state.bytes().len() as u64;
+    let dtype = format!("{:?}", header.dtype).to_lowercase();
+    if args.json {
+        let object = json!({
+            "bytes": bytes, "tokens": header.tokens, "pending": header.pending, "phase": header.phase(),
+            "mini_batch_size": header.mini_batch, "learner": header.learner, "layers": header.layers, "dtype": dtype,
+            "model": header.model, "tokenizer": header.tokenizer, "moved": moved,
+        });
+        return Ok(writeln!(out, "{object}")?);
+    }
+    let learner = match header.learner {
+        Inner::Linear => "TTT-Linear",
+        Inner::Mlp => "TTT-MLP",
+    };
+    writeln!(out, "size       {}", units::bytes(bytes))?;
+    writeln!(out, "tokens     {} read, {} pending", units::grouped(header.tokens), header.pending.len())?;
+    writeln!(out, "phase      {} of {}", header.phase(), header.mini_batch)?;
+    writeln!(out, "learner    {learner}, {} layers, {dtype}", header.layers)?;
+    writeln!(out, "model      {}", units::printable(&header.model))?;
+    writeln!(out, "tokenizer  {}", units::printable(header.tokenizer.as_deref().unwrap_or("unknown")))?;
+    if let Some(moved) = moved {
+        writeln!(out, "\nlayer  fast weights moved, relative to their start")?;
+        write_layers(&moved, out)?;
+    }
+    Ok(())
+}
+
+fn diff(args: &StateDiff, out: &mut dyn Write) -> Result<()> {
+    let (a, b) = (StateFile::open(&args.a)?, StateFile::open(&args.b)?);
+    let distances = a.distances(&b)?;
+    let (equal, tokens) = (a.same_state(&b), [a.header().tokens, b.header().tokens]);
+    if args.json {
+        let object = json!({
+            "equal": equal, "tokens": tokens, "pending": [a.header().pending, b.header().pending], "distance": distances,
+        });
+        return Ok(writeln!(out, "{object}")?);
+    }
+    writeln!(out, "{}", if equal { "the states are equal" } else { "the states differ" })?;
+    writeln!(out, "tokens read: {} and {}", units::grouped(tokens[0]), units::grouped(tokens[1]))?;
+    writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?;
+    write_layers(&distances, out)
+}
+
+fn write_layers(values: &[f64], out: &mut dyn Write) -> Result<()> {
+    for (layer, value) in values.iter().enumerate() {
+        writeln!(out, "{layer:5}  {value:.6}")?;
+    }
+    Ok(())
+}
+
+fn fork(args: &StateFork, out: &mut dyn Write) -> Result<()> {
+    let state = StateFile::open(&args.file)?;
+    state.check_finite()?;
+    if let Some(there) = args.new.iter().find(|new| new.exists() && !args.force) {
+        bail!("{} exists; name another file, or overwrite it with --force", there.display());
+    }
+    for new in &args.new {
+        write_atomic(new, |w| w.write_all(state.bytes()))?;
+        let copy = StateFile::open(new).with_context(|| format!("the copy {} cannot be read", new.display()))?;
+        if copy.bytes() != state.bytes() {
+            bail!("the copy {} is not what was written; check the disk", new.display());
+        }
+        writeln!(out, "{}, {}", new.display(), units::bytes(copy.bytes().len() as u64))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! The state is exact: however sequences are cut, packed into batches, forked, moved between slots, and saved and restored on the
+//! way, outputs and end states are those of one pass over each.
+
+mod support;
+
+use support::{Random, relative, shaken_model};
+use ttt::batch::Batch;
+use ttt::config::{Config, Inner};
+use ttt::device::Device;
+use ttt::layer::Keep;
+use ttt::lm::Lm;
+use ttt::state::States;
+use ttt::tensor::DType;
+
+const VOCAB: usize = 40;
+
+fn config(inner: Inner, mamba: bool, mini_batch_size: usize) -> Config {
+    let config = Config {
+        vocab_size: VOCAB,
+        hidden_size: 32,
+        intermediate_size: 24,
+        num_hidden_layers: 2,
+        num_attention_heads: 2,
+        mini_batch_size,
+        use_gate: mamba,
+        share_qk: mamba,
+        pre_conv: mamba,
+        ..Config::default()
+    };
+    // A large base rate, so that the inner loop matters.
+    Config { ttt_base_lr: 2.0, ..config.with_inner(inner) }
+}
+
+/// Logits of every row of a batch.
+fn read(model: &Lm, states: &mut States, batch: &Batch) -> Vec<f64> {
+    let (hidden, _) = model.forward(batch, Some(states), Keep::Nothing, 1.0).unwrap();
+    model.logits(&hidden, &(0..batch.tokens.len()).collect::<Vec<_>>()).unwrap().to_f64_vec()
+}
+
+fn one(tokens: &[u32], slot: usize) -> Batch {
+    let mut batch = Batch::default();
+    batch.push(tokens, slot);
+    batch
+}
+
+/// The state of a slot, tensor by tensor; of the open rows those that exist.
+fn values(model: &Lm, states: &States, slot: usize) -> Vec<Vec<f64>> {
+    let phase = (states.position(slot) % model.config().mini_batch_size as u64) as usize;
+    let mut all = Vec::new();
+    for i in 0..model.config().num_hidden_layers {
+        for (name, tensor) in states.layer(i).tensors() {
+            let values = tensor.to_f64_vec();
+            let per_slot = values.len() / states.slots();
+            let slab = &values[slot * per_slot..][..per_slot];
+            all.push(match (name, tensor.shape()) {
+                ("open_rows", [_, heads, room, row]) => {
+                    (0..*heads).flat_map(|h| slab[h * room * row..][..phase * row].to_vec()).collect()
+                }
+                _ => slab.to_vec(),
+            });
+        }
+    }
+    all
+}
+
+/// Reads `sequences` in random pieces, packed at random, while states are forked, moved, saved and restored.
+fn wander(model: &Lm, sequences: &[Vec<u32>], random: &mut Random) -> (States, Vec<usize>, Vec<Vec<f64>>) {
+    let n = sequences.len();
+    // One slot is always free.
+    let mut states = model.states(n + 1).unwrap();
+    let mut slots: Vec<usize> = (0..n).collect();
+    let (mut at, mut outputs) = (vec![0; n], vec![Vec::new(); n]);
+    while at.iter().zip(sequences).any(|(at, s)| *at < s.len()) {
+        let (mut batch, mut who) = (Batch::default(), Vec::new());
+        let first = random.below(n);
+        for i in (0..n).map(|i| (first + i) % n) {
+            let left = sequences[i].len() - at[i];
+            if left > 0 && random.below(3) > 0 {
+                let most = if random.below(3) == 0 { left } else { left.min(5) };
+                let len = 1 + random.below(most);
+                batch.push(&sequences[i][at[i]..at[i] + len], slots[i]);
+                who.push((i, len));
+            }
+        }
+        if batch.tokens.is_empty() {
+            continue;
+        }
+        let logits = read(model, &mut states, &batch);
+        let mut row = 0;
+        for (i, len) in who {
+            outputs[i].extend_from_slice(&logits[row * VOCAB..(row + len) * VOCAB]);
+            (at[i], row) = (at[i] + len, row + len);
+        }
+
+        let i = random.below(n);
+        let free = (0..=n).find(|slot| !slots.contains(slot)).unwrap();
+        match random.below(5) {
+            0 => {
+                states.copy_slot(slots[i], free);
+                slots[i] = free;
+            }
+            1 => {
+                let fork = states.fork().unwrap();
+                // What happens to the one is nothing to the other.
+                read(model, &mut states, &one(&random.tokens(7, VOCAB), slots[i]));
+                states = fork;
+            }
+            2 => {
+                let saved = states.to_bytes(slots[i], model, &[], None).unwrap();
+                // The slot it goes to was used before, perhaps.
+                read(model, &mut states, &one(&random.tokens(3, VOCAB), free));
+                states.restore_bytes(free, model, saved.clone()).unwrap();
+                assert!(saved == states.to_bytes(free, model, &[], None).unwrap(), "a restored state is saved as another");
+                let len = 1 + random.below(20);
+                let next = random.tokens(len, VOCAB);
+                let mut other = model.states(1).unwrap();
+                other.restore_bytes(0, model, saved).unwrap();
+                let mut fork = states.fork().unwrap();
+                let goes_on = read(model, &mut fork, &one(&next, slots[i]));
+                assert!(goes_on == read(model, &mut other, &one(&next, 0)), "a restored state goes on in another way");
+                assert!(values(model, &fork, slots[i]) == values(model, &other, 0));
+                slots[i] = free;
+            }
+            _ => {}
+        }
+    }
+    (states, slots, outputs)
+}
+
+fn exact(inner: Inner, mamba: bool) {
+    let device = Device::cpu().unwrap();
+    for seed in 0..36 {
+        let mut random = Random::new(1000 + seed);
+        let mini_batch = [1, 5, 8, 16][random.below(4)];
+        let (dtype, limit) = if seed % 2 == 0 { (DType::F32, 2e-5) } else { (DType::F64, 1e-10) };
+        let model = shaken_model(&config(inner, mamba, mini_batch), &device, dtype, seed);
+        let sequences: Vec<Vec<u32>> = (0..1 + random.below(4))
+            .map(|_| {
+                let len = 1 + random.below(60);
+                random.tokens(len, VOCAB)
+            })
+            .collect();
+        let (states, slots, outputs) = wander(&model, &sequences, &mut random);
+        for (i, tokens) in sequences.iter().enumerate() {
+            let mut whole = model.states(1).unwrap();
+            let logits = read(&model, &mut whole, &one(tokens, 0));
+            let error = relative(&outputs[i], &logits);
+            assert!(error < limit, "seed {seed}, sequence {i}: logits {error}");
+            assert_eq!(states.position(slots[i]), tokens.len() as u64);
+            for (ours, theirs) in values(&model, &states, slots[i]).iter().zip(values(&model, &whole, 0)) {
+                let error = relative(ours, &theirs);
+                assert!(error < limit, "seed {seed}, sequence {i}: state {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_transformer_is_exact() {
+    exact(Inner::Linear, false);
+}
+
+#[test]
+fn linear_mamba_is_exact() {
+    exact(Inner::Linear, true);
+}
+
+#[test]
+fn mlp_transformer_is_exact() {
+    exact(Inner::Mlp, false);
+}
+
+#[test]
+fn mlp_mamba_is_exact() {
+    exact(Inner::Mlp, true);
+}
