@@ -1,7 +1,7 @@
 """Shows that the checks see a wrong kernel: plants one error at a time in a copy of the sources and expects the emulator's check to
 fail.
 
-    python scripts/kernels/mutate.py
+    python scripts/kernels/mutate.py [FILE ...]     # forward.cu, tiles.cuh, ...; all by default
 """
 import os
 import shutil
@@ -30,7 +30,7 @@ MUTATIONS = [
     ("tiles.cuh", "low = pack_bf16(left[0], left[1]) & mask", "low = pack_bf16(left[0], left[1])"),
     ("tiles.cuh", "mma_k8(y[0], ghat[0], ghat[1], low)", "mma_k8(y[0], ghat[1], ghat[0], low)"),
     ("backward.cu", "scale_columns(update, ghat, tau_last)", "scale_columns(update, ghat, 0.0f)"),
-    ("backward.cu", "dg[i / 4][i % 4] *= -tau_last", "dg[i / 4][i % 4] *= 0.0f"),
+    ("backward.cu", "PREPARE ? 0.0f : dg[i / 4][i % 4] * -tau_last", "0.0f"),
     ("backward.cu", "dtok_last -=", "dtok_last +="),
     ("backward.cu", "by_1 = -rs_out * mean_p - mu_out * by_z", "by_1 = -mu_out * by_z"),
     ("backward.cu", "(by_z * zb[i] + by_1)", "by_1"),
@@ -46,8 +46,14 @@ MUTATIONS = [
     ("backward.cu", "mma_k16(dq[0], dm, k[0], k[1]);", ""),
     ("backward.cu", "add_outer(dw, db, dzin, tile_k, l);", "add_outer(dw, db, dzin, tile_q, l);"),
     ("backward.cu", "mma_k16(dbeta, columns, ONES, ONES);", ""),
-    ("backward.cu", "if (--until_boundary == 0)", "if (until_boundary-- == 0)"),
     ("backward.cu", "checkpoint *= p.group;", ""),
+    ("backward_chain.cu", "if (--until_boundary == 0)", "if (until_boundary-- == 0)"),
+    ("backward_chain.cu", "d[i] = rest[i] - tau_last * d[i];", "d[i] = rest[i];"),
+    ("backward_chain.cu", "add_outer(dw, db, dzbar, stage + Shared::Q, l);", ""),
+    ("backward_chain.cu", "copy_async_wait<Shared::STAGES - 3>();", "copy_async_wait<Shared::STAGES - 2>();"),
+    ("decode.cu", "sum += m[j] * keys[j * 2 * D + D + c]", "sum += m[j] * keys[j * 2 * D + c]"),
+    ("decode.cu", "w[r][i] -= kj * u[i]", "w[r][i] += kj * u[i]"),
+    ("decode.cu", "copy_async_wait<0>();", ""),
 ]
 
 
@@ -62,6 +68,8 @@ def main():
         if subprocess.run(check, stdout=subprocess.DEVNULL).returncode:
             sys.exit("the unchanged kernels fail")
         for file, old, new in MUTATIONS:
+            if sys.argv[1:] and file not in sys.argv[1:]:
+                continue
             path = os.path.join(kernels, file)
             text = open(path).read()
             assert old in text, f"{file} no longer has {old!r}"

@@ -58,7 +58,7 @@ def error(out, ref):
 
 
 def forward_shared(d):
-    return 4 * (3 * 16 * (2 * d + 16) + 64) + d // 16 * (16 * 48 + 1280) + d // 16 * 32 * 32
+    return 4 * (3 * 16 * (2 * d + 16) + 64) + d // 16 * (16 * 48 + 1280) + d // 16 * 32 * 32 + 8 * d
 
 
 def backward_shared(d):
@@ -412,11 +412,11 @@ def run_bench(args):
         device = Gpu(["plain.cu", args.forward, args.backward, "backward_chain.cu", "decode.cu"], [f"HEAD_DIM={d}", *args.defines])
         bench = Bench(device, *shape, plain=args.plain, split=args.split)
         if args.once:
-            bench.forward(False), bench.both()
+            bench.decode() if T == 1 else (bench.forward(False), bench.both())
             device.torch.cuda.synchronize()
             continue
         if T == 1:
-            ms = device.milliseconds(lambda: [bench.decode() for _ in range(20)]) / 20
+            ms = device.milliseconds(device.graph(bench.decode, 20)) / 20
             print(json.dumps(dict(bench="ttt_linear", plain=args.plain, B=B, H=H, d=d, decode_ms=round(ms, 5),
                                   weights_GBps=round(B * H * 4 * (d * d + d) / ms / 1e6))), flush=True)
             continue

@@ -66,7 +66,8 @@ fn judged(task: tasks::Task) -> tasks::Task {
 /// Settings of a run that learns the files.
 fn settings(args: &Task, length: usize) -> Result<String> {
     let path = |name: &str| toml::Value::String(args.out.join(name).display().to_string());
-    let batch = length.max(512 / length.max(1) * length);
+    // Few tokens a step: the task is learned in steps, not in tokens.
+    let batch = length.max(256 / length.max(1) * length);
     let text = format!(
         "# A small model that learns a task; see `ttt task --help`. What is not here is as in configs/tiny.toml.
 
@@ -82,7 +83,8 @@ paths = [{train}]
 validation_paths = [{validation}]
 
 [optimizer]
-learning_rate = 1e-2
+learning_rate = 5e-3
+weight_decay = 0.01
 
 [train]
 tokens = {tokens}
@@ -91,7 +93,7 @@ batch_tokens = {batch}
 micro_batch = 64
 
 [eval]
-every = 200
+every = 400
 tokens = {eval}
 
 [checkpoint]

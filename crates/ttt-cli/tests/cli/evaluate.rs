@@ -67,7 +67,7 @@ fn tasks_are_learned_from_files() {
         .says(&["300 sequences of 16", "train r/run.toml"]);
     assert_eq!(place.files().iter().filter(|f| f.starts_with("r/")).count(), 3);
     let line = ["train", "r/run.toml", "--out", "m", "-q", "model.hidden_size=32", "--threads", "2"];
-    place.run(&line).ok().says(&["steps   10 of 512 tokens"]);
+    place.run(&line).ok().says(&["steps   19 of 256 tokens"]);
     place.run(&["eval", "m", "--task", "recall", "--pairs", "4"]).ok().says(&["25.0 %"]);
     for (task, length) in [("copy", "64"), ("needle", "64")] {
         place.run(&["task", task, "--sequences", "5", "--out", task]).ok().says(&[&format!("5 sequences of {length}")]);

@@ -266,8 +266,7 @@ template <bool PREPARE> DEVICE void backward(const BackwardParams& p) {
             copy_async_commit();
             continue;
         }
-#pragma unroll
-        for (u32 i = 0; i < 5; i++) sums[i] = 0.0f;
+        sums[0] = 0.0f, sums[1] = 0.0f, sums[2] = 0.0f, sums[3] = 0.0f, sums[4] = 0.0f;
         {
             float gamma[8];
             load_table(gamma, shared + Shared::GAMMA, l);
@@ -440,7 +439,7 @@ template <bool PREPARE> DEVICE void backward(const BackwardParams& p) {
     }
 }
 
-KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_backward(const __grid_constant__ BackwardParams p) { backward<false>(p); }
-KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_backward_prepare(const __grid_constant__ BackwardParams p) {
+KERNEL __launch_bounds__(THREADS, BACKWARD_BLOCKS) ttt_linear_backward(const __grid_constant__ BackwardParams p) { backward<false>(p); }
+KERNEL __launch_bounds__(THREADS, BACKWARD_BLOCKS) ttt_linear_backward_prepare(const __grid_constant__ BackwardParams p) {
     backward<true>(p);
 }

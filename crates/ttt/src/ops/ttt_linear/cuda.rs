@@ -18,10 +18,10 @@ pub(crate) static PLAIN: Source = Source {
     untuned: &[],
     types: &[DType::F32],
     kernels: &[
-        Entry { name: "ttt_linear_forward_plain_bf16", registers: 128 },
-        Entry { name: "ttt_linear_forward_plain_f32", registers: 128 },
-        Entry { name: "ttt_linear_backward_plain_bf16", registers: 168 },
-        Entry { name: "ttt_linear_backward_plain_f32", registers: 168 },
+        Entry { name: "ttt_linear_forward_plain_bf16", registers: 168 },
+        Entry { name: "ttt_linear_forward_plain_f32", registers: 168 },
+        Entry { name: "ttt_linear_backward_plain_bf16", registers: 255 },
+        Entry { name: "ttt_linear_backward_plain_f32", registers: 255 },
         Entry { name: "ttt_linear_reduce", registers: 48 },
     ],
 };
@@ -88,7 +88,7 @@ impl Shared {
     fn new(d: usize, k: usize) -> Shared {
         let (tile, warps, patch) = (16 * (2 * d + 16), d / 16, 4 * 16 * 20);
         Shared {
-            forward: 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * 32,
+            forward: 4 * (3 * tile + 64) + warps * (16 * 48 + patch) + warps * 32 * 32 + 8 * d,
             backward: 2 * (5 * tile + 64)
                 + 2 * d * (2 * d + 16)
                 + 3 * tile

@@ -35,18 +35,11 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 6 : 1) ttt_linear_decode(const __gri
     float w[ROWS][4];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) load_global4(w[r], state + (group + GROUPS * r) * D + out);
-    for (u32 i = 4 * tid; i < phase * 2 * D; i += 4 * THREADS) {
-        float x[4];
-        load_global4(x, rows + i);
-#pragma unroll
-        for (u32 j = 0; j < 4; j++) keys[i + j] = x[j];
-    }
-    if (tid < D) {
-        k[tid] = bf16_f32(*at_row((const u16*)p.k, row, 2 * p.k_stride, 2 * (head * D + tid)));
-        keys[phase * 2 * D + tid] = k[tid];
-    } else {
-        q[tid - D] = bf16_f32(*at_row((const u16*)p.q, row, 2 * p.q_stride, 2 * (head * D + tid - D)));
-    }
+    // All loads are under way before the first is waited for.
+    for (u32 i = 4 * tid; i < phase * 2 * D; i += 4 * THREADS) copy_async_16(shared_address(keys + i), rows + i, true);
+    copy_async_commit();
+    const u32 column = 2 * (head * D + tid % D);
+    const u16 element = tid < D ? *at_row((const u16*)p.k, row, 2 * p.k_stride, column) : *at_row((const u16*)p.q, row, 2 * p.q_stride, column);
     const float lr = *at_row(p.lr, row, 4 * p.lr_stride, 4 * head);
     const float tau = p.tok[phase], bias = state[D * D + tid % D];
     // The first warp does what follows the products: its lanes' columns.
@@ -58,6 +51,9 @@ KERNEL __launch_bounds__(THREADS, D <= 64 ? 6 : 1) ttt_linear_decode(const __gri
         gamma[i] = here ? p.gamma[head * D + c] : 0.0f, beta[i] = here ? p.beta[head * D + c] : 0.0f;
         v[i] = here ? bf16_f32(*at_row((const u16*)p.v, row, 2 * p.v_stride, 2 * (head * D + c))) : 0.0f;
     }
+    (tid < D ? k : q)[tid % D] = bf16_f32(element);
+    if (tid < D) keys[phase * 2 * D + tid] = bf16_f32(element);
+    copy_async_wait<0>();
     __syncthreads();
 
     {

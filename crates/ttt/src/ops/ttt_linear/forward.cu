@@ -14,7 +14,9 @@ struct Shared {
     static constexpr u32 PATCHES = GHAT + WARPS * 16 * SMALL_PITCH;   // per warp
     static constexpr u32 INNER = PATCHES + WARPS * PATCH;    // [2 in the chain, one mini-batch after the other][warp][half][token][4] f32
     static constexpr u32 OUTPUT = INNER + WARPS * 32 * 16;   // [warp][half][token] f32
-    static constexpr u32 BYTES = OUTPUT + WARPS * 32 * 16;
+    static constexpr u32 GAMMA = OUTPUT + WARPS * 32 * 16;   // [D] f32; wide heads read gamma and beta again instead of holding them
+    static constexpr u32 BETA = GAMMA + 4 * D;               // [D] f32
+    static constexpr u32 BYTES = BETA + 4 * D;
 };
 
 // CHAIN: only what moves W, up to the start of the last part.
@@ -89,6 +91,13 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
     const float mean_g2 = mean_square(p.gamma + head * D, l);
 #pragma unroll
     for (u32 i = 0; i < 8; i++) gamma[i] = p.gamma[head * D + l.column() + i], beta[i] = p.beta[head * D + l.column() + i];
+    if (D > 64 && threadIdx.x < D) {
+        store_shared(shared + Shared::GAMMA + 4 * threadIdx.x, p.gamma[head * D + threadIdx.x]);
+        store_shared(shared + Shared::BETA + 4 * threadIdx.x, p.beta[head * D + threadIdx.x]);
+    }
+    auto load_norm = [&] {
+        if (D > 64) load_table(gamma, shared + Shared::GAMMA, l), load_table(beta, shared + Shared::BETA, l);
+    };
     float neg_tau[4];
     load_neg_tau(neg_tau, p.tok, K, l);
     const u32 causal_mask = Causal::mask(l);
@@ -123,6 +132,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
         float zr[8], wr[8], sums[6] = {};
         { // while the products run
             float v[8];
+            load_norm();
             load8(wr, tile_k + l.row + l.own);
             load8(v, stage + Shared::V + l.row + l.own);
 #pragma unroll
@@ -170,6 +180,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
         u32 packed[4];
         {
             float ghat[8];
+            load_norm();
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 const float xhat = zr[i] * rs - mu * rs;
@@ -240,6 +251,7 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
         const float rs_out = fast_rsqrt(max(square - mu_out * mu_out, 0.0f) + EPS);
         if (fresh) {
             float q[8], out[8];
+            load_norm();
             load8(q, tile_q + l.row + l.own);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) out[i] = q[i] + (gamma[i] * (zr[i] * rs_out - mu_out * rs_out) + beta[i]);
@@ -255,5 +267,5 @@ template <bool CHAIN> DEVICE void forward(const ForwardParams& p) {
     if (!CHAIN && count == all && end >= K) store_state(state, w, b, l);
 }
 
-KERNEL __launch_bounds__(THREADS, BLOCKS_PER_SM) ttt_linear_forward(const __grid_constant__ ForwardParams p) { forward<false>(p); }
+KERNEL __launch_bounds__(THREADS, FORWARD_BLOCKS) ttt_linear_forward(const __grid_constant__ ForwardParams p) { forward<false>(p); }
 KERNEL __launch_bounds__(THREADS, 1) ttt_linear_forward_chain(const __grid_constant__ ForwardParams p) { forward<true>(p); }

@@ -20,6 +20,13 @@ struct Segment {
 // what does not depend on dW, `ttt_linear_backward_chain` (a block a segment and head) walks dW alone and leaves it at the end of every
 // part, then `ttt_linear_backward` does the parts. Without: no chain, split = 0, parts = 1.
 
+// Dynamic shared memory in bytes, d the head size; a device that has less for a block runs the plain kernels:
+//   forward, forward_chain      4 (3 * 16 (2 d + 16) + 64) + 192 d + 8 d
+//   backward, backward_prepare  2 (5 * 16 (2 d + 16) + 64) + (2 d + 48) (2 d + 16) + 304 d + 64
+//   backward_chain              4 (2 * 16 (2 d + 16) + 128 d + 512) + 192 d
+//   decode                      4 (20 d + (2 d + 1) K)
+//   plain, reduce               0
+
 // S = d * d + d fast weights of a head: [W row-major [in, out] | b].
 struct ForwardParams {
     const void* q;           // [tokens, H d] element, rotated

@@ -310,13 +310,13 @@ template <bool BF16> DEVICE void backward(const BackwardParams& p) {
     }
 }
 
-KERNEL __launch_bounds__(THREADS) ttt_linear_forward_plain_bf16(const __grid_constant__ ForwardParams p) { forward<true>(p); }
-KERNEL __launch_bounds__(THREADS) ttt_linear_forward_plain_f32(const __grid_constant__ ForwardParams p) { forward<false>(p); }
-KERNEL __launch_bounds__(THREADS) ttt_linear_backward_plain_bf16(const __grid_constant__ BackwardParams p) { backward<true>(p); }
-KERNEL __launch_bounds__(THREADS) ttt_linear_backward_plain_f32(const __grid_constant__ BackwardParams p) { backward<false>(p); }
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_forward_plain_bf16(const __grid_constant__ ForwardParams p) { forward<true>(p); }
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_forward_plain_f32(const __grid_constant__ ForwardParams p) { forward<false>(p); }
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_backward_plain_bf16(const __grid_constant__ BackwardParams p) { backward<true>(p); }
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_backward_plain_f32(const __grid_constant__ BackwardParams p) { backward<false>(p); }
 
 // Adds the blocks' partial sums in a fixed order. One warp an output: H * 2 d + K warps, in blocks of 256 threads.
-KERNEL __launch_bounds__(THREADS) ttt_linear_reduce(const __grid_constant__ ReduceParams p) {
+KERNEL __launch_bounds__(THREADS, 1) ttt_linear_reduce(const __grid_constant__ ReduceParams p) {
     const u32 out = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x & 31;
     const u32 d = p.head_dim, K = p.mini_batch, len = K + 2 * d;
     if (out >= p.heads * 2 * d + K) return;

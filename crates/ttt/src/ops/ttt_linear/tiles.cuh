@@ -14,12 +14,14 @@
 #error "compile with -D HEAD_DIM=64 (a multiple of 16 up to 128)"
 #endif
 
-// Blocks an SM that registers must leave room for. More registers shorten a block's time when there are few blocks.
-#ifndef BLOCKS_PER_SM
-#define BLOCKS_PER_SM (HEAD_DIM > 64 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : __CUDA_ARCH__ == 800 ? 2 : 1)
-#endif
-
 constexpr u32 D = HEAD_DIM;
+// Blocks an SM that registers must leave room for; more than fit in shared memory would only cost registers.
+#ifdef BLOCKS_PER_SM
+constexpr u32 FORWARD_BLOCKS = BLOCKS_PER_SM, BACKWARD_BLOCKS = BLOCKS_PER_SM;
+#else
+constexpr u32 BACKWARD_BLOCKS = D > 64 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : __CUDA_ARCH__ == 800 ? 2 : 1;
+constexpr u32 FORWARD_BLOCKS = D > 96 ? 1 : D > 64 ? (__CUDA_ARCH__ >= 900 ? 2 : 1) : __CUDA_ARCH__ >= 900 ? 3 : 2;
+#endif
 constexpr u32 TOKENS = 16;
 constexpr u32 WARPS = D / 16;
 constexpr u32 THREADS = 32 * WARPS;
