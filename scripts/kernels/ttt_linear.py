@@ -302,7 +302,7 @@ def check(device, d, K, heads, segments, group, seed, plain, f32=False, split=0)
 
 
 def cases(K, quick):
-    """(segments, group, split): lengths and phases of the issue, alone and side by side, whole and decoupled."""
+    """(segments, group, split): lengths around a mini-batch and phases, alone and side by side, whole and decoupled."""
     yield [(1, 0), (K - 1, 0), (K, 0), (K + 1, 0), (63, 0)], 2, 0
     yield [(1, 0), (1, 5 % K), (1, K - 1), (0, 3 % K), (K + 1, 5 % K), (63, K - 1), (5, 2 % K), (2 * K, 0)], 1, 0
     yield [(1, phase) for phase in range(1, K)] + [(1, 0)], 1, 0
