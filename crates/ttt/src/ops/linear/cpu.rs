@@ -8,7 +8,6 @@ mod packed;
 use gemm::Parallelism;
 
 use self::pack::{Plain, Transposed};
-use self::packed::Base;
 use super::few_rows;
 use crate::device::view::{Mat, MatMut};
 
@@ -20,7 +19,7 @@ pub(crate) fn forward(x: Mat<f32>, w: Mat<f32>, y: MatMut<f32>) {
     if x.rows() <= few_rows::MAX_ROWS {
         few_rows::forward(x, w, y);
     } else {
-        packed::product(x, Transposed(w), y, Base::Zero);
+        packed::product(x, Transposed(w), y, None);
     }
 }
 
@@ -29,7 +28,7 @@ pub(crate) fn backward_input(dy: Mat<f32>, w: Mat<f32>, dx: MatMut<f32>) {
     if dy.rows() < PACKED_ROWS {
         product(Operand::new(dy), Operand::new(w), dx, false);
     } else {
-        packed::product(dy, Plain(w), dx, Base::Zero);
+        packed::product(dy, Plain(w), dx, None);
     }
 }
 

@@ -67,11 +67,17 @@ impl Block<'_> {
 
     #[inline(always)]
     fn tile<S: Simd, const X: usize, const W: usize>(&mut self, simd: S, first: usize, o: usize) {
-        let x: [_; X] = std::array::from_fn(|i| S::as_simd_f32s(self.x.row(first + i)));
-        let w: [_; W] = std::array::from_fn(|j| S::as_simd_f32s(self.w.row(o + j)));
+        let vectors = self.x.cols() / S::F32_LANES;
+        let (mut x, mut w) = ([(&[][..], &[][..]); X], [(&[][..], &[][..]); W]);
+        for i in 0..X {
+            let (whole, rest) = S::as_simd_f32s(self.x.row(first + i));
+            x[i] = (&whole[..vectors], rest);
+        }
+        for j in 0..W {
+            let (whole, rest) = S::as_simd_f32s(self.w.row(o + j));
+            w[j] = (&whole[..vectors], rest);
+        }
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
-        let vectors = x[0].0.len();
-        let (xv, wv) = (x.map(|x| &x.0[..vectors]), w.map(|w| &w.0[..vectors]));
         // While three or more rows keep the arithmetic busy, the next tile is on its way; it must leave room in the first-level
         // cache. With one or two the processor's own prefetching is faster.
         let ahead = X >= 3 && first == 0 && W * self.w.cols() <= 3072;
@@ -80,11 +86,9 @@ impl Block<'_> {
             if ahead {
                 prefetch(next.wrapping_add(k * W * S::F32_LANES), W * S::F32_LANES);
             }
-            let w: [_; W] = std::array::from_fn(|j| wv[j][k]);
             for i in 0..X {
-                let x = xv[i][k];
                 for j in 0..W {
-                    sums[i][j] = simd.mul_add_e_f32s(x, w[j], sums[i][j]);
+                    sums[i][j] = simd.mul_add_e_f32s(x[i].0[k], w[j].0[k], sums[i][j]);
                 }
             }
         }

@@ -5,7 +5,6 @@
 //! never changes a sum: it depends on the number of terms alone.
 
 use std::cell::RefCell;
-use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
@@ -23,25 +22,14 @@ const GRAIN: usize = 32;
 /// Below so many multiply-adds a product stays on one thread: 50 microseconds of one core.
 const SERIAL: usize = 2_000_000;
 
-/// What `C = base + A B` is added to.
-#[derive(Clone, Copy)]
-pub(super) enum Base<'a> {
-    /// Nothing.
-    Zero,
-    /// C as it is.
-    Itself,
-    /// Another matrix.
-    Other(Mat<'a, f32>),
-}
-
-/// `C = base + A B`.
+/// `C = base + A B`, without a base `C = A B`.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub(super) fn product<B: Columns>(a: Mat<f32>, b: B, c: MatMut<f32>, base: Base) {
+pub(super) fn product<B: Columns>(a: Mat<f32>, b: B, c: MatMut<f32>, base: Option<Mat<f32>>) {
     let ([m, k], [terms, n]) = ([a.rows(), a.cols()], b.shape());
     assert!(k == terms && [c.rows(), c.cols()] == [m, n], "{m} x {k} times {terms} x {n} into {} x {}", c.rows(), c.cols());
-    if let Base::Other(base) = base {
+    if let Some(base) = base {
         assert!([base.rows(), base.cols()] == [m, n], "{} x {} is added to {m} x {n}", base.rows(), base.cols());
     }
     let [rows, cols] = unit(m, block_terms::<B>(k), k, n);
@@ -74,7 +62,7 @@ struct Unit<'a, B> {
     a: Mat<'a, f32>,
     b: &'a B,
     c: MatMut<'a, f32>,
-    base: Base<'a>,
+    base: Option<Mat<'a, f32>>,
     at: [usize; 2],
 }
 
@@ -140,8 +128,8 @@ impl<B: Columns> Packed<'_, B> {
                 Source::none()
             };
             let (base, base_stride) = match (from, base) {
-                (0, Base::Zero) => (std::ptr::null(), 0),
-                (0, Base::Other(base)) => (base.as_ptr().wrapping_add(first_row * base.stride() + first_col), base.stride()),
+                (0, None) => (std::ptr::null(), 0),
+                (0, Some(base)) => (base.as_ptr().wrapping_add(first_row * base.stride() + first_col), base.stride()),
                 _ => (c.as_mut_ptr().cast_const(), c_stride),
             };
             let (mut next, tiles_of_block) = (next, m.div_ceil(R) * n.div_ceil(width));
@@ -227,6 +215,8 @@ unsafe fn partial<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile, ro
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::super::pack::{Plain, Transposed};
     use super::*;
     use crate::ops::inner::test_lanes::{LANES, with_lanes};
@@ -253,7 +243,7 @@ mod tests {
     }
 
     /// What one unit computes at other widths than this machine's.
-    fn one_unit<B: Columns>(lanes: usize, a: Mat<f32>, b: &B, c: MatMut<f32>, base: Base) {
+    fn one_unit<B: Columns>(lanes: usize, a: Mat<f32>, b: &B, c: MatMut<f32>, base: Option<Mat<f32>>) {
         let unit = Unit { a, b, c, base, at: [0, 0] };
         let mut space = vec![f32::NAN; unit.space()];
         with_lanes(lanes, Packed { unit, space: &mut space });
@@ -266,22 +256,21 @@ mod tests {
                 let a = Wide::new(m, k, 1);
                 let b = if transposed { Wide::new(n, k, 2) } else { Wide::new(k, n, 2) };
                 let (before, other) = (Wide::new(m, n, 3), Wide::new(m, n, 4));
-                for base in 0..3 {
+                for base in [None, Some(other.mat())] {
                     let exact = |i: usize, j: usize| {
                         let a = |l: usize| a.mat().row(i)[l] as f64;
                         let b = |l: usize| if transposed { b.mat().row(j)[l] } else { b.mat().row(l)[j] } as f64;
                         let sum: f64 = (0..k).map(|l| a(l) * b(l)).sum();
-                        sum + [0.0, before.mat().row(i)[j] as f64, other.mat().row(i)[j] as f64][base]
+                        sum + base.map_or(0.0, |base| base.row(i)[j] as f64)
                     };
                     let mut results = Vec::new();
                     for lanes in LANES.into_iter().chain([0]) {
                         let mut c = Wide(before.0.clone(), [m, n]);
-                        let from = [Base::Zero, Base::Itself, Base::Other(other.mat())][base];
                         match (lanes, transposed) {
-                            (0, true) => product(a.mat(), Transposed(b.mat()), c.mat_mut(), from),
-                            (0, false) => product(a.mat(), Plain(b.mat()), c.mat_mut(), from),
-                            (_, true) => one_unit(lanes, a.mat(), &Transposed(b.mat()), c.mat_mut(), from),
-                            (_, false) => one_unit(lanes, a.mat(), &Plain(b.mat()), c.mat_mut(), from),
+                            (0, true) => product(a.mat(), Transposed(b.mat()), c.mat_mut(), base),
+                            (0, false) => product(a.mat(), Plain(b.mat()), c.mat_mut(), base),
+                            (_, true) => one_unit(lanes, a.mat(), &Transposed(b.mat()), c.mat_mut(), base),
+                            (_, false) => one_unit(lanes, a.mat(), &Plain(b.mat()), c.mat_mut(), base),
                         }
                         for i in 0..m {
                             for (j, c) in c.mat().row(i).iter().enumerate() {
@@ -309,7 +298,7 @@ mod tests {
             let mut c = Wide::new(rows.len(), n, 3);
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let a = a.mat().row_range(rows);
-            pool.install(|| product(a, Transposed(b.mat()), c.mat_mut(), Base::Zero));
+            pool.install(|| product(a, Transposed(b.mat()), c.mat_mut(), None));
             c
         };
         let all = run(1, 0..m);
@@ -325,6 +314,6 @@ mod tests {
     #[should_panic(expected = "2 x 3 times 4 x 5 into 2 x 5")]
     fn operands_that_do_not_fit_are_refused() {
         let (a, b, mut c) = (Wide::new(2, 3, 1), Wide::new(4, 5, 2), Wide::new(2, 5, 3));
-        product(a.mat(), Plain(b.mat()), c.mat_mut(), Base::Zero);
+        product(a.mat(), Plain(b.mat()), c.mat_mut(), None);
     }
 }
