@@ -37,10 +37,13 @@ pub enum Command {
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
     Plan(Plan),
-    /// Describe a model folder or a run
+    /// Describe a model folder, a run or a skill file
     Info(Info),
     /// Write a model in another number type, or in several files
     Convert(Convert),
+    /// Make a model folder of a checkpoint of the official JAX code
+    #[command(after_help = IMPORT_EXAMPLES)]
+    Import(Import),
     /// Train a tokenizer, or try one
     #[command(subcommand)]
     Tokenizer(Tokenizer),
@@ -62,7 +65,8 @@ Examples:
   ttt train model.inner=mlp optimizer.learning_rate=2e-3
   ttt train --data 'texts/*.txt' --data more.jsonl.gz --tokens 10M --out runs/mine
   ttt train --resume runs/mine                         go on; exactly as if it had not stopped
-  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model";
+  ttt train --init-from runs/mine --data letters.txt   a new run that starts from a trained model
+  ttt train --only-initial-state --init-from runs/mine --data letters.txt --out runs/letters";
 
 /// Arguments of `ttt train`.
 #[derive(Debug, clap::Args)]
@@ -86,6 +90,9 @@ pub struct Train {
     /// Start from the weights, shape and tokenizer of a trained model
     #[arg(long, value_name = "MODEL")]
     pub init_from: Option<PathBuf>,
+    /// Learn a skill: the initial fast weights of the model of --init-from, and nothing else; written to skill.safetensors
+    #[arg(long)]
+    pub only_initial_state: bool,
     /// Compute activations again in the backward pass instead of keeping them: slower, needs less memory
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
@@ -108,6 +115,9 @@ pub struct Eval {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
     #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
     pub data: Vec<String>,
@@ -139,6 +149,9 @@ pub struct Generate {
     /// Folder of a model or a run
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
     /// Text to continue
     #[arg(long, short, value_name = "TEXT", group = "input")]
     pub prompt: Option<String>,
@@ -187,7 +200,7 @@ pub struct Generate {
 
 const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
-[b, t]) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
+[b, t]; without targets the next inputs, of which a sequence's last position has none) and `grad.NAME` tensors. A quantity exceeds the tolerance when its largest error is more than that part of its largest \
 magnitude, or is not a number; the exit code is then 1.";
 
 /// Arguments of `ttt verify`.
@@ -230,7 +243,7 @@ pub struct Plan {
 /// Arguments of `ttt info`.
 #[derive(Debug, clap::Args)]
 pub struct Info {
-    /// Folder of a model or a run
+    /// Folder of a model or a run, or a skill file
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// Also list every tensor
@@ -250,6 +263,38 @@ pub struct Convert {
     /// Folder to write, new or empty
     #[arg(value_name = "OUT")]
     pub out: PathBuf,
+    /// Number type of the weights: f32, bf16 or f16
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: ttt::hub::FileDType,
+    /// Start another file before one is larger than this, such as 500MB or 2GiB [default: one file]
+    #[arg(long, value_name = "SIZE", value_parser = crate::units::parse_bytes)]
+    pub max_shard_size: Option<u64>,
+}
+
+const IMPORT_EXAMPLES: &str = "\
+Shapes and kinds come from the file. What it does not tell has the value of the official training scripts, \
+and can be given as key=value with the names of config.json.
+
+Examples:
+  ttt import exp/125m/streaming_train_state models/125m --tokenizer llama/tokenizer.json
+  ttt import streaming_params models/1.3b rope_theta=500000 --dtype bf16
+  ttt verify models/125m reference.safetensors     whether it computes what the original does";
+
+/// Arguments of `ttt import`.
+#[derive(Debug, clap::Args)]
+pub struct Import {
+    /// The file streaming_params or streaming_train_state, or the folder it is in
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Fields of config.json that the file does not tell, such as ttt_base_lr=0.1
+    #[arg(value_name = "key=value")]
+    pub overrides: Vec<String>,
+    /// Tokenizer of the model to put beside it: `bytes`, or a tokenizer.json or its folder [default: none]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
     /// Number type of the weights: f32, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: ttt::hub::FileDType,
@@ -358,6 +403,9 @@ pub struct Bench {
     /// train: only forward and backward, without clip and AdamW
     #[arg(long)]
     pub no_optimizer: bool,
+    /// train: learn the initial fast weights alone
+    #[arg(long, conflicts_with = "no_optimizer")]
+    pub only_initial_state: bool,
     /// prefill: logits of every position, not of the last one only
     #[arg(long)]
     pub all_logits: bool,

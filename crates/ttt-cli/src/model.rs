@@ -60,6 +60,16 @@ pub fn tokenizer(named: Option<&str>, folder: &Path, vocab_size: usize) -> Resul
     Ok(tokenizer)
 }
 
+/// Loads a skill over a model, when one is named; it must have been learned with the model's tokenizer.
+pub fn load_skill(lm: &mut Lm, skill: Option<&Path>, tokenizer: Option<&Tokenizer>) -> Result<()> {
+    let Some(path) = skill else { return Ok(()) };
+    let info = lm.load_skill(path)?;
+    if tokenizer.is_some_and(|t| t.fingerprint() != info.tokenizer) {
+        bail!("{}: the skill {:?} was learned with another tokenizer than this one", path.display(), info.name);
+    }
+    Ok(())
+}
+
 /// Starts the device; 0 threads means all processors.
 pub fn device(name: DeviceName, threads: usize) -> Result<Device> {
     let kernels = match name {

@@ -77,3 +77,8 @@ impl Bar {
         }
     }
 }
+
+/// Writes a warning to the standard error. The work goes on when nobody reads it.
+pub fn warn(text: &str) {
+    let _ = writeln!(std::io::stderr(), "warning: {text}");
+}

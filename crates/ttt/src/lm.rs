@@ -7,12 +7,14 @@ use crate::batch::{Batch, Segment};
 use crate::config::Config;
 use crate::device::Device;
 use crate::device::view::View;
-use crate::hub::ModelFolder;
+use crate::hub::{ModelFolder, Skill, SkillInfo};
 use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
+use crate::narrow::Narrow;
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
 use crate::state::States;
 use crate::tensor::{DType, Tensor};
+use crate::weights::{Storage, Weights};
 use crate::{Error, Result};
 
 /// A TTT language model.
@@ -26,7 +28,7 @@ pub struct Lm {
     ids: ModelIds,
     blocks: Vec<Block>,
     rope: rope::Table,
-    params: Params,
+    weights: Weights,
 }
 
 /// What [`Lm::backward`] needs.
@@ -72,32 +74,57 @@ impl Lm {
     /// # Panics
     /// When the weights are laid out for another configuration.
     pub fn from_params(config: &Config, params: Params) -> Result<Lm> {
-        config.validate()?;
-        let (table, ids) = ParamTable::new(config);
-        assert_eq!(table.len(), params.table().len(), "weights of another configuration");
-        let device = params.data().device().clone();
-        let rope = rope::Table::new(&device, params.data().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
-        let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
-        Ok(Lm { config: config.clone(), device, ids, blocks, rope, params })
+        Lm::from_weights(config, params.into())
     }
 
-    /// The model of a folder, its weights converted to `dtype`.
+    /// A model with given weights, as wide as they are stored.
+    ///
+    /// # Errors
+    /// An impossible configuration, or memory.
+    ///
+    /// # Panics
+    /// When the weights are laid out for another configuration.
+    pub fn from_weights(config: &Config, weights: Weights) -> Result<Lm> {
+        config.validate()?;
+        let (table, ids) = ParamTable::new(config);
+        assert_eq!(table.len(), weights.table().len(), "weights of another configuration");
+        let device = weights.device().clone();
+        let rope =
+            rope::Table::new(&device, weights.storage().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
+        let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
+        Ok(Lm { config: config.clone(), device, ids, blocks, rope, weights })
+    }
+
+    /// The model of a folder, its weights held as `storage`, whatever the folder stores.
     ///
     /// # Errors
     /// Files that cannot be read or are no TTT model, or memory.
-    pub fn load(folder: impl AsRef<Path>, device: &Device, dtype: DType) -> Result<Lm> {
+    pub fn load(folder: impl AsRef<Path>, device: &Device, storage: impl Into<Storage>) -> Result<Lm> {
         let folder = ModelFolder::open(folder)?;
-        Lm::from_folder(&folder, folder.config(), device, dtype)
+        Lm::from_folder(&folder, folder.config(), device, storage)
     }
 
     /// The weights of a folder under `config`, which may differ from the folder's in what has no weights.
     ///
     /// # Errors
     /// Weights that cannot be read or do not fit, or memory.
-    pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, dtype: DType) -> Result<Lm> {
+    pub fn from_folder(folder: &ModelFolder, config: &Config, device: &Device, storage: impl Into<Storage>) -> Result<Lm> {
         config.validate()?;
         let table = Arc::new(ParamTable::new(config).0);
-        Lm::from_params(config, device.install(|| folder.load_params(&table, device, dtype))?)
+        let storage = storage.into();
+        Lm::from_weights(config, device.install(|| folder.load_weights(&table, device, storage))?)
+    }
+
+    /// The same model with its large matrices stored narrow.
+    ///
+    /// # Errors
+    /// A weight that is not finite, or memory.
+    ///
+    /// # Panics
+    /// When the matrices are narrow already, or `storage` is not.
+    pub fn narrowed(&self, storage: Storage) -> Result<Lm> {
+        let narrow = self.device.install(|| Narrow::new(self.weights.table(), &self.device, storage, self.weights.float()))?;
+        Lm::from_weights(&self.config, Weights::Narrow(narrow))
     }
 
     /// Hyperparameters.
@@ -110,9 +137,9 @@ impl Lm {
         &self.device
     }
 
-    /// Type of its numbers.
+    /// Type of its activations and states, and of all weights that are not stored narrow.
     pub fn dtype(&self) -> DType {
-        self.params.data().dtype()
+        self.weights.storage().dtype()
     }
 
     /// Its blocks.
@@ -120,14 +147,36 @@ impl Lm {
         &self.blocks
     }
 
-    /// Its weights.
-    pub fn params(&self) -> &Params {
-        &self.params
+    /// Its weights, as they are stored.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
     }
 
-    /// Its weights, to change.
+    /// Its weights as one flat buffer.
+    ///
+    /// # Panics
+    /// When they are stored narrow.
+    pub fn params(&self) -> &Params {
+        self.weights.float()
+    }
+
+    /// Its weights as one flat buffer, to change.
+    ///
+    /// # Panics
+    /// When they are stored narrow.
     pub fn params_mut(&mut self) -> &mut Params {
-        &mut self.params
+        self.weights.float_mut()
+    }
+
+    /// Puts a skill, initial fast weights from a file, in the place of the model's own. States that were made before belong to the
+    /// model as it was.
+    ///
+    /// # Errors
+    /// A file that is no skill, is damaged, or belongs to another model; the model is then as before.
+    pub fn load_skill(&mut self, path: impl AsRef<Path>) -> Result<SkillInfo> {
+        let skill = Skill::open(path)?;
+        self.device.clone().install(|| skill.apply(&mut self.weights))?;
+        Ok(skill.info().clone())
     }
 
     /// The states of `slots` sequences, each at its beginning.
@@ -171,8 +220,8 @@ impl Lm {
             Some(states) => states.segments(batch),
             None => fresh_segments(batch),
         };
-        let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
-        let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+        let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr, keep };
+        let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
         let mut saved = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let state = states.as_mut().map(|s| &mut s.layers[i]);
@@ -183,7 +232,7 @@ impl Lm {
         if let Some(states) = states {
             states.advance(batch);
         }
-        let hidden = rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)?;
+        let hidden = rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)?;
         let saved = (keep != Keep::Nothing).then(|| Saved { segments, blocks: saved, last: x, keep, inner_lr });
         Ok((hidden, saved))
     }
@@ -201,8 +250,8 @@ impl Lm {
         self.device.install(|| {
             let segments = states.segments(batch);
             let keep = Keep::Nothing;
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
+            let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             let last = self.blocks.len() - 1;
             let few = rows.len() < batch.tokens.len();
             for (i, (block, state)) in self.blocks.iter().zip(&mut states.layers).enumerate() {
@@ -215,7 +264,7 @@ impl Lm {
             if !few {
                 x = add::gather(x.view(), rows)?;
             }
-            rms_norm::forward(x.view(), self.params.view(self.ids.norm), self.config.rms_norm_eps)
+            rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)
         })
     }
 
@@ -229,7 +278,7 @@ impl Lm {
     pub fn logits(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
         let all: bool = rows.len() == hidden.view().rows() && rows.iter().enumerate().all(|(i, r)| i == *r);
         self.device.install(|| {
-            let head = self.params.view(self.ids.head);
+            let head = self.weights.matrix(self.ids.head);
             if all {
                 return linear::forward(hidden.view(), head);
             }
@@ -243,7 +292,7 @@ impl Lm {
     /// A target outside the vocabulary, or memory.
     pub fn nll(&self, hidden: View<'_>, targets: &[u32]) -> Result<Vec<f64>> {
         self.check_tokens(targets)?;
-        self.device.install(|| cross_entropy::forward(hidden, self.params.view(self.ids.head), targets))
+        self.device.install(|| cross_entropy::forward(hidden, self.weights.matrix(self.ids.head), targets))
     }
 
     /// Negative log likelihoods, and the gradient of `sum_t weights[t] * nll[t]` with respect to the hidden rows; the output
@@ -253,26 +302,29 @@ impl Lm {
     /// A target outside the vocabulary, or memory.
     pub fn loss(&self, hidden: &Tensor, targets: &[u32], weights: &[f64], grads: &mut Params) -> Result<(Vec<f64>, Tensor)> {
         self.check_tokens(targets)?;
-        let head = self.params.view(self.ids.head);
+        let head = self.weights.view(self.ids.head);
         self.device
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
-    /// Adds the gradients of every parameter, from the gradient of the hidden rows, to `grads`.
+    /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
+    /// `grads`.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn backward(&self, batch: &Batch, saved: Saved, dhidden: Tensor, grads: &mut Params) -> Result<()> {
         self.device.install(|| {
             let Saved { segments, blocks, last, keep, inner_lr } = saved;
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep };
-            let (eps, norm) = (self.config.rms_norm_eps, self.params.view(self.ids.norm));
+            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr, keep };
+            let (eps, norm) = (self.config.rms_norm_eps, self.weights.view(self.ids.norm));
             let mut dx = rms_norm::backward(dhidden.view(), last.view(), norm, eps, grads.view_mut(self.ids.norm))?;
             drop((last, dhidden));
             for (block, saved) in self.blocks.iter().zip(blocks).rev() {
                 dx = block.backward(&pass, saved, dx, grads)?;
             }
-            embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            if grads.holds(self.ids.embed) {
+                embedding::backward(&batch.tokens, dx.view(), grads.view_mut(self.ids.embed));
+            }
             Ok(())
         })
     }
@@ -287,8 +339,8 @@ impl Lm {
             let mut states = States::new(self, batch.slots())?;
             let segments = states.segments(batch);
             let keep = Keep::Saved { group: 1 };
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr: 1.0, keep };
+            let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             let mut all = Vec::with_capacity(self.blocks.len());
             for (block, state) in self.blocks.iter().zip(&mut states.layers) {
                 let state: &mut LayerState = state;
@@ -308,8 +360,8 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
             let segments = fresh_segments(batch);
-            let pass = Pass { weights: &self.params, segments: &segments, rope: &self.rope, inner_lr, keep: Keep::Nothing };
-            let mut x = embedding::forward(&batch.tokens, self.params.view(self.ids.embed))?;
+            let pass = Pass { weights: &self.weights, segments: &segments, rope: &self.rope, inner_lr, keep: Keep::Nothing };
+            let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             for (i, block) in self.blocks.iter().enumerate() {
                 x = block.forward(&pass, x, None)?.0;
                 if let Some(element) = x.to_f64_vec().iter().position(|x| !x.is_finite()) {

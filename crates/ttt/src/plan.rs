@@ -10,7 +10,7 @@ use crate::layer::Keep;
 use crate::ops::inner::FastWeights;
 use crate::params::ParamTable;
 
-/// Logits that the loss holds at once: 16 MiB of them.
+/// Logits that the loss holds at once, of whole rows: 16 MiB of them.
 const LOGITS: usize = 4 << 20;
 
 /// Floating-point operations for one token (a multiply-add counts as two).
@@ -28,6 +28,12 @@ impl Flops {
     /// Of the forward pass.
     pub fn forward(&self) -> f64 {
         self.matmul + self.inner_loop
+    }
+
+    /// Forward and backward together when the initial fast weights alone are learned: products with frozen matrices have one
+    /// gradient, that of their input.
+    pub fn training_initial_state(&self) -> f64 {
+        2.0 * self.matmul + 3.0 * self.inner_loop
     }
 }
 
@@ -72,6 +78,14 @@ impl Memory {
     /// All parts together: the peak.
     pub fn total(&self) -> usize {
         self.weights + self.gradients + self.optimizer + self.activations + self.fast_weights + self.states + self.transient
+    }
+
+    /// That of training, when the initial fast weights alone are learned: both moments, and weights and gradients once more, of
+    /// those; no gradients of frozen matrices.
+    pub fn of_initial_state(self, config: &Config) -> Memory {
+        let table = ParamTable::new(config).0;
+        let bytes = |table: ParamTable| size_class(table.len() * 4);
+        Memory { gradients: bytes(table.gradients_of_initial_state()), optimizer: 4 * bytes(table.initial_state()), ..self }
     }
 }
 
@@ -287,8 +301,11 @@ pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
     let (activations, fast_weights) = (held.0 + x, held.1);
     let hidden = l.take(shape.rows());
     let dhidden = l.take(shape.rows());
-    l.touch(LOGITS.min(shape.n * config.vocab_size));
-    l.free(hidden);
+    // The loss brings the rows that count together, a chunk at a time.
+    let chunk = (LOGITS / config.vocab_size).clamp(1, shape.n);
+    let logits = l.take(chunk * config.vocab_size);
+    l.touch(chunk * config.hidden_size);
+    l.free(logits + hidden);
     let mut dx = l.take(shape.rows());
     l.free(x + dhidden);
     for k in kept.into_iter().rev() {

@@ -31,7 +31,7 @@ impl States {
         };
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for block in model.blocks() {
-            let fast = block.ttt().fast_weights(model.params(), slots)?;
+            let fast = block.ttt().fast_weights(model.weights(), slots)?;
             layers.push(LayerState { fast, pre_conv: window(config.pre_conv)?, qk_conv: window(config.share_qk)? });
         }
         let mut states = States { layers, positions: vec![0; slots], mini_batch: config.mini_batch_size };
@@ -51,7 +51,7 @@ impl States {
             for tensor in layer.tensors_mut() {
                 with_dtype!(tensor.dtype(), E => slot_mut::<E>(tensor, slot).fill(0.0 as E));
             }
-            block.ttt().start(model.params(), &mut layer.fast, slot);
+            block.ttt().start(model.weights(), &mut layer.fast, slot);
         }
     }
 

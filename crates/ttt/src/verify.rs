@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::batch::Batch;
-use crate::hub::safetensors::File;
+use crate::hub::safetensors::{Dtype, File};
 use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::params::Params;
@@ -24,9 +24,11 @@ pub struct Comparison {
 
 /// Compares a model with a reference file.
 ///
-/// The file holds `input_ids [b, t]` and `logits [b, t, v]`, and optionally `loss` with `targets [b, t]` and `loss_mask [b, t]`
-/// (without them the loss is the mean over next tokens), and optionally `grad.<parameter name>` tensors. With a mask the loss is
-/// the mean over sequences of the masked mean. Other tensors are ignored.
+/// The file holds `input_ids [b, t]` and `logits [b, t, v]`, and optionally `loss` with `targets [b, t]` and `loss_mask [b, t]`,
+/// and optionally `grad.<parameter name>` tensors. Other tensors are ignored. `targets[i, j]` is what the model should say after
+/// `input_ids[i, j]`, and `loss_mask[i, j]` (floating-point, integer or BOOL) how much that counts; the loss is the mean over
+/// sequences of the masked mean. Without `targets` they are the next inputs, `input_ids[i, j + 1]`, and the last position of a
+/// sequence, which has none, does not count, whatever the mask says of it.
 ///
 /// # Errors
 /// A file that cannot be read, lacks a tensor, or does not fit the model.
@@ -90,22 +92,31 @@ pub fn verify(model: &Lm, path: &Path) -> Result<Vec<Comparison>> {
 
 /// Targets and the weight of each row's likelihood in the loss.
 fn targets_and_weights(file: &File, path: &Path, ids: &[u32], b: usize, t: usize) -> Result<(Vec<u32>, Vec<f64>)> {
-    let Some((shape, targets)) = token_ids(file, "targets")? else {
-        // Next tokens; the last row of a sequence has none.
-        let targets = (0..b * t).map(|i| if (i + 1) % t == 0 { 0 } else { ids[i + 1] }).collect();
-        let count = (b * (t - 1)).max(1) as f64;
-        let weights = (0..b * t).map(|i| if (i + 1) % t == 0 { 0.0 } else { 1.0 / count }).collect();
-        return Ok((targets, weights));
+    let check = |name: &str, shape: &[usize]| match shape == [b, t] {
+        true => Ok(()),
+        false => Err(Error::format(path, format!("`{name}` has shape {shape:?}, but `input_ids` has [{b}, {t}]"))),
     };
-    if shape != [b, t] {
-        return Err(Error::format(path, format!("`targets` has shape {shape:?}, but `input_ids` has [{b}, {t}]")));
-    }
-    let mask = match numbers(file, "loss_mask")? {
-        Some((shape, mask)) if shape == [b, t] => mask,
-        Some((shape, _)) => {
-            return Err(Error::format(path, format!("`loss_mask` has shape {shape:?}, but `input_ids` has [{b}, {t}]")));
+    let mut mask = vec![1.0; b * t];
+    if let Some(tensor) = file.find("loss_mask") {
+        check("loss_mask", tensor.shape)?;
+        mask = match tensor.dtype {
+            Dtype::BOOL => tensor.bytes.iter().map(|b| f64::from(u8::from(*b != 0))).collect(),
+            _ if tensor.check_float().is_ok() => tensor.to_vec()?,
+            _ => tensor.to_i64()?.into_iter().map(|m| m as f64).collect(),
+        };
+        if let Some(wrong) = mask.iter().find(|m| !(m.is_finite() && **m >= 0.0)) {
+            return Err(tensor.wrong(format!("holds {wrong}; a weight is a number from 0 up")));
         }
-        None => vec![1.0; b * t],
+    }
+    let targets = match token_ids(file, "targets")? {
+        Some((shape, targets)) => {
+            check("targets", &shape)?;
+            targets
+        }
+        None => {
+            mask.iter_mut().skip(t - 1).step_by(t).for_each(|last| *last = 0.0);
+            (0..b * t).map(|i| if (i + 1) % t == 0 { 0 } else { ids[i + 1] }).collect()
+        }
     };
     Ok((targets, sequence_mean_weights(&mask, &vec![t; b])))
 }

@@ -2,9 +2,9 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
 
+use support::runs::{StopAfter, corpus, never, settings};
 use support::{Random, relative};
 use ttt::Error;
 use ttt::batch::Batch;
@@ -16,8 +16,7 @@ use ttt::ops::adamw;
 use ttt::plan;
 use ttt::tensor::DType;
 use ttt::train::Settings;
-use ttt::train::metrics::{self, Record, Split};
-use ttt::train::observe::{Event, Observer};
+use ttt::train::metrics::{self, Split};
 use ttt::train::run::{Job, run};
 use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 
@@ -113,65 +112,6 @@ fn a_number_that_is_not_finite_stops_the_run_and_is_named() {
     assert!(matches!(&error, Error::NotFinite { tensor, element: 7, .. } if tensor == named), "{error}");
 }
 
-/// Interrupts after so many steps.
-struct StopAfter {
-    steps: u64,
-    seen: AtomicU64,
-}
-
-impl Observer for StopAfter {
-    fn event(&self, event: Event<'_>) {
-        if let Event::Step(Record { step, .. }) | Event::Logged(Record { step, split: Split::Train, .. }) = event {
-            self.seen.store(*step, Ordering::Relaxed);
-        }
-    }
-
-    fn interrupted(&self) -> bool {
-        self.seen.load(Ordering::Relaxed) >= self.steps
-    }
-}
-
-fn never() -> StopAfter {
-    StopAfter { steps: u64::MAX, seen: AtomicU64::new(0) }
-}
-
-fn corpus(folder: &Path) -> PathBuf {
-    let path = folder.join("text.txt");
-    if path.exists() {
-        return path;
-    }
-    let text: String = (0..2000).map(|i| format!("line {i} of {}\n", i * i % 97)).collect();
-    std::fs::write(&path, text).unwrap();
-    path
-}
-
-fn settings(folder: &Path, inner: &str) -> Settings {
-    let mut settings = Settings::default();
-    let data = corpus(folder);
-    for assignment in [
-        &format!("data.paths={}", data.display()),
-        &format!("model.inner={inner}"),
-        "model.hidden_size=32",
-        "model.intermediate_size=48",
-        "model.num_hidden_layers=2",
-        "model.num_attention_heads=2",
-        "train.tokens=6144",
-        "train.sequence_length=64",
-        "train.batch_tokens=512",
-        "train.micro_batch=4",
-        "eval.every=4",
-        "eval.tokens=1024",
-        "checkpoint.every=3",
-        "checkpoint.keep=2",
-        "checkpoint.milestone_every=5",
-        "sample.every=0",
-        "log.every=1",
-    ] {
-        settings.apply_override(assignment).unwrap();
-    }
-    settings
-}
-
 /// What must not differ between two runs: all measured losses and norms, not times.
 fn measured(run: &Path) -> Vec<(Split, u64, u64, u64, Option<u64>)> {
     let records = metrics::read(run.join("metrics.jsonl")).unwrap();
@@ -189,9 +129,9 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
             device: Device::cpu().unwrap(),
         };
         let whole = run(&job("whole", false), &never()).unwrap();
-        let stopped = run(&job("parts", false), &StopAfter { steps: 5, seen: AtomicU64::new(0) });
+        let stopped = run(&job("parts", false), &StopAfter::steps(5));
         assert!(matches!(stopped, Err(Error::Interrupted)), "{stopped:?}");
-        let stopped = run(&job("parts", true), &StopAfter { steps: 9, seen: AtomicU64::new(0) });
+        let stopped = run(&job("parts", true), &StopAfter::steps(9));
         assert!(matches!(stopped, Err(Error::Interrupted)), "{stopped:?}");
         let parts = run(&job("parts", true), &never()).unwrap();
         assert_eq!(whole.validation.loss.to_bits(), parts.validation.loss.to_bits());
@@ -285,6 +225,28 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
     }
 }
 
+/// The same at the width of the 125M model, with a vocabulary whose logits do not fit at once and targets that do not count.
+#[test]
+fn planned_memory_is_within_a_tenth_of_the_measured_peak_at_125m_width() {
+    let config = Config { num_hidden_layers: 4, vocab_size: 16_000, ..Config::preset("125m", Inner::Linear).unwrap() };
+    let device = Device::cpu().unwrap();
+    let mut model = Lm::new(&config, &device, DType::F32, 1).unwrap();
+    let mut optimizer = Optimizer::new(&model).unwrap();
+    let mut batch = micro_batch(&[Random::new(1).tokens(513, 16_000)]);
+    batch.mask[..100].fill(0.0);
+    for keep in [Keep::Saved { group: 4 }, Keep::Input { group: 4 }] {
+        device.memory().reset_peak();
+        optimizer.step(&mut model, std::slice::from_ref(&batch), &StepSettings { keep, ..step_settings(1e-3) }).unwrap();
+        let measured = device.memory().usage().peak as f64;
+        let planned = plan::training_memory(&config, &[512], keep).total() as f64;
+        assert!((planned / measured - 1.0).abs() < 0.1, "{keep:?}: planned {planned}, measured {measured}");
+        // Weights, gradients and moments alone are most of it: what comes on top must fit on its own.
+        let fixed = 4.0 * model.params().data().bytes() as f64;
+        let (planned, measured) = (planned - fixed, measured - fixed);
+        assert!((planned / measured - 1.0).abs() < 0.1, "{keep:?}: {planned} planned beside the parameters, measured {measured}");
+    }
+}
+
 /// The kept fast weights are what the paper's formula says: 4 B H ceil(N / g) S bytes a layer.
 #[test]
 fn kept_fast_weights_follow_the_formula() {
@@ -338,7 +300,7 @@ fn a_run_outlives_the_model_it_started_from() {
     let mut next = settings(folder.path(), "linear");
     next.apply_override(&format!("model.folder={}", trained.model.display())).unwrap();
     let job = Job { settings: next, folder: out.clone(), resume: false, device: device.clone() };
-    assert!(matches!(run(&job, &StopAfter { steps: 4, seen: AtomicU64::new(0) }), Err(Error::Interrupted)));
+    assert!(matches!(run(&job, &StopAfter::steps(4)), Err(Error::Interrupted)));
     std::fs::remove_dir_all(folder.path().join("a")).unwrap();
     let mut resumed = Settings::of_run(&out).unwrap();
     resumed.apply_override("train.checkpoint_group=8").unwrap();

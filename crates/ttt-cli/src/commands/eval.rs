@@ -18,10 +18,11 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     let sources = Sources::resolve(&args.data)?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer", folder.display());
     };
+    model::load_skill(&mut lm, args.skill.as_deref(), Some(&tokenizer))?;
 
     let mut total = Evaluation::default();
     let (mut documents, mut skipped) = (0u64, 0u64);

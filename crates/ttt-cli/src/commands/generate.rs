@@ -9,6 +9,7 @@ use ttt::generate::{Generator, Sampling};
 use ttt::tensor::DType;
 
 use crate::args::Generate;
+use crate::progress::warn;
 use crate::{model, units};
 
 /// Runs the command.
@@ -17,8 +18,12 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     sampling.validate()?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
+    model::load_skill(&mut lm, args.skill.as_deref(), tokenizer.as_ref())?;
+    if let Some(warning) = tokenizer.as_ref().and_then(|t| t.unused_ids(lm.config().vocab_size)) {
+        warn(&warning);
+    }
     let (prompt, text) = prompt(args, tokenizer.as_ref())?;
 
     let start = Instant::now();

@@ -6,12 +6,12 @@ use std::io::Write;
 use anyhow::Result;
 use serde_json::json;
 use ttt::data::Tokenizer;
-use ttt::hub::{ModelFolder, model_hash};
+use ttt::hub::{ModelFolder, Skill, SkillInfo, base_hash, model_hash};
 use ttt::lm::Lm;
 use ttt::params::Entry;
 use ttt::plan;
 use ttt::tensor::DType;
-use ttt::train::checkpoint::TrainerState;
+use ttt::train::checkpoint::{STATE, TrainerState};
 
 use crate::args::{DeviceName, Info};
 use crate::commands::plan::describe;
@@ -19,6 +19,9 @@ use crate::{model, units};
 
 /// Runs the command.
 pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
+    if args.model.is_file() {
+        return skill(args, out);
+    }
     let path = model::resolve(&args.model)?;
     let folder = ModelFolder::open(&path)?;
     let config = folder.config();
@@ -32,8 +35,8 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     let dtype = ["torch_dtype", "dtype"].iter().find_map(|key| folder.extra().get(*key)?.as_str()).unwrap_or("unknown");
     let tokenizer = Tokenizer::from_folder(&path)?;
     let state = plan::inference_memory(config, 1, 1).states;
-    let hash = model_hash(lm.params());
-    let trainer = trainer_state(&path)?;
+    let (hash, base) = (model_hash(lm.params()), base_hash(lm.params()));
+    let trainer = path.join(STATE).exists().then(|| TrainerState::read(&path)).transpose()?;
     if args.json {
         let tokenizer = tokenizer.as_ref().map(|t| {
             json!({"kind": kind(t), "vocab_size": t.vocab_size(), "bos": t.bos(), "eos": t.eos(), "fingerprint": t.fingerprint()})
@@ -41,7 +44,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
         let parts: serde_json::Map<_, _> = by_part.values().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
         let mut object = json!({
             "folder": path, "config": config, "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype,
-            "hash": hash, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "training": trainer,
+            "hash": hash, "base": base, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "training": trainer,
         });
         if args.tensors {
             object["tensors"] = table.entries().iter().map(|e| json!({"name": e.name, "shape": e.shape})).collect();
@@ -57,6 +60,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     }
     writeln!(out, "stored as   {dtype}")?;
     writeln!(out, "hash        {hash}")?;
+    writeln!(out, "base        {base}, the same with every skill")?;
     match &tokenizer {
         Some(t) => writeln!(out, "tokenizer   {}, {} ids, BOS {}, EOS {}", kind(t), t.vocab_size(), id(t.bos()), id(t.eos()))?,
         None => writeln!(out, "tokenizer   none; name one with --tokenizer")?,
@@ -81,6 +85,28 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
+/// What a skill file says.
+fn skill(args: &Info, out: &mut dyn Write) -> Result<()> {
+    let skill = Skill::open(&args.model)?;
+    let SkillInfo { name, tokens, tokenizer } = skill.info();
+    let bytes = std::fs::metadata(&args.model)?.len();
+    if args.json {
+        let object = json!({
+            "skill": name, "tokens": tokens, "tokenizer": tokenizer, "base": skill.base(), "parameters": skill.elements(),
+            "bytes": bytes,
+        });
+        writeln!(out, "{object}")?;
+        return Ok(());
+    }
+    // Escaped: a file that came from elsewhere may say anything.
+    writeln!(out, "skill       {name:?}")?;
+    writeln!(out, "learned     from {} tokens", units::grouped(*tokens))?;
+    writeln!(out, "parameters  {}, {}", units::grouped(skill.elements() as u64), units::bytes(bytes))?;
+    writeln!(out, "base        {}; `ttt info MODEL` shows a model's", skill.base())?;
+    writeln!(out, "tokenizer   {tokenizer}")?;
+    Ok(())
+}
+
 /// Position in the list and name of the part of the model that a parameter belongs to.
 fn part(entry: &Entry) -> (usize, &'static str) {
     let name = entry.name.as_str();
@@ -97,15 +123,6 @@ fn part(entry: &Entry) -> (usize, &'static str) {
     } else {
         (0, "embedding and output")
     }
-}
-
-fn trainer_state(folder: &std::path::Path) -> Result<Option<TrainerState>> {
-    let path = folder.join("trainer_state.json");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(&path).map_err(|e| ttt::Error::io(&path, e))?;
-    Ok(Some(serde_json::from_str(&text).map_err(|e| ttt::Error::format(&path, e.to_string()))?))
 }
 
 /// What a tokenizer is.

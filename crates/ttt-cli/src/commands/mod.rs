@@ -6,6 +6,7 @@ pub mod convert;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod import;
 pub mod info;
 pub mod plan;
 pub mod tokenizer;

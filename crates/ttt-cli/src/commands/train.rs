@@ -6,10 +6,11 @@ mod watch;
 use std::io::Write;
 
 use anyhow::Result;
+use clap::ValueEnum;
 use ttt::train::checkpoint::Checkpoints;
 use ttt::train::run::{Job, Outcome};
 
-use crate::args::Train;
+use crate::args::{DeviceName, Train};
 use crate::{model, units};
 use watch::Watch;
 
@@ -21,7 +22,7 @@ pub fn run(args: &Train, out: &mut dyn Write) -> Result<()> {
     let watch = Watch::new(&job, args.quiet)?;
     let outcome = ttt::train::run::run(&job, &watch);
     watch.finish();
-    let resume = format!("  {} train --resume {}", model::program(), units::quoted(&job.folder));
+    let resume = format!("  {} train --resume {}{}", model::program(), units::quoted(&job.folder), unsaved_flags(args));
     match outcome {
         Ok(outcome) => Ok(summary(&job, &outcome, out)?),
         Err(ttt::Error::Interrupted) => {
@@ -38,6 +39,14 @@ pub fn run(args: &Train, out: &mut dyn Write) -> Result<()> {
     }
 }
 
+/// The flags that are not among a run's settings.
+fn unsaved_flags(args: &Train) -> String {
+    let device = args.device.device.to_possible_value().filter(|_| args.device.device != DeviceName::Auto);
+    let device = device.map(|name| format!(" --device {}", name.get_name()));
+    let quiet = args.quiet.then(|| " --quiet".to_owned());
+    [device, quiet].into_iter().flatten().collect()
+}
+
 fn summary(job: &Job, outcome: &Outcome, out: &mut dyn Write) -> std::io::Result<()> {
     let folder = job.folder.display();
     let bits = outcome.validation.bits_per_byte.unwrap_or(f64::NAN);
@@ -51,6 +60,15 @@ fn summary(job: &Job, outcome: &Outcome, out: &mut dyn Write) -> std::io::Result
     writeln!(out, "  run    {folder}  (settings.toml, metrics.jsonl, checkpoints)")?;
     writeln!(out, "  curve  {folder}/loss.svg")?;
     writeln!(out, "  model  {}", outcome.model.display())?;
+    if let Some(skill) = &outcome.skill {
+        let size = std::fs::metadata(skill)?.len();
+        writeln!(
+            out,
+            "  skill  {}  ({}; --skill loads it over the model it was learned for)",
+            skill.display(),
+            units::bytes(size)
+        )?;
+    }
     writeln!(out, "try it:")?;
     let (program, run) = (model::program(), units::quoted(&job.folder));
     writeln!(out, "  {program} generate {run} --prompt {}", units::quoted(&job.settings.sample.prompt))

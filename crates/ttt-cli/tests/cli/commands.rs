@@ -89,6 +89,17 @@ fn tokenizers() {
     // A model with it, end to end.
     place.train(&["--tokenizer", "tok", "model.vocab_size=280", "--out", "run", "-q"]).ok();
     place.run(&["generate", "run", "--prompt", "3 green", "-n", "5"]).ok();
+    assert!(!place.run(&["generate", "run", "--prompt", "3", "-n", "1"]).ok().err.contains("warning"));
+
+    // Of ids without text there is one line; too few are refused.
+    let ran = place.train(&["--tokenizer", "tok", "model.vocab_size=288", "--out", "padded", "-q"]).ok();
+    let warning = "warning: the model has 288 ids, the tokenizer makes 280: ids 280 to 287 stand for no text\n";
+    assert_eq!(ran.err.matches(warning).count(), 1, "{}", ran.err);
+    let ran = place.run(&["generate", "padded", "--prompt", "3 green", "-n", "5"]).ok();
+    assert_eq!(ran.err, warning);
+    place
+        .train(&["--tokenizer", "tok", "model.vocab_size=279", "--out", "no"])
+        .fails(1, &["the tokenizer has 280 ids", "model.vocab_size=280"]);
     place.run(&["info", "run"]).ok().says(&["tokenizer.json, 280 ids, BOS 0, EOS 1"]);
 }
 
@@ -97,7 +108,12 @@ fn bench_and_doctor() {
     let place = Place::new();
     let small = ["model.hidden_size=32", "model.num_attention_heads=2", "model.num_hidden_layers=1", "model.vocab_size=64"];
     let line = |more: &[&'static str]| [&["bench"][..], more, &["--length", "32", "--repeat", "2", "--json"]].concat();
-    for (what, results) in [(&["train"][..], 1), (&["train", "--no-optimizer", "--recompute", "block"], 1), (&["ops"], 17)] {
+    for (what, results) in [
+        (&["train"][..], 1),
+        (&["train", "--no-optimizer", "--recompute", "block"], 1),
+        (&["train", "--only-initial-state"], 1),
+        (&["ops"], 17),
+    ] {
         let json = place.run(&line(&[what, &small].concat())).ok().json();
         let all = json["results"].as_array().unwrap();
         assert_eq!(all.len(), results, "{json}");

@@ -38,9 +38,7 @@ fn ctrl_c_saves_and_resume_ends_the_same() {
 
     let mut child = place.command(&train_line(&[&long[..], &["--out", "parts"]].concat())).spawn().unwrap();
     wait_for_step(&place, &mut child, "parts", 30);
-    // SAFETY: the signal goes to the child, which has not been waited for.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
-    let ran = Ran::from(child.wait_with_output().unwrap());
+    let ran = interrupt(child);
     assert_eq!(ran.code, Some(130), "{}{}", ran.out, ran.err);
     let ran = ran.says(&["interrupted; go on with", "train --resume parts"]);
     assert!(!ran.err.contains("error"), "{}", ran.err);
@@ -53,6 +51,38 @@ fn ctrl_c_saves_and_resume_ends_the_same() {
     place.run(&["train", "--resume", "parts", "-q"]).ok().says(&["going on after step"]);
     assert!(place.read("parts/final/model.safetensors") == place.read("whole/final/model.safetensors"), "the weights differ");
     assert_eq!(losses(&place, "parts"), losses(&place, "whole"));
+}
+
+/// Asks a run to save and stop.
+fn interrupt(child: Child) -> Ran {
+    // SAFETY: the signal goes to the child, which has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    Ran::from(child.wait_with_output().unwrap())
+}
+
+/// What is printed goes on exactly as before, from the same folder; and from another one, where the data was named by a relative path.
+#[test]
+fn the_printed_command_goes_on() {
+    let place = Place::new();
+    let more = ["train.tokens=25600", "checkpoint.every=0", "eval.every=0", "sample.every=0", "--device", "reference", "-q"];
+    let mut child = place.command(&train_line(&[&more[..], &["--out", "run"]].concat())).spawn().unwrap();
+    wait_for_step(&place, &mut child, "run", 3);
+    // While it trains, nobody else may.
+    place.run(&["train", "--resume", "run", "-q"]).fails(1, &["another process is training the run in run"]);
+    let ran = interrupt(child);
+    let line = ran.out.lines().find(|line| line.contains("--resume")).unwrap_or_else(|| panic!("{}{}", ran.out, ran.err)).trim();
+    assert!(line.ends_with("train --resume run --device reference --quiet"), "{line}");
+    let mut again = std::process::Command::new("sh");
+    again.args(["-c", &format!("exec {line}")]).current_dir(place.path(""));
+    let mut child = again.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    wait_for_step(&place, &mut child, "run", 20);
+    assert_eq!(interrupt(child).code, Some(130));
+
+    place.write("sub/x", "");
+    let mut elsewhere = place.command(&["train", "--resume", "../run", "train.tokens=25600", "-q"]);
+    elsewhere.current_dir(place.path("sub"));
+    Ran::from(elsewhere.output().unwrap()).ok().says(&["going on after step", "model  ../run/final"]);
+    place.no_temporary_files();
 }
 
 /// Writing more than `bytes` to a file fails, as on a full disk.

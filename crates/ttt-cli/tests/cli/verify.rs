@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use crate::Place;
+use crate::{Place, Ran};
 
 const GOLDEN: [&str; 4] =
     ["linear_mamba_preconv", "mlp_mamba_preconv", "linear_transformer_nopreconv", "mlp_transformer_nopreconv"];
@@ -80,6 +80,61 @@ fn the_official_results() {
             .run(&["verify", name, &reference, "--tolerance", "1e-12"])
             .fails(1, &["logits", "more of", "exceed the tolerance of 1e-12"]);
     }
+}
+
+/// A mask may be of any type, and without targets it is about the next inputs.
+#[test]
+fn masks_of_every_type() {
+    let place = Place::new();
+    let mut tensors = unpack(&place, GOLDEN[0]);
+    tensors.retain(|name, _| !name.starts_with("grad."));
+    let floats: Vec<f32> = tensors["loss_mask"].bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    assert!(floats.contains(&0.0) && floats.contains(&1.0));
+    let verify = |tensors: &HashMap<String, Array>| {
+        place.write("changed.safetensors", file(tensors.iter().map(|(name, t)| (name.as_str(), t))));
+        place.run(&["verify", GOLDEN[0], "changed.safetensors"])
+    };
+    let integers = |f: &dyn Fn(u8) -> Vec<u8>| floats.iter().flat_map(|m| f(*m as u8)).collect::<Vec<u8>>();
+    for (dtype, bytes) in [
+        (Dtype::BOOL, integers(&|m| vec![m])),
+        (Dtype::U8, integers(&|m| vec![m])),
+        (Dtype::I32, integers(&|m| i32::from(m).to_le_bytes().to_vec())),
+        (Dtype::I64, integers(&|m| i64::from(m).to_le_bytes().to_vec())),
+    ] {
+        let mask = tensors.get_mut("loss_mask").unwrap();
+        (mask.dtype, mask.bytes) = (dtype, bytes);
+        verify(&tensors).ok().says(&["loss "]);
+        let mask = tensors.get_mut("loss_mask").unwrap();
+        let one = mask.bytes.iter().position(|b| *b == 1).unwrap();
+        mask.bytes[one] = 0;
+        verify(&tensors).fails(1, &["loss"]);
+    }
+    let mask = tensors.get_mut("loss_mask").unwrap();
+    (mask.dtype, mask.bytes) = (Dtype::F32, floats.iter().flat_map(|_| (-1f32).to_le_bytes()).collect());
+    verify(&tensors).fails(1, &["loss_mask", "-1", "a number from 0 up"]);
+
+    // The same loss without targets: one only counts where it is the next input, and never at the end.
+    let Array { shape, bytes, dtype } = &tensors["input_ids"];
+    let (b, t) = (shape[0], shape[1]);
+    let width = bytes.len() / (b * t);
+    let ends = |i: usize| (i + 1).is_multiple_of(t);
+    let next: Vec<u8> = (0..b * t).flat_map(|i| bytes[(if ends(i) { i } else { i + 1 }) * width..][..width].to_vec()).collect();
+    let targets = Array { dtype: *dtype, shape: shape.clone(), bytes: next };
+    let mask = |last: u8| Array {
+        dtype: Dtype::U8,
+        shape: vec![b, t],
+        bytes: (0..b * t).map(|i| if ends(i) { last } else { u8::from(!i.is_multiple_of(3)) }).collect(),
+    };
+    tensors.insert("targets".into(), targets);
+    tensors.insert("loss_mask".into(), mask(0));
+    let loss = |ran: &Ran| ran.out.lines().find(|line| line.starts_with("loss ")).map(str::to_owned);
+    let with_targets = loss(&verify(&tensors));
+    tensors.remove("targets");
+    assert_eq!(loss(&verify(&tensors)), with_targets);
+    tensors.insert("loss_mask".into(), mask(1));
+    assert_eq!(loss(&verify(&tensors)), with_targets, "there is nothing to say after the last input");
+    tensors.remove("loss_mask");
+    assert_ne!(loss(&verify(&tensors)), with_targets);
 }
 
 #[test]

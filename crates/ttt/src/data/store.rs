@@ -2,12 +2,14 @@
 
 use std::{
     fs::{File, TryLockError},
+    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::{
     AtPath, Error, Result,
@@ -22,7 +24,7 @@ use crate::{
 };
 
 /// Changes whenever the same inputs would give other files.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// What a killed build left behind is deleted when nothing was written to it for so long.
 const LEFTOVER: Duration = Duration::from_secs(3600);
 
@@ -118,6 +120,8 @@ struct Key {
 #[derive(Serialize, Deserialize)]
 struct Meta {
     built: Built,
+    /// SHA-256 of the four files of tokens.
+    content: String,
     key: Key,
 }
 
@@ -128,6 +132,7 @@ pub struct Store {
     train: Tokens,
     validation: Tokens,
     largest_id: u32,
+    content: String,
     reused: bool,
 }
 
@@ -164,7 +169,9 @@ impl Store {
         let temporary = Temporary(cache.join(format!(".{name}-{}-{unique}", std::process::id())));
         std::fs::create_dir(&temporary.0).at(&temporary.0)?;
         let built = build::build(&temporary.0, options, tokenizer, progress)?;
-        let meta = serde_json::to_string_pretty(&Meta { built, key: key.clone() }).expect("meta data can be written as JSON");
+        let content = content_hash(&temporary.0)?;
+        let meta =
+            serde_json::to_string_pretty(&Meta { built, content, key: key.clone() }).expect("meta data can be written as JSON");
         write_atomic(temporary.0.join("meta.json"), |w| w.write_all(meta.as_bytes()))?;
         if folder.exists() {
             // It could not be opened, so it is damaged.
@@ -188,6 +195,12 @@ impl Store {
     /// The folder of the files.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// SHA-256, in hexadecimal, of the tokens and of where documents begin: the same wherever the texts lie and whenever they
+    /// were written, another as soon as one token differs. Computed once, when the tokens are made.
+    pub fn content(&self) -> &str {
+        &self.content
     }
 
     /// Whether the files were there already.
@@ -240,7 +253,7 @@ fn key(options: &StoreOptions, tokenizer: &Tokenizer) -> Result<Key> {
 fn open(folder: &Path, key: &Key, options: &StoreOptions, tokenizer: &Tokenizer) -> Result<Store> {
     let path = folder.join("meta.json");
     let text = std::fs::read_to_string(&path).at(&path)?;
-    let Meta { built, key: found } = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
+    let Meta { built, content, key: found } = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
     if found != *key || !matches!(built.width, 2 | 4) {
         return Err(Error::format(&path, "describes other data"));
     }
@@ -258,7 +271,25 @@ fn open(folder: &Path, key: &Key, options: &StoreOptions, tokenizer: &Tokenizer)
         let (at, bytes, cut) = tail(&train, options, tokenizer);
         (Tokens::new(train.clone(), 0..at, Some(cut), train_bytes - bytes), Tokens::new(train, at..all, Some(cut), bytes))
     };
-    Ok(Store { folder: folder.to_owned(), train, validation, largest_id: built.largest_id, reused: true })
+    Ok(Store { folder: folder.to_owned(), train, validation, largest_id: built.largest_id, content, reused: true })
+}
+
+/// SHA-256 of the files of tokens in `folder`, each with its length before it.
+fn content_hash(folder: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    for name in ["train.bin", "train.idx", "validation.bin", "validation.idx"] {
+        let path = folder.join(name);
+        let mut file = File::open(&path).at(&path)?;
+        hash.update(file.metadata().at(&path)?.len().to_le_bytes());
+        loop {
+            match file.read(&mut buffer).at(&path)? {
+                0 => break,
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// The end of `file` that is validation: its first token, its bytes of text, and how that cuts a document.

@@ -186,6 +186,16 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// A sentence about ids of a model with `vocab_size` ids that stand for no text (padding, usually), when there are any.
+    pub fn unused_ids(&self, vocab_size: usize) -> Option<String> {
+        let used = match self.kind {
+            Kind::Bytes => self.bos.into_iter().chain(self.eos).map(|id| id as usize + 1).fold(256, usize::max),
+            Kind::HuggingFace(_) => self.vocab_size,
+        };
+        let last = vocab_size.checked_sub(1).filter(|last| used <= *last)?;
+        Some(format!("the model has {vocab_size} ids, the tokenizer makes {used}: ids {used} to {last} stand for no text"))
+    }
+
     /// SHA-256, in hexadecimal, of everything that determines ids.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

@@ -8,11 +8,14 @@ pub mod memory;
 pub mod par;
 pub mod probe;
 pub mod view;
+mod weight_view;
 
 use std::sync::Arc;
 
 use crate::{Error, Result};
 use memory::Pool;
+
+pub use weight_view::WeightView;
 
 /// Which implementation of an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

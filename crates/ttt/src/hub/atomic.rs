@@ -1,7 +1,8 @@
 //! Files and folders that are either the old ones or the new ones, whatever happens in between.
 //!
 //! New contents go to a temporary name in the same folder, are synced to the disk and renamed over the old ones. After an error
-//! the temporary name is gone; only a killed process can leave one (`.ttt-<process>-<number>.tmp`, safe to delete).
+//! the temporary name is gone; only a killed process can leave one (`.ttt-<process>-<number>.tmp`, safe to delete), which
+//! [`remove_leftovers`] clears away.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -76,6 +77,31 @@ pub fn write_folder(path: impl AsRef<Path>, build: impl FnOnce(&Path) -> Result<
         fs::rename(&temporary.path, &path).at(&path)?;
         sync_folder(folder).at(folder)
     }
+}
+
+/// Deletes what killed processes left in `folder`: names that this module makes and that `which` agrees to. Only for a folder
+/// that no other process writes to.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn remove_leftovers(folder: &Path, which: impl Fn(&Path) -> bool) -> Result<()> {
+    for entry in fs::read_dir(folder).at(folder)? {
+        let path = entry.at(folder)?.path();
+        if !path.file_name().is_some_and(|name| is_temporary(&name.to_string_lossy())) || !which(&path) {
+            continue;
+        }
+        match fs::symlink_metadata(&path).at(&path)?.is_dir() {
+            true => fs::remove_dir_all(&path).at(&path)?,
+            false => fs::remove_file(&path).at(&path)?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name is one of [`Temporary::free_name`]'s.
+fn is_temporary(name: &str) -> bool {
+    let numbers = name.strip_prefix(".ttt-").and_then(|rest| rest.strip_suffix(".tmp")?.split_once('-'));
+    numbers.is_some_and(|(process, number)| process.parse::<u32>().is_ok() && number.parse::<u64>().is_ok())
 }
 
 /// A temporary file or folder; dropping it removes what is still there under its name.

@@ -9,17 +9,26 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::safetensors::{File, Source, write};
+use super::weights::Stored;
 use super::{FileDType, config_json, weights, write_atomic, write_folder};
 use crate::config::Config;
 use crate::device::Device;
+use crate::narrow::Narrow;
 use crate::params::{ParamTable, Params};
 use crate::tensor::DType;
+use crate::weights::{Storage, Weights};
 use crate::{AtPath, Error, Result};
 
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Where `config.json` says that weights are quantised, and how.
+const QUANTIZATION: &str = "quantization_config";
+const METHOD: &str = "quant_method";
+/// Our own: rows of integers with a scale each.
+const INT8: &str = "ttt-int8";
 
 /// Files beside config and weights that belong to a model, whatever its weights are stored as.
 const COMPANIONS: [&str; 11] = [
@@ -88,17 +97,67 @@ impl ModelFolder {
         &self.extra
     }
 
-    /// Reads the weights, from one file or from shards, in any floating-point type.
+    /// How its weights are stored: [`Storage::Int8`] or [`Storage::Bf16`], or else [`Storage::F32`].
+    ///
+    /// # Errors
+    /// [`Error::Format`] for weights that another program has quantised.
+    pub fn storage(&self) -> Result<Storage> {
+        match self.extra.get(QUANTIZATION) {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(how)) if how.get(METHOD).is_some_and(|method| method == INT8) => return Ok(Storage::Int8),
+            Some(how) => {
+                let method = how.get(METHOD).unwrap_or(how);
+                let message = format!(
+                    "the weights are quantised by {method}, which this program does not read; use the model that they were made from"
+                );
+                return Err(Error::format(self.dir.join(CONFIG), message));
+            }
+        }
+        let names = ["torch_dtype", "dtype"].iter().find_map(|key| self.extra.get(*key)?.as_str());
+        Ok(if names == Some(FileDType::Bf16.torch_name()) { Storage::Bf16 } else { Storage::F32 })
+    }
+
+    /// Checks that training can start from the weights.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for weights stored as integers.
+    pub fn check_trainable(&self) -> Result<()> {
+        if self.storage()? == Storage::Int8 {
+            let message = "the weights are stored as int8, too coarse for the small steps of training; \
+                           start from the model that they were made from";
+            return Err(Error::format(self.dir.join(CONFIG), message));
+        }
+        Ok(())
+    }
+
+    /// Reads the weights, from one file or from shards, whatever they are stored as, into one flat buffer.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] when the files are damaged or hold other tensors than `table`; [`Error::OutOfMemory`].
     pub fn load_params(&self, table: &Arc<ParamTable>, device: &Device, dtype: DType) -> Result<Params> {
+        match self.load_weights(table, device, dtype.into())? {
+            Weights::Float(params) => Ok(params),
+            Weights::Narrow(narrow) => unreachable!("{:?} is not narrow, {} is", dtype, narrow.storage()),
+        }
+    }
+
+    /// Reads the weights, from one file or from shards, whatever they are stored as, and holds them as `storage`.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::load_params`]; a number that `storage` cannot hold.
+    pub fn load_weights(&self, table: &Arc<ParamTable>, device: &Device, storage: Storage) -> Result<Weights> {
+        let (files, path) = self.files()?;
+        weights::load(&files, &path, self.storage()? == Storage::Int8, table, device, storage)
+    }
+
+    /// The files with the weights, and the one that errors about all of them name.
+    fn files(&self) -> Result<(Vec<File>, PathBuf)> {
         let whole = self.dir.join(WEIGHTS);
         let index = self.dir.join(INDEX);
         if whole.exists() {
-            weights::load(&[File::open(&whole)?], &whole, table, device, dtype)
+            Ok((vec![File::open(&whole)?], whole))
         } else if index.exists() {
-            weights::load(&self.shards(&index)?, &index, table, device, dtype)
+            Ok((self.shards(&index)?, index))
         } else {
             let message = if self.dir.join("pytorch_model.bin").exists() || self.dir.join("pytorch_model.bin.index.json").exists() {
                 "there is no such file, only pytorch_model.bin, which can run code when it is read; \
@@ -145,14 +204,58 @@ impl ModelFolder {
     /// [`Error::Io`], among others when `out` exists and is not empty; what [`ModelFolder::load_params`] returns.
     pub fn convert(&self, out: impl AsRef<Path>, device: &Device, options: SaveOptions) -> Result<()> {
         let out = out.as_ref();
-        if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-            let message = "the folder is not empty; name another one, or empty it first";
-            return Err(Error::io(out, io::Error::new(io::ErrorKind::AlreadyExists, message)));
-        }
+        expect_empty(out)?;
         let (table, _) = ParamTable::new(&self.config);
         let params = self.load_params(&Arc::new(table), device, DType::F32)?;
+        let sources = weights::sources(&params, "", options.dtype.dtype());
+        self.write_copy(out, &self.plain_extra(), sources, options)
+    }
+
+    /// Writes the model to a new folder with its large matrices as bf16 or int8 and everything else as f32; tokenizer, generation
+    /// settings and licence go along. Of bf16 the names are official, so that other programs read it.
+    ///
+    /// # Errors
+    /// [`Error::Io`], among others when `out` exists and is not empty; a weight that is not finite; what
+    /// [`ModelFolder::load_params`] returns; [`Error::Config`] when `storage` is not narrow.
+    pub fn quantize(&self, out: impl AsRef<Path>, device: &Device, storage: Storage) -> Result<Quantized> {
+        if !storage.is_narrow() {
+            return Err(Error::Config(format!("{storage} is not narrower than f32; there are bf16 and int8")));
+        }
+        expect_empty(out.as_ref())?;
+        let table = Arc::new(ParamTable::new(&self.config).0);
+        let (files, path) = self.files()?;
+        let stored = Stored::find(&files, &path, self.storage()? == Storage::Int8, &table)?;
+        let (narrow, worst) = device.install(|| {
+            let narrow = Narrow::new(&table, device, storage, &stored)?;
+            let worst = narrow.worst_error(&stored)?;
+            Ok((narrow, worst))
+        })?;
+        let mut extra = self.plain_extra();
+        // Programs that know nothing of it refuse a method of this name.
+        if storage == Storage::Int8 {
+            extra.insert(QUANTIZATION.to_owned(), json!({METHOD: INT8}));
+        }
+        let dtype = if storage == Storage::Bf16 { FileDType::Bf16 } else { FileDType::F32 };
+        let sources = weights::narrow_sources(&narrow);
+        let bytes = sources.iter().map(|source| source.bytes() as u64).sum();
+        self.write_copy(out.as_ref(), &extra, sources, SaveOptions { dtype, max_shard_bytes: None })?;
+        let bytes_before = files
+            .iter()
+            .flat_map(|file| file.names().map(|name| file.tensor(name)))
+            .try_fold(0, |sum, tensor| Ok::<_, Error>(sum + tensor?.bytes.len() as u64))?;
+        Ok(Quantized { bytes_before, bytes, worst_matrix: worst.0, worst_error: worst.1 })
+    }
+
+    /// What `config.json` says besides, but about how weights are quantised.
+    fn plain_extra(&self) -> Map<String, Value> {
+        let mut extra = self.extra.clone();
+        extra.shift_remove(QUANTIZATION);
+        extra
+    }
+
+    fn write_copy(&self, out: &Path, extra: &Map<String, Value>, sources: Vec<Source<'_>>, options: SaveOptions) -> Result<()> {
         write_folder(out, |dir| {
-            save_with(dir, &self.config, &self.extra, &params, options)?;
+            save_with(dir, &self.config, extra, sources, options)?;
             for name in COMPANIONS {
                 let from = self.dir.join(name);
                 if from.is_file() {
@@ -164,6 +267,27 @@ impl ModelFolder {
     }
 }
 
+/// What [`ModelFolder::quantize`] did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Quantized {
+    /// Bytes of the tensors that were read.
+    pub bytes_before: u64,
+    /// Bytes of the tensors that were written.
+    pub bytes: u64,
+    /// Name of the matrix that changed most.
+    pub worst_matrix: String,
+    /// Its `‖stored - read‖ / ‖read‖` (Frobenius norms).
+    pub worst_error: f64,
+}
+
+fn expect_empty(out: &Path) -> Result<()> {
+    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
+        let message = "the folder is not empty; name another one, or empty it first";
+        return Err(Error::io(out, io::Error::new(io::ErrorKind::AlreadyExists, message)));
+    }
+    Ok(())
+}
+
 /// Writes `config.json`, `generation_config.json` and the weights into a folder, which is made if it is not there. A tied head is
 /// omitted, as the official code does.
 ///
@@ -173,12 +297,18 @@ impl ModelFolder {
 /// # Errors
 /// [`Error::Io`].
 pub fn save(dir: impl AsRef<Path>, config: &Config, params: &Params, options: SaveOptions) -> Result<()> {
-    save_with(dir.as_ref(), config, &Map::new(), params, options)
+    save_with(dir.as_ref(), config, &Map::new(), weights::sources(params, "", options.dtype.dtype()), options)
 }
 
-fn save_with(dir: &Path, config: &Config, extra: &Map<String, Value>, params: &Params, options: SaveOptions) -> Result<()> {
+fn save_with(
+    dir: &Path,
+    config: &Config,
+    extra: &Map<String, Value>,
+    tensors: Vec<Source<'_>>,
+    options: SaveOptions,
+) -> Result<()> {
     fs::create_dir_all(dir).at(dir)?;
-    let shards = split(weights::sources(params, "", options.dtype.dtype()), options.max_shard_bytes);
+    let shards = split(tensors, options.max_shard_bytes);
     let count = shards.len();
     let mut written = BTreeSet::new();
     let mut weight_map = Map::new();

@@ -2,18 +2,26 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::params::{ParamId, Params};
-use crate::tensor::with_dtype;
+use crate::params::{Entry, ParamId};
+use crate::weights::Values;
 
 /// SHA-256, in hexadecimal, over every parameter's name, shape and f32 values in the order of the table.
 ///
-/// It depends on the weights alone: not on how files are sharded, on gaps in the flat buffer or on the device. Weights rounded to
-/// half precision are other weights.
-pub fn model_hash(params: &Params) -> String {
-    use crate::tensor::Element;
+/// It depends on what the weights are alone: not on how files are sharded, on gaps in memory, on the device, or on the type that
+/// they are stored in. Weights rounded to half precision or to integers are other weights.
+pub fn model_hash(weights: &impl Values) -> String {
+    hash_of(weights, |_| true)
+}
+
+/// The same over all parameters but the initial fast weights: what a skill belongs to.
+pub fn base_hash(weights: &impl Values) -> String {
+    hash_of(weights, |entry| !entry.initial_state)
+}
+
+fn hash_of(weights: &impl Values, which: impl Fn(&Entry) -> bool) -> String {
     let mut hash = Sha256::new();
-    let mut bytes = Vec::new();
-    for (index, entry) in params.table().entries().iter().enumerate() {
+    let (mut values, mut bytes) = (vec![0.0f32; 1 << 14], Vec::new());
+    for (index, entry) in weights.table().entries().iter().enumerate().filter(|(_, entry)| which(entry)) {
         // Lengths come first, so that no two lists of tensors give one string of bytes.
         hash.update((entry.name.len() as u64).to_le_bytes());
         hash.update(entry.name.as_bytes());
@@ -21,15 +29,13 @@ pub fn model_hash(params: &Params) -> String {
         for axis in &entry.shape {
             hash.update((*axis as u64).to_le_bytes());
         }
-        with_dtype!(params.data().dtype(), E => {
-            for chunk in params.values::<E>(ParamId(index)).chunks(1 << 14) {
-                bytes.clear();
-                for x in chunk {
-                    bytes.extend_from_slice(&(x.to_f64() as f32).to_le_bytes());
-                }
-                hash.update(&bytes);
-            }
-        });
+        for first in (0..entry.elements()).step_by(values.len()) {
+            let values = &mut values[..(entry.elements() - first).min(1 << 14)];
+            weights.read(ParamId(index), first, values);
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+            hash.update(&bytes);
+        }
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,15 +1,17 @@
 //! Between tensors in files and [`Params`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use super::safetensors::{Dtype, File, Source, TensorRef};
-use crate::device::Device;
-use crate::params::{ParamId, ParamTable, Params};
-use crate::tensor::{DType, with_dtype};
+use crate::device::{Device, WeightView};
+use crate::narrow::{Narrow, Origin};
+use crate::params::{Entry, ParamId, ParamTable, Params};
+use crate::tensor::{Element, with_dtype};
+use crate::weights::{Storage, Weights};
 use crate::{Error, Result};
 
 const EMBED: &str = "model.embed_tokens.weight";
@@ -95,37 +97,163 @@ pub fn read_into(params: &mut Params, file: &File, prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// The parameters of a model from its files; `path` is the file that errors about all of them name.
+/// Ends of the names of a matrix's integers and of their scales, behind the official name.
+const INT8: [&str; 2] = ["_int8", "_scale"];
+
+/// The weights of a model from its files; `path` is the file that errors about all of them name, `int8` whether its matrices are
+/// stored as integers (`NAME_int8 [rows, cols]`) with scales (`NAME_scale [rows]`).
 ///
 /// Names may lack the prefix `model.` (a `TTTModel` alone). Buffers that the official code can compute are skipped.
-/// Everything is checked before memory for the parameters is asked for.
+/// Everything is checked before memory for the weights is asked for; narrow ones are never held wide.
 ///
 /// # Errors
-/// [`Error::Format`] for missing, unexpected, doubled or misshapen tensors; [`Error::OutOfMemory`].
-pub fn load(files: &[File], path: &Path, table: &Arc<ParamTable>, device: &Device, dtype: DType) -> Result<Params> {
-    let mut found = by_official_name(files, path)?;
-    if table.find(HEAD).is_none() {
-        resolve_tied_head(&mut found, path)?;
+/// [`Error::Format`] for missing, unexpected, doubled or misshapen tensors, and for numbers that are not finite where they are
+/// stored narrow; [`Error::OutOfMemory`].
+pub fn load(
+    files: &[File],
+    path: &Path,
+    int8: bool,
+    table: &Arc<ParamTable>,
+    device: &Device,
+    storage: Storage,
+) -> Result<Weights> {
+    let stored = Stored::find(files, path, int8, table)?;
+    if storage.is_narrow() {
+        return Ok(Weights::Narrow(device.install(|| Narrow::new(table, device, storage, &stored))?));
     }
-    check_names(&found, path, table)?;
-    let mut wrong = Vec::new();
-    for entry in table.entries() {
-        let tensor = &found[&entry.name];
-        tensor.check_float()?;
-        if tensor.shape != entry.shape {
-            wrong.push(format!("`{}` has shape {:?}, config.json makes it {:?}", entry.name, tensor.shape, entry.shape));
-        }
-    }
-    if !wrong.is_empty() {
-        return Err(Error::format(path, some(&wrong, "; ")));
-    }
-    let mut params = Params::zeros(table, device, dtype)?;
+    let mut params = Params::zeros(table, device, storage.dtype())?;
     device.install(|| {
-        for (index, entry) in table.entries().iter().enumerate() {
-            with_dtype!(dtype, E => found[&entry.name].read(params.values_mut::<E>(ParamId(index))))?;
+        for id in (0..table.entries().len()).map(ParamId) {
+            with_dtype!(storage.dtype(), E => stored.read_from(id, 0, params.values_mut::<E>(id)))?;
         }
-        Ok(params)
+        Ok(params.into())
     })
+}
+
+/// The parameters of a model in its files, in the order of the table.
+pub(super) struct Stored<'a> {
+    all: Vec<Found<'a>>,
+}
+
+/// One parameter in a file.
+enum Found<'a> {
+    Floats(TensorRef<'a>),
+    Int8 { integers: TensorRef<'a>, cols: usize, scales: Vec<f32> },
+}
+
+impl<'a> Stored<'a> {
+    /// Finds and checks all parameters, and that nothing else is there; the arguments are those of [`load`].
+    pub(super) fn find(files: &'a [File], path: &Path, int8: bool, table: &ParamTable) -> Result<Stored<'a>> {
+        let mut found = by_official_name(files, path)?;
+        if table.find(HEAD).is_none() && !int8 {
+            resolve_tied_head(&mut found, path)?;
+        }
+        let names = |entry: &Entry| match int8 && entry.is_matrix() {
+            true => INT8.map(|end| entry.name.clone() + end).to_vec(),
+            false => vec![entry.name.clone()],
+        };
+        check_names(&found, path, &table.entries().iter().flat_map(names).collect::<Vec<_>>())?;
+        let mut wrong = Vec::new();
+        let mut all = Vec::with_capacity(table.entries().len());
+        for entry in table.entries() {
+            let names = names(entry);
+            let tensor = found[&names[0]];
+            if tensor.shape != entry.shape {
+                wrong.push(format!("`{}` has shape {:?}, config.json makes it {:?}", names[0], tensor.shape, entry.shape));
+            } else if let Some(scale) = names.get(1) {
+                let [rows, cols] = entry.matrix_shape();
+                all.push(Found::Int8 { integers: integers(tensor)?, cols, scales: scales(found[scale], rows)? });
+            } else {
+                tensor.check_float()?;
+                all.push(Found::Floats(tensor));
+            }
+        }
+        if !wrong.is_empty() {
+            return Err(Error::format(path, some(&wrong, "; ")));
+        }
+        Ok(Stored { all })
+    }
+
+    /// The values of a parameter from element `first` on.
+    fn read_from<E: Element>(&self, id: ParamId, first: usize, out: &mut [E]) -> Result<()> {
+        match &self.all[id.0] {
+            Found::Floats(tensor) => tensor.read_from(first, out),
+            Found::Int8 { integers, cols, scales } => {
+                for (i, out) in out.iter_mut().enumerate() {
+                    let at = first + i;
+                    *out = E::from_f64((integers.bytes[at] as i8 as f32 * scales[at / cols]) as f64);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Origin for Stored<'_> {
+    fn read(&self, id: ParamId, first: usize, out: &mut [f32]) -> Result<()> {
+        self.read_from(id, first, out)
+    }
+
+    fn int8(&self, id: ParamId) -> Option<(&[i8], &[f32])> {
+        match &self.all[id.0] {
+            Found::Floats(_) => None,
+            Found::Int8 { integers, scales, .. } => Some((bytemuck::cast_slice(integers.bytes), scales)),
+        }
+    }
+
+    fn wrong(&self, id: ParamId, message: String) -> Error {
+        match &self.all[id.0] {
+            Found::Floats(tensor) | Found::Int8 { integers: tensor, .. } => tensor.wrong(message),
+        }
+    }
+}
+
+/// A tensor checked to hold integers that [`Narrow`] holds: -128 has no place in a symmetric range.
+fn integers(tensor: TensorRef<'_>) -> Result<TensorRef<'_>> {
+    if tensor.dtype != Dtype::I8 {
+        return Err(tensor.wrong(format!("holds {}; I8 is needed", tensor.dtype)));
+    }
+    if tensor.bytes.contains(&(i8::MIN as u8)) {
+        return Err(tensor.wrong("holds -128; integers from -127 to 127 are needed"));
+    }
+    Ok(tensor)
+}
+
+/// A tensor's f32 numbers, checked to be scales of `rows` rows.
+fn scales(tensor: TensorRef<'_>, rows: usize) -> Result<Vec<f32>> {
+    tensor.check_shape(&[rows])?;
+    if tensor.dtype != Dtype::F32 {
+        return Err(tensor.wrong(format!("holds {}; F32 is needed", tensor.dtype)));
+    }
+    let scales = tensor.to_vec::<f32>()?;
+    match scales.iter().find(|x| !(**x >= 0.0 && (127.0 * **x).is_finite())) {
+        Some(x) => Err(tensor.wrong(format!("holds {x}, which is no scale of integers up to 127"))),
+        None => Ok(scales),
+    }
+}
+
+/// Every parameter of narrow weights as tensors to write, in the order of the table: matrices as BF16 under their official names,
+/// or as I8 and F32 under names that [`load`] knows; everything else as F32.
+pub fn narrow_sources(weights: &Narrow) -> Vec<Source<'_>> {
+    let mut sources = Vec::new();
+    for (index, entry) in weights.table().entries().iter().enumerate() {
+        let (id, name) = (ParamId(index), &entry.name);
+        if !entry.is_matrix() {
+            sources.push(Source::floats::<f32>(name, Dtype::F32, &entry.shape, weights.view(id).as_mat().slice()));
+            continue;
+        }
+        match weights.matrices(id, id) {
+            WeightView::Int8 { rows, scales, .. } => {
+                let [integers, scale] = INT8.map(|end| name.clone() + end);
+                let bytes: &[u8] = bytemuck::cast_slice(rows.slice());
+                sources.push(Source::new(integers, Dtype::I8, &entry.shape, move |w| w.write_all(bytes)));
+                sources.push(Source::floats(scale, Dtype::F32, &[scales.len()], scales));
+            }
+            WeightView::Bf16 { rows, .. } => sources.push(Source::bf16s(name, &entry.shape, rows.slice())),
+            WeightView::Float(_) => unreachable!("matrices are narrow"),
+        }
+    }
+    sources
 }
 
 fn by_official_name<'a>(files: &'a [File], path: &Path) -> Result<BTreeMap<String, TensorRef<'a>>> {
@@ -167,10 +295,11 @@ fn resolve_tied_head(found: &mut BTreeMap<String, TensorRef<'_>>, path: &Path) -
     Err(Error::format(path, message))
 }
 
-fn check_names(found: &BTreeMap<String, TensorRef<'_>>, path: &Path, table: &ParamTable) -> Result<()> {
+fn check_names(found: &BTreeMap<String, TensorRef<'_>>, path: &Path, names: &[String]) -> Result<()> {
     let quoted = |name: &String| format!("`{name}`");
-    let missing: Vec<String> = table.entries().iter().map(|e| &e.name).filter(|n| !found.contains_key(*n)).map(quoted).collect();
-    let unexpected: Vec<String> = found.keys().filter(|n| table.find(n).is_none()).map(quoted).collect();
+    let known: HashSet<&String> = names.iter().collect();
+    let missing: Vec<String> = names.iter().filter(|n| !found.contains_key(*n)).map(quoted).collect();
+    let unexpected: Vec<String> = found.keys().filter(|n| !known.contains(n)).map(quoted).collect();
     if missing.is_empty() && unexpected.is_empty() {
         return Ok(());
     }
@@ -188,7 +317,7 @@ fn check_names(found: &BTreeMap<String, TensorRef<'_>>, path: &Path, table: &Par
 }
 
 /// The first few of a list, and how many more there are.
-fn some(items: &[String], separator: &str) -> String {
+pub(crate) fn some(items: &[String], separator: &str) -> String {
     const SHOWN: usize = 6;
     let mut text = items[..items.len().min(SHOWN)].join(separator);
     if items.len() > SHOWN {

@@ -25,25 +25,27 @@ impl FeedForward {
     /// `x [n, D]` to `[n, D]`, and the pre-activations `[gate | up] [n, 2 I]`.
     pub(super) fn forward(&self, pass: &Pass<'_>, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
-        let gate_up = linear::forward(normed.view(), pass.weights.fused(self.gate, self.up))?;
+        let gate_up = linear::forward(normed.view(), pass.weights.matrices(self.gate, self.up))?;
         drop(normed);
         let hidden = swiglu::forward(gate_up.view())?;
-        let mut y = linear::forward(hidden.view(), pass.weights.view(self.down))?;
+        let mut y = linear::forward(hidden.view(), pass.weights.matrix(self.down))?;
         add::add_to(y.view_mut(), x.view());
         Ok((y, gate_up))
     }
 
     /// Gradient of `x` from the gradient of the output.
     pub(super) fn backward(&self, pass: &Pass<'_>, x: &Tensor, gate_up: Tensor, dy: Tensor, grads: &mut Params) -> Result<Tensor> {
-        let hidden = swiglu::forward(gate_up.view())?;
-        linear::backward_weight(dy.view(), hidden.view(), grads.view_mut(self.down));
-        drop(hidden);
+        if grads.holds(self.down) {
+            let hidden = swiglu::forward(gate_up.view())?;
+            linear::backward_weight(dy.view(), hidden.view(), grads.view_mut(self.down));
+        }
         let dhidden = linear::backward_input(dy.view(), pass.weights.view(self.down))?;
         let dgate_up = swiglu::backward(dhidden.view(), gate_up.view())?;
         drop((dhidden, gate_up));
-        let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
-        linear::backward_weight(dgate_up.view(), normed.view(), grads.fused_mut(self.gate, self.up));
-        drop(normed);
+        if grads.holds(self.gate) {
+            let normed = rms_norm::forward(x.view(), pass.weights.view(self.norm), self.eps)?;
+            linear::backward_weight(dgate_up.view(), normed.view(), grads.fused_mut(self.gate, self.up));
+        }
         let dnormed = linear::backward_input(dgate_up.view(), pass.weights.fused(self.gate, self.up))?;
         drop(dgate_up);
         let mut dx =

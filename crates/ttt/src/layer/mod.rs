@@ -1,7 +1,7 @@
 //! The parts of the model: forward and backward over [`crate::ops`], holding parameter ids and never tensors.
 //!
 //! Everything here follows one pattern: `forward` returns its output and, when asked to keep something, a plain struct of what
-//! `backward` needs; `backward` adds parameter gradients to a flat [`Params`] and returns the gradient of its input. Sums over
+//! `backward` needs; `backward` adds parameter gradients to a flat [`Params`](crate::params::Params) and returns the gradient of its input. Sums over
 //! the several uses of one value (the residual stream, the input of q, k, v and the gates) are written out here, never in `ops/`.
 
 mod block;
@@ -16,8 +16,8 @@ use crate::Result;
 use crate::batch::Segment;
 use crate::ops::inner::FastWeights;
 use crate::ops::rope;
-use crate::params::Params;
 use crate::tensor::Tensor;
+use crate::weights::Weights;
 
 /// What a forward pass keeps for the backward pass: the one switch between inference, training and recomputation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub enum Keep {
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
     /// The model's parameters.
-    pub weights: &'a Params,
+    pub weights: &'a Weights,
     /// The sequences of the batch. In a pass without states sequence i is in slot i at the start of a mini-batch.
     pub segments: &'a [Segment],
     /// Rotary angles.

@@ -9,6 +9,7 @@ use crate::ops::rope::Direction;
 use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::params::{ParamId, Params, TttIds};
 use crate::tensor::{Tensor, with_dtype};
+use crate::weights::Weights;
 
 /// LayerNorm's epsilon is fixed in all official code.
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -113,7 +114,7 @@ impl TttLayer {
     }
 
     /// Slot `slot` starts from the learned initial weights.
-    pub fn start(&self, weights: &Params, fast: &mut FastWeights, slot: usize) {
+    pub fn start(&self, weights: &Weights, fast: &mut FastWeights, slot: usize) {
         let initial: Vec<View<'_>> = self.ids.initial.iter().map(|id| weights.view(*id)).collect();
         fast.start(slot, &initial);
     }
@@ -122,9 +123,9 @@ impl TttLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn fast_weights(&self, weights: &Params, slots: usize) -> Result<FastWeights> {
-        let data = weights.data();
-        FastWeights::zeros(data.device(), data.dtype(), self.inner, slots, self.heads, self.head_dim, self.mini_batch)
+    pub fn fast_weights(&self, weights: &Weights, slots: usize) -> Result<FastWeights> {
+        let (device, dtype) = (weights.device(), weights.storage().dtype());
+        FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.head_dim, self.mini_batch)
     }
 
     /// `x [n, D]` (normed) to `[n, D]`. Without a state every segment starts from the learned initial weights.
@@ -140,7 +141,7 @@ impl TttLayer {
     ) -> Result<(Tensor, Option<TttSaved>)> {
         let Learned { projected, qk, lr, tok, z, inner } = self.learn(pass, x, self.last_projection(), fast, window)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
-        let out = linear::forward(y.view(), pass.weights.view(self.ids.o_proj))?;
+        let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
         Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner })))
     }
 
@@ -160,11 +161,11 @@ impl TttLayer {
         let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
-            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.view(g_proj))?),
+            Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.matrix(g_proj))?),
             None => None,
         };
         let y = self.output(pass, gate.as_ref().map(Tensor::view), &z)?;
-        linear::forward(y.view(), pass.weights.view(self.ids.o_proj))
+        linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
@@ -177,7 +178,7 @@ impl TttLayer {
         window: Option<&mut Tensor>,
     ) -> Result<Learned> {
         let (w, ids) = (pass.weights, &self.ids);
-        let mut projected = linear::forward(x, w.fused(ids.q_proj, last))?;
+        let mut projected = linear::forward(x, w.matrices(ids.q_proj, last))?;
         let qk = match ids.convs {
             Some(convs) => {
                 let shared = self.block(&projected, 0);
@@ -236,9 +237,10 @@ impl TttLayer {
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
         // Output projection, gate, post-norm.
-        let y = self.output(pass, self.gate(&projected), &z)?;
-        linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
-        drop(y);
+        if grads.holds(ids.o_proj) {
+            let y = self.output(pass, self.gate(&projected), &z)?;
+            linear::backward_weight(dout, y.view(), grads.view_mut(ids.o_proj));
+        }
         let dy = linear::backward_input(dout, w.view(ids.o_proj))?;
         let (post_w, post_b) = ids.post_norm;
         let dnormed = match ids.g_proj {
@@ -312,7 +314,9 @@ impl TttLayer {
 
         // The projections and the learning-rate gate read the same input.
         let (first, last) = (ids.q_proj, self.last_projection());
-        linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        if grads.holds(first) {
+            linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
+        }
         let mut dx = linear::backward_input(dprojected.view(), w.fused(first, last))?;
         let [dlr_weight, dlr_bias] = grads.views_mut([ids.lr_weight, ids.lr_bias]);
         let dlr_bias = dlr_bias.reshape(1, self.heads);

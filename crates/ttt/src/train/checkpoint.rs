@@ -12,11 +12,14 @@ use crate::data::Tokenizer;
 use crate::hub::safetensors::{self, Dtype, File};
 use crate::hub::{self, ModelFolder, SaveOptions, weights, write_atomic, write_folder};
 use crate::lm::Lm;
+use crate::train::DataId;
 use crate::train::step::Optimizer;
 use crate::{AtPath, Error, Result};
 
-/// Version of `trainer_state.json`.
-const VERSION: u32 = 1;
+/// Where a checkpoint says how far its run was.
+pub const STATE: &str = "trainer_state.json";
+/// Version of that file.
+const VERSION: u32 = 2;
 
 /// Where a run is: everything that `--resume` needs beside weights and moments. The order of the data is a pure function of seed
 /// and step.
@@ -32,14 +35,33 @@ pub struct TrainerState {
     pub best_loss: Option<f64>,
     /// Seconds trained, earlier parts included.
     pub elapsed_seconds: f64,
-    /// Identity of the tokenised data.
-    pub data: String,
+    /// What it learns from.
+    pub data: DataId,
 }
 
 impl TrainerState {
     /// The beginning of a run on some data.
-    pub fn new(data: String) -> TrainerState {
+    pub fn new(data: DataId) -> TrainerState {
         TrainerState { version: VERSION, step: 0, tokens: 0, best_loss: None, elapsed_seconds: 0.0, data }
+    }
+
+    /// That of a checkpoint's folder.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or of another version.
+    pub fn read(folder: &Path) -> Result<TrainerState> {
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let path = folder.join(STATE);
+        let text = std::fs::read_to_string(&path).at(&path)?;
+        let wrong = |e: serde_json::Error| Error::format(&path, e.to_string());
+        let Version { version } = serde_json::from_str(&text).map_err(wrong)?;
+        if version != VERSION {
+            return Err(Error::format(path, format!("it has version {version}; this program reads version {VERSION}")));
+        }
+        serde_json::from_str(&text).map_err(wrong)
     }
 }
 
@@ -95,7 +117,7 @@ impl Checkpoints {
             moments.extend(weights::sources(&optimizer.v, "v.", Dtype::F32));
             safetensors::write(tmp.join("optimizer.safetensors"), &[], moments)?;
             let json = serde_json::to_string_pretty(state).expect("a trainer state is plain data");
-            write_atomic(tmp.join("trainer_state.json"), |w| w.write_all(json.as_bytes()))
+            write_atomic(tmp.join(STATE), |w| w.write_all(json.as_bytes()))
         })?;
         write_atomic(self.run.join("latest"), |w| writeln!(w, "{name}"))?;
         self.prune()?;
@@ -143,12 +165,7 @@ fn write_model(folder: &Path, model: &Lm, tokenizer: &Tokenizer) -> Result<()> {
 /// # Errors
 /// Files that cannot be read, or that belong to another model.
 pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer) -> Result<TrainerState> {
-    let path = folder.join("trainer_state.json");
-    let text = std::fs::read_to_string(&path).at(&path)?;
-    let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
-    if state.version != VERSION {
-        return Err(Error::format(path, format!("it has version {}; this program reads version {VERSION}", state.version)));
-    }
+    let state = TrainerState::read(folder)?;
     let saved = ModelFolder::open(folder)?;
     // How much is kept for the backward pass, and how long sequences are, is the run's affair.
     let settled = |config: &Config| Config { scan_checkpoint_group_size: 0, max_position_embeddings: 0, ..config.clone() };

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::Config;
 use crate::data::{Progress, Sources, Split, Store, StoreOptions, Tokenizer, Tokens, default_corpus};
 use crate::train::Settings;
@@ -77,11 +79,64 @@ impl Corpus {
         }
     }
 
-    /// Identity of files, tokenizer and split.
-    pub fn fingerprint(&self) -> String {
-        let name = |store: &Store| store.folder().file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let stores = [Some(&self.train), self.validation.as_ref()];
-        stores.into_iter().flatten().map(name).collect::<Vec<_>>().join("+")
+    /// What a run on this corpus learns from.
+    pub fn id(&self, settings: &Settings, tokenizer: &Tokenizer) -> DataId {
+        let text = |store: &Store| TextId {
+            sha256: store.content().to_owned(),
+            tokens: (store.split(Split::Train).len() + store.split(Split::Validation).len()) as u64,
+        };
+        DataId {
+            texts: text(&self.train),
+            validation_texts: self.validation.as_ref().map(text),
+            validation_fraction: settings.data.validation_fraction.to_string(),
+            tokenizer: tokenizer.fingerprint().to_owned(),
+        }
+    }
+}
+
+/// What a run learns from, by contents: where the texts lie and when they were written does not matter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataId {
+    /// The training texts, with the part that is validation.
+    pub texts: TextId,
+    /// Texts of their own for validation.
+    pub validation_texts: Option<TextId>,
+    /// The part of the training texts that is validation, as text: JSON readers round numbers.
+    pub validation_fraction: String,
+    /// [`Tokenizer::fingerprint`].
+    pub tokenizer: String,
+}
+
+/// Texts that became tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TextId {
+    /// [`Store::content`].
+    pub sha256: String,
+    /// Number of tokens.
+    pub tokens: u64,
+}
+
+impl DataId {
+    /// What is different now, in words; empty when nothing is.
+    pub fn changes(&self, now: &DataId) -> Vec<String> {
+        let count = |text: Option<&TextId>| text.map_or("none".into(), |text| format!("{} tokens", text.tokens));
+        let mut changes = Vec::new();
+        if self.tokenizer != now.tokenizer {
+            // Other tokens are no news then.
+            return vec!["the tokenizer".into()];
+        }
+        for (what, then, now) in [
+            ("the training texts", Some(&self.texts), Some(&now.texts)),
+            ("the validation texts", self.validation_texts.as_ref(), now.validation_texts.as_ref()),
+        ] {
+            if then != now {
+                changes.push(format!("{what} ({} then, {} now)", count(then), count(now)));
+            }
+        }
+        if self.validation_fraction != now.validation_fraction {
+            changes.push(format!("the part for validation ({} then, {} now)", self.validation_fraction, now.validation_fraction));
+        }
+        changes
     }
 }
 

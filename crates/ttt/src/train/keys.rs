@@ -43,7 +43,7 @@ pub fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
 
 /// The known key that was probably meant by an unknown one: the nearest by edits, either as a whole or in its last part alone, so that
 /// both `optimiser.learning_rate` and `learning_rate` find `optimizer.learning_rate`. None is near to gibberish.
-pub fn nearest<'k>(unknown: &str, known: &'k [String]) -> Option<&'k str> {
+pub(crate) fn nearest<'k>(unknown: &str, known: &'k [String]) -> Option<&'k str> {
     let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
     let distance = |key: &str| {
         let whole = strsim::damerau_levenshtein(unknown, key);

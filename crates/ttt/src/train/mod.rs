@@ -2,7 +2,8 @@
 
 pub mod checkpoint;
 mod corpus;
-mod keys;
+pub(crate) mod keys;
+mod lock;
 pub mod loss;
 pub mod metrics;
 pub mod observe;
@@ -13,4 +14,5 @@ pub mod settings;
 pub mod step;
 pub mod tensorboard;
 
+pub use corpus::{DataId, TextId};
 pub use settings::Settings;

@@ -11,6 +11,8 @@ use crate::train::metrics::Record;
 pub enum Event<'a> {
     /// Where the text comes from.
     Corpus(&'a str),
+    /// Something is odd, but the run goes on.
+    Warning(&'a str),
     /// The text is being turned into tokens.
     Tokenizing(Progress),
     /// The loop begins.
@@ -19,6 +21,8 @@ pub enum Event<'a> {
         config: &'a Config,
         /// Number of its parameters.
         parameters: usize,
+        /// Number of those that are learned.
+        learned: usize,
         /// Training tokens of the corpus.
         train_tokens: u64,
         /// Validation tokens of the corpus.

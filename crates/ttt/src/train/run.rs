@@ -9,7 +9,7 @@ use crate::data::{Examples, Sampler, Tokenizer, Tokens};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
-use crate::hub::{ModelFolder, write_atomic};
+use crate::hub::{ModelFolder, Skill, SkillInfo, write_atomic};
 use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::adamw;
@@ -18,6 +18,7 @@ use crate::state::States;
 use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
 use crate::train::corpus::{self, Corpus};
+use crate::train::lock::{self, RunLock};
 use crate::train::metrics::{InnerLoss, Metrics, Record, Split};
 use crate::train::observe::{Event, Observer};
 use crate::train::settings::Recompute;
@@ -46,6 +47,8 @@ pub struct Outcome {
     pub validation: Record,
     /// Folder of the final model.
     pub model: PathBuf,
+    /// File of the learned initial state, when that is all that was learned.
+    pub skill: Option<PathBuf>,
     /// Time trained.
     pub seconds: f64,
 }
@@ -57,7 +60,14 @@ pub struct Outcome {
 pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
     job.settings.validate()?;
     check_folder(job)?;
-    let mut run = Run::new(job, observer)?;
+    let lock = job.resume.then(|| RunLock::take(&job.folder)).transpose()?;
+    let mut settings = job.settings.located()?;
+    if job.resume {
+        settings = settings.continued(&Settings::of_run(&job.folder)?.located()?, &job.folder)?;
+        settings.validate()?;
+    }
+    let job = Job { settings, ..job.clone() };
+    let mut run = Run::new(&job, lock, observer)?;
     run.train(observer)
 }
 
@@ -70,7 +80,8 @@ fn check_folder(job: &Job) -> Result<()> {
             false => Err(Error::Config(format!("{} is no run folder: it holds no settings.toml", job.folder.display()))),
         };
     }
-    let in_use = std::fs::read_dir(&job.folder).is_ok_and(|mut entries| entries.next().is_some());
+    let names = std::fs::read_dir(&job.folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let in_use = names.into_iter().any(|name| name != lock::NAME);
     if in_use {
         return Err(Error::Config(format!(
             "the run folder {0} exists and is not empty; continue it with `--resume {0}`, or name another one",
@@ -116,15 +127,19 @@ struct Run<'j> {
     started: Instant,
     /// Seconds in steps, and tokens, since the last record of a step.
     since_record: (f64, u64),
+    _lock: RunLock,
 }
 
 impl<'j> Run<'j> {
-    fn new(job: &'j Job, observer: &dyn Observer) -> Result<Run<'j>> {
+    fn new(job: &'j Job, lock: Option<RunLock>, observer: &dyn Observer) -> Result<Run<'j>> {
         let checkpoints = Checkpoints::new(&job.folder, job.settings.checkpoint.keep, job.settings.checkpoint.milestone_every);
         let newest = if job.resume { checkpoints.latest()? } else { None };
         let settings = &job.settings;
         let config = settings.model_config()?;
         let tokenizer = corpus::tokenizer(settings, &config, newest.as_deref())?;
+        if let Some(warning) = tokenizer.unused_ids(config.vocab_size) {
+            observer.event(Event::Warning(&warning));
+        }
         let prompt = sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
@@ -136,19 +151,28 @@ impl<'j> Run<'j> {
         })?;
 
         let mut model = match &settings.model.folder {
-            Some(folder) => Lm::from_folder(&ModelFolder::open(folder)?, &config, &job.device, DType::F32)?,
+            Some(folder) => {
+                let folder = ModelFolder::open(folder)?;
+                folder.check_trainable()?;
+                Lm::from_folder(&folder, &config, &job.device, DType::F32)?
+            }
             None => Lm::new(&config, &job.device, DType::F32, settings.train.seed)?,
         };
-        let mut optimizer = Optimizer::new(&model)?;
-        let fingerprint = corpus.fingerprint();
+        let mut optimizer = match settings.train.only_initial_state {
+            true => Optimizer::of_initial_state(&model)?,
+            false => Optimizer::new(&model)?,
+        };
+        let data = corpus.id(settings, &tokenizer);
         let state = match newest {
             Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer)?,
-            None => TrainerState::new(fingerprint.clone()),
+            None => TrainerState::new(data.clone()),
         };
-        if state.data != fingerprint {
+        let changes = state.data.changes(&data);
+        if !changes.is_empty() {
             return Err(Error::Data(format!(
-                "the training data is not what {} was trained on: files, tokenizer or split have changed, so the run cannot go on exactly",
-                job.folder.display()
+                "{0} was trained on something else: {1}; put that back, or start a new run from its weights with `--init-from {0}`",
+                job.folder.display(),
+                changes.join(", ")
             )));
         }
         if state.step > settings.steps() {
@@ -163,10 +187,15 @@ impl<'j> Run<'j> {
         if let Some(parent) = job.folder.parent().filter(|p| *p != Path::new("")) {
             std::fs::create_dir_all(parent).at(parent)?;
         }
-        if std::fs::create_dir(&job.folder).is_err() {
-            check_folder(job)?;
-            std::fs::create_dir_all(&job.folder).at(&job.folder)?;
-        }
+        let lock = match lock {
+            Some(lock) => lock,
+            None => {
+                std::fs::create_dir_all(&job.folder).at(&job.folder)?;
+                let lock = RunLock::take(&job.folder)?;
+                check_folder(job)?;
+                lock
+            }
+        };
         let text = settings.to_toml();
         write_atomic(job.folder.join("settings.toml"), |w| w.write_all(text.as_bytes()))?;
         let path = job.folder.join("metrics.jsonl");
@@ -191,6 +220,7 @@ impl<'j> Run<'j> {
             peak_flops,
             started: Instant::now(),
             since_record: (0.0, 0),
+            _lock: lock,
         })
     }
 
@@ -203,6 +233,7 @@ impl<'j> Run<'j> {
         observer.event(Event::Start {
             config: &self.config,
             parameters: self.model.params().table().parameters(),
+            learned: self.optimizer.m.table().parameters(),
             train_tokens: self.corpus.train().len() as u64,
             validation_tokens: self.corpus.validation().len() as u64,
             from_step,
@@ -269,9 +300,22 @@ impl<'j> Run<'j> {
         }
         let model = self.job.folder.join("final");
         checkpoint::save_model(&model, &self.model, &self.tokenizer)?;
+        let skill = settings.train.only_initial_state.then(|| self.save_skill()).transpose()?;
         self.plot()?;
         let validation = validation.expect("the last pass of the loop evaluates");
-        Ok(Outcome { validation, model, seconds: self.state.elapsed_seconds })
+        Ok(Outcome { validation, model, skill, seconds: self.state.elapsed_seconds })
+    }
+
+    fn save_skill(&self) -> Result<PathBuf> {
+        let folder = std::path::absolute(&self.job.folder).at(&self.job.folder)?;
+        let info = SkillInfo {
+            name: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            tokens: self.state.tokens,
+            tokenizer: self.tokenizer.fingerprint().to_owned(),
+        };
+        let path = self.job.folder.join("skill.safetensors");
+        Skill::save(&path, self.model.params(), &info)?;
+        Ok(path)
     }
 
     fn step(&mut self, lr: f64) -> Result<StepReport> {
@@ -351,13 +395,15 @@ impl<'j> Run<'j> {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
+        let flops = plan::flops(&self.config);
+        let per_token = if self.job.settings.train.only_initial_state { flops.training_initial_state() } else { flops.training };
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
             bits_per_byte: (bytes > 0.0).then(|| report.nll / std::f64::consts::LN_2 / bytes),
             lr: Some(lr),
             grad_norm: Some(report.grad_norm),
             tokens_per_second: Some(speed),
-            mfu: Some(plan::flops(&self.config).training * speed / self.peak_flops),
+            mfu: Some(per_token * speed / self.peak_flops),
             elapsed_seconds: Some(elapsed),
             memory_bytes: Some(self.job.device.memory().usage().peak as u64),
             ..Record::new(Split::Train, self.state.step, self.state.tokens, report.loss)

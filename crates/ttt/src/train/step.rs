@@ -1,11 +1,13 @@
 //! One optimizer step: gradients of one or more micro-batches, global-norm clip, AdamW.
 
+use std::sync::Arc;
+
 use crate::batch::Batch;
 use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::adamw::{self, Settings};
 use crate::ops::grad_norm;
-use crate::params::Params;
+use crate::params::{ParamTable, Params};
 use crate::tensor::DType;
 use crate::train::loss::sequence_mean_weights;
 use crate::{Error, Result};
@@ -58,13 +60,22 @@ pub struct StepReport {
 /// The optimizer's memory: both moments, the gradient buffer and the number of updates made.
 #[derive(Debug)]
 pub struct Optimizer {
-    /// First moment.
+    /// First moment of what is learned.
     pub m: Params,
-    /// Second moment.
+    /// Second moment of what is learned.
     pub v: Params,
     grads: Params,
+    /// Where what is learned is brought together for an update, when that is not everything.
+    part: Option<Part>,
     /// Updates made so far.
     pub step: u64,
+}
+
+/// Copies of the learned part of weights and gradients.
+#[derive(Debug)]
+struct Part {
+    weights: Params,
+    grads: Params,
 }
 
 impl Optimizer {
@@ -73,11 +84,24 @@ impl Optimizer {
     /// # Errors
     /// [`Error::OutOfMemory`], or a model that is not in f32.
     pub fn new(model: &Lm) -> Result<Optimizer> {
-        if model.dtype() != DType::F32 {
-            return Err(Error::Config("training runs in f32 on a CPU".into()));
-        }
+        check_dtype(model)?;
         let zeros = || Params::zeros(model.params().table(), model.device(), model.dtype());
-        Ok(Optimizer { m: zeros()?, v: zeros()?, grads: zeros()?, step: 0 })
+        Ok(Optimizer { m: zeros()?, v: zeros()?, grads: zeros()?, part: None, step: 0 })
+    }
+
+    /// One that learns the initial fast weights, W0, and leaves every other parameter as it is. Nothing is kept for those, and the
+    /// gradients of frozen matrices are not computed. Clipping looks at the gradient of W0 alone.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
+    pub fn of_initial_state(model: &Lm) -> Result<Optimizer> {
+        check_dtype(model)?;
+        let all = model.params().table();
+        let table = Arc::new(all.initial_state());
+        let zeros = |table: &Arc<ParamTable>| Params::zeros(table, model.device(), model.dtype());
+        let part = Some(Part { weights: zeros(&table)?, grads: zeros(&table)? });
+        let grads = zeros(&Arc::new(all.gradients_of_initial_state()))?;
+        Ok(Optimizer { m: zeros(&table)?, v: zeros(&table)?, grads, part, step: 0 })
     }
 
     /// One step over `micro_batches`, whose sequences all weigh the same.
@@ -87,16 +111,30 @@ impl Optimizer {
     pub fn step(&mut self, model: &mut Lm, micro_batches: &[MicroBatch], settings: &StepSettings) -> Result<StepReport> {
         let (loss, nll, counted) = self.gradients(model, micro_batches, settings)?;
         let device = model.device().clone();
-        let grad_norm = device.install(|| grad_norm::sum_of_squares(self.grads.data())).sqrt();
+        let grads = match &mut self.part {
+            Some(part) => {
+                part.grads.copy_shared(&self.grads);
+                &part.grads
+            }
+            None => &self.grads,
+        };
+        let grad_norm = device.install(|| grad_norm::sum_of_squares(grads.data())).sqrt();
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(model, micro_batches, settings.inner_lr)?);
         }
         let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
-        device.install(|| {
-            let (m, v) = (self.m.data_mut(), self.v.data_mut());
-            let params = model.params_mut().data_mut();
-            adamw::step(params, self.grads.data(), m, v, self.step, settings.lr, scale, &settings.adamw);
-        });
+        let (m, v, made) = (self.m.data_mut(), self.v.data_mut(), self.step);
+        let mut update = |weights: &mut Params, grads: &Params| {
+            device.install(|| adamw::step(weights.data_mut(), grads.data(), m, v, made, settings.lr, scale, &settings.adamw));
+        };
+        match &mut self.part {
+            Some(Part { weights, grads }) => {
+                weights.copy_shared(model.params());
+                update(weights, grads);
+                model.params_mut().copy_shared(weights);
+            }
+            None => update(model.params_mut(), &self.grads),
+        }
         self.step += 1;
         Ok(StepReport { loss, nll, counted, grad_norm })
     }
@@ -139,5 +177,12 @@ impl Optimizer {
             }
         }
         Ok(first_in(&self.grads, "gradient of ").unwrap_or_else(|| at("global norm of the gradient".into(), 0)))
+    }
+}
+
+fn check_dtype(model: &Lm) -> Result<()> {
+    match model.dtype() {
+        DType::F32 => Ok(()),
+        _ => Err(Error::Config("training runs in f32 on a CPU".into())),
     }
 }

@@ -1,6 +1,8 @@
 //! What several test files share: golden files and small models.
 #![allow(dead_code, missing_docs)]
 
+pub mod runs;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 

@@ -72,13 +72,17 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
             Ok(lm.backward(&batch, saved.expect("the pass keeps something"), dhidden, &mut grads)?)
         });
     }
-    let mut optimizer = Optimizer::new(&lm)?;
+    let (mut optimizer, training, what) = match args.only_initial_state {
+        true => (Optimizer::of_initial_state(&lm)?, flops(config).training_initial_state(), "train W0"),
+        false => (Optimizer::new(&lm)?, flops(config).training, "train"),
+    };
     let micro_batches = [MicroBatch { batch, targets, mask }];
     let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let step = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep };
-    // As above, then the norm reads gradients, and AdamW reads four numbers and writes three.
-    let cost = [flops(config).training, (16.0 + 4.0 + 28.0) * parameters / n as f64];
-    measure(format!("train {shape}"), device, args.repeat, n as f64, cost, || {
+    // As above, then the norm reads gradients, and AdamW reads four numbers and writes three, of what is learned.
+    let learned = optimizer.m.table().parameters() as f64;
+    let cost = [training, (8.0 * parameters + (8.0 + 4.0 + 28.0) * learned) / n as f64];
+    measure(format!("{what} {shape}"), device, args.repeat, n as f64, cost, || {
         optimizer.step(&mut lm, &micro_batches, &step)?;
         Ok(())
     })

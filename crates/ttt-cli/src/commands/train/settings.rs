@@ -31,7 +31,7 @@ pub fn resolve(args: &Train) -> Result<(Settings, PathBuf)> {
             let name = Path::new(config).file_stem().unwrap_or_default().to_string_lossy().into_owned();
             (Settings::load(config)?, new_folder(args, &name))
         }
-        (None, None) => (Settings::default(), new_folder(args, "tiny")),
+        (None, None) => (Settings::default(), new_folder(args, if args.only_initial_state { "skill" } else { "tiny" })),
     };
     for assignment in &typed.overrides {
         settings.apply_override(assignment)?;
@@ -78,7 +78,7 @@ pub fn is_assignment(text: &str) -> bool {
 }
 
 fn apply_flags(args: &Train, data: &[String], settings: &mut Settings) -> Result<()> {
-    let Train { tokenizer, init_from, recompute, seed, tokens, device, .. } = args;
+    let Train { tokenizer, init_from, only_initial_state, recompute, seed, tokens, device, .. } = args;
     let mut set = |key: &str, value: toml::Value, flag: &str| settings.set(key, value, flag);
     if !data.is_empty() {
         set("data.paths", data.to_vec().into(), "--data")?;
@@ -94,6 +94,9 @@ fn apply_flags(args: &Train, data: &[String], settings: &mut Settings) -> Result
         }
         let text = folder.to_str().with_context(|| format!("{} is not UTF-8", folder.display()))?;
         set("model.folder", text.into(), "--init-from")?;
+    }
+    if *only_initial_state {
+        set("train.only_initial_state", true.into(), "--only-initial-state")?;
     }
     if let Some(recompute) = recompute {
         let name = match recompute {

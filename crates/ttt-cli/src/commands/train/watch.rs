@@ -17,7 +17,7 @@ use ttt::train::run::Job;
 use ttt::train::settings::{Recompute, Settings};
 
 use crate::commands::plan::describe;
-use crate::progress::Bar;
+use crate::progress::{Bar, warn};
 use crate::units;
 
 /// Training losses that the table's mean is over.
@@ -97,6 +97,7 @@ impl Observer for Watch {
         let mut view = self.view();
         match event {
             Event::Corpus(text) => say(text),
+            Event::Warning(text) => warn(text),
             Event::Tokenizing(p) => {
                 let bar = view.bar.get_or_insert_with(|| Bar::bytes(p.total_bytes));
                 let message = if p.waiting {
@@ -106,11 +107,11 @@ impl Observer for Watch {
                 };
                 bar.set(p.bytes, &message);
             }
-            Event::Start { config, parameters, train_tokens, validation_tokens, from_step, steps } => {
+            Event::Start { config, parameters, learned, train_tokens, validation_tokens, from_step, steps } => {
                 if let Some(tokenizing) = view.bar.take() {
                     tokenizing.finish();
                 }
-                self.header(config, parameters, [train_tokens, validation_tokens], [from_step, steps]);
+                self.header(config, [parameters, learned], [train_tokens, validation_tokens], [from_step, steps]);
                 view.steps = steps;
                 view.last = Instant::now();
                 view.bar = (!self.quiet).then(|| Bar::steps(steps));
@@ -139,10 +140,14 @@ impl Observer for Watch {
 }
 
 impl Watch {
-    fn header(&self, config: &Config, parameters: usize, tokens: [u64; 2], [from_step, steps]: [u64; 2]) {
+    fn header(&self, config: &Config, [parameters, learned]: [usize; 2], tokens: [u64; 2], [from_step, steps]: [u64; 2]) {
         let train = &self.settings.train;
         say(&format!("model   {}", describe(config)));
-        say(&format!("size    {} parameters", units::grouped(parameters as u64)));
+        let learned = match train.only_initial_state {
+            true => format!(", of which {} are learned", units::grouped(learned as u64)),
+            false => String::new(),
+        };
+        say(&format!("size    {} parameters{learned}", units::grouped(parameters as u64)));
         say(&format!("data    {} tokens to learn from, {} to validate", units::grouped(tokens[0]), units::grouped(tokens[1])));
         let epochs = train.tokens as f64 / tokens[0].max(1) as f64;
         let from = if from_step > 0 { format!(", going on after step {from_step}") } else { String::new() };
@@ -157,7 +162,10 @@ impl Watch {
             Recompute::Block => Keep::Input { group },
         };
         let lens = vec![train.sequence_length; self.settings.micro_batch()];
-        let memory = plan::training_memory(config, &lens, keep);
+        let mut memory = plan::training_memory(config, &lens, keep);
+        if train.only_initial_state {
+            memory = memory.of_initial_state(config);
+        }
         let fixed = memory.weights + memory.gradients + memory.optimizer;
         say(&format!(
             "memory  {} planned: {} weights, gradients and moments, {} activations and fast weights",

@@ -123,16 +123,29 @@ impl TensorRef<'_> {
     /// When `out` has another number of elements.
     pub fn read<E: Element>(&self, out: &mut [E]) -> Result<()> {
         assert_eq!(out.len(), self.elements(), "a buffer of {} elements for a tensor of shape {:?}", out.len(), self.shape);
+        self.read_from(0, out)
+    }
+
+    /// [`TensorRef::read`] of the elements from `first` on.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when the elements are no floating-point numbers.
+    ///
+    /// # Panics
+    /// When there are fewer than `out` holds.
+    pub fn read_from<E: Element>(&self, first: usize, out: &mut [E]) -> Result<()> {
+        self.check_float()?;
+        let size = self.dtype.bitsize() / 8;
+        let bytes = &self.bytes[first * size..(first + out.len()) * size];
         match self.dtype {
             // Copied, not converted: every bit survives, those of a NaN too.
             Dtype::F32 if cfg!(target_endian = "little") && E::DTYPE == DType::F32 => {
-                bytemuck::cast_slice_mut(out).copy_from_slice(self.bytes);
+                bytemuck::cast_slice_mut(out).copy_from_slice(bytes);
             }
-            Dtype::F32 => convert(self.bytes, out, |b| E::from_f64(f32::from_le_bytes(b) as f64)),
-            Dtype::F64 => convert(self.bytes, out, |b| E::from_f64(f64::from_le_bytes(b))),
-            Dtype::BF16 => convert(self.bytes, out, |b| E::from_f64(bf16::from_le_bytes(b).to_f64())),
-            Dtype::F16 => convert(self.bytes, out, |b| E::from_f64(f16::from_le_bytes(b).to_f64())),
-            _ => self.check_float()?,
+            Dtype::F32 => convert(bytes, out, |b| E::from_f64(f32::from_le_bytes(b) as f64)),
+            Dtype::F64 => convert(bytes, out, |b| E::from_f64(f64::from_le_bytes(b))),
+            Dtype::BF16 => convert(bytes, out, |b| E::from_f64(bf16::from_le_bytes(b).to_f64())),
+            _ => convert(bytes, out, |b| E::from_f64(f16::from_le_bytes(b).to_f64())),
         }
         Ok(())
     }

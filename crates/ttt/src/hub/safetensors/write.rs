@@ -65,6 +65,14 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// BF16 elements.
+    pub fn bf16s(name: impl Into<String>, shape: &[usize], values: &'a [bf16]) -> Source<'a> {
+        Source::new(name, Dtype::BF16, shape, move |w| match cfg!(target_endian = "little") {
+            true => w.write_all(bytemuck::cast_slice(values)),
+            false => stream(w, values, |x| Ok(x.to_le_bytes())),
+        })
+    }
+
     /// U32 elements.
     pub fn u32s(name: impl Into<String>, shape: &[usize], values: &'a [u32]) -> Source<'a> {
         Source::new(name, Dtype::U32, shape, move |w| stream(w, values, |x| Ok(x.to_le_bytes())))

@@ -1,9 +1,9 @@
 //! f32 on the processor's cores: logits of a chunk of rows at a time, overwritten by their gradient.
 
 use crate::Result;
-use crate::device::Device;
 use crate::device::par::{self, RowsPerUnit};
-use crate::device::view::{Mat, MatMut};
+use crate::device::view::{Mat, MatMut, View};
+use crate::device::{Device, WeightView};
 use crate::ops::linear::cpu as linear;
 use crate::ops::simd::{exp, largest, map, sum, vectorise};
 use crate::tensor::{DType, Tensor};
@@ -13,7 +13,7 @@ use crate::tensor::{DType, Tensor};
 const CHUNK_LOGITS: usize = 1 << 22;
 
 /// Negative log likelihood of each row.
-pub(crate) fn forward(device: &Device, hidden: Mat<f32>, w: Mat<f32>, targets: &[u32]) -> Result<Vec<f64>> {
+pub(crate) fn forward(device: &Device, hidden: Mat<f32>, w: WeightView, targets: &[u32]) -> Result<Vec<f64>> {
     let mut nll = vec![0.0; targets.len()];
     let chunk = chunk_rows(w.rows(), targets.len());
     let mut scratch = Tensor::empty(device, &[chunk, w.rows()], DType::F32)?;
@@ -30,7 +30,7 @@ pub(crate) fn forward(device: &Device, hidden: Mat<f32>, w: Mat<f32>, targets: &
 pub(crate) fn forward_backward(
     device: &Device,
     hidden: Mat<f32>,
-    w: Mat<f32>,
+    w: View,
     targets: &[u32],
     weights: &[f64],
     mut dw: MatMut<f32>,
@@ -52,12 +52,14 @@ pub(crate) fn forward_backward(
         for (to, &row) in rows.iter().enumerate() {
             gathered.row_mut(to).copy_from_slice(hidden.row(row));
         }
-        linear::forward(gathered.as_ref(), w, logits.reborrow());
+        linear::forward(gathered.as_ref(), w.into(), logits.reborrow());
         each_row(logits.reborrow(), &mut chunk_nll[..rows.len()], &|i, logits, nll| {
             *nll = likelihood_and_gradient(logits, targets[rows[i]], weights[rows[i]]);
         });
-        linear::backward_weight(logits.as_ref(), gathered.as_ref(), dw.reborrow());
-        linear::backward_input(logits.as_ref(), w, gathered.reborrow());
+        if dw.rows() > 0 {
+            linear::backward_weight(logits.as_ref(), gathered.as_ref(), dw.reborrow());
+        }
+        linear::backward_input(logits.as_ref(), w.as_mat(), gathered.reborrow());
         for (from, &row) in rows.iter().enumerate() {
             dhidden.row_mut(row).copy_from_slice(gathered.row(from));
             nll[row] = chunk_nll[from];

@@ -46,7 +46,9 @@ pub(crate) fn forward_backward<E: Element>(
             let dlogit = E::from_f64(weight) * ((logit - log_sum).exp() - hit);
             for (c, dhidden) in dhidden.iter_mut().enumerate() {
                 *dhidden += dlogit * w.row(v)[c];
-                dw.row_mut(v)[c] += dlogit * hidden.row(i)[c];
+                if dw.rows() > 0 {
+                    dw.row_mut(v)[c] += dlogit * hidden.row(i)[c];
+                }
             }
         }
     }

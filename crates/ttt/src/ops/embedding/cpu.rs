@@ -1,5 +1,6 @@
 //! f32 on the processor's cores.
 
+use crate::device::WeightView;
 use crate::device::par::{self, ColsPerUnit};
 use crate::device::view::{Mat, MatMut};
 
@@ -7,10 +8,10 @@ use crate::device::view::{Mat, MatMut};
 const COLS_PER_UNIT: usize = 64;
 
 /// `y[i] = table[ids[i]]`, blocks of rows in parallel.
-pub(crate) fn forward(ids: &[u32], table: Mat<f32>, y: MatMut<f32>) {
+pub(crate) fn forward(ids: &[u32], table: WeightView, y: MatMut<f32>) {
     par::for_row_blocks(y, par::block_rows(table.cols()), |first, mut y| {
         for i in 0..y.rows() {
-            y.row_mut(i).copy_from_slice(table.row(ids[first + i] as usize));
+            table.widen_row(ids[first + i] as usize, y.row_mut(i));
         }
     });
 }

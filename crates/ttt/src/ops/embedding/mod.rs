@@ -4,24 +4,26 @@ mod cpu;
 mod reference;
 
 use crate::Result;
+use crate::device::WeightView;
 use crate::device::view::{View, ViewMut};
 use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
-/// Row `ids[i]` of `table [v, d]` for each i: `[ids.len(), d]`.
+/// Row `ids[i]` of `table [v, d]` for each i: `[ids.len(), d]`; of a narrow table, the numbers that it stands for.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
 /// When an id is not below `v`; callers check what users give them.
-pub fn forward(ids: &[u32], table: View) -> Result<Tensor> {
+pub fn forward<'w>(ids: &[u32], table: impl Into<WeightView<'w>>) -> Result<Tensor> {
+    let table = table.into();
     expect_ids(ids, table.rows());
     let mut y = Tensor::empty(table.device(), &[ids.len(), table.cols()], table.dtype())?;
     if fast(table.device(), table.dtype()) {
-        cpu::forward(ids, table.as_mat(), y.view_mut().into_mat());
+        cpu::forward(ids, table, y.view_mut().into_mat());
     } else {
-        with_dtype!(table.dtype(), E => reference::forward::<E>(ids, table.as_mat(), y.view_mut().into_mat()));
+        with_dtype!(table.dtype(), E => reference::forward::<E>(ids, table, y.view_mut().into_mat()));
     }
     Ok(y)
 }

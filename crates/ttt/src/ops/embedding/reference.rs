@@ -1,12 +1,13 @@
 //! The definition, in plain loops.
 
+use crate::device::WeightView;
 use crate::device::view::{Mat, MatMut};
 use crate::tensor::Element;
 
 /// `y[i] = table[ids[i]]`.
-pub(crate) fn forward<E: Element>(ids: &[u32], table: Mat<E>, mut y: MatMut<E>) {
+pub(crate) fn forward<E: Element>(ids: &[u32], table: WeightView, mut y: MatMut<E>) {
     for (i, &id) in ids.iter().enumerate() {
-        y.row_mut(i).copy_from_slice(table.row(id as usize));
+        table.widen_row(id as usize, y.row_mut(i));
     }
 }
 

@@ -9,17 +9,22 @@ use gemm::Parallelism;
 
 use self::pack::{Plain, Transposed};
 use super::few_rows;
+use crate::device::WeightView;
 use crate::device::view::{Mat, MatMut};
 
 /// From so many rows on, `dy w` is faster packed by us (3-8 % at 1024 and 2048 rows, 4 % slower at 512).
 const PACKED_ROWS: usize = 1024;
 
 /// `y = x wᵀ`.
-pub(crate) fn forward(x: Mat<f32>, w: Mat<f32>, y: MatMut<f32>) {
-    if x.rows() <= few_rows::MAX_ROWS {
-        few_rows::forward(x, w, y);
-    } else {
-        packed::product(x, Transposed(w), y, None);
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn forward(x: Mat<f32>, w: WeightView, y: MatMut<f32>) {
+    match w {
+        _ if x.rows() <= few_rows::MAX_ROWS => few_rows::forward(x, w, y),
+        WeightView::Float(w) => packed::product(x, Transposed { rows: w.as_mat::<f32>(), scales: None }, y, None),
+        WeightView::Bf16 { rows, .. } => packed::product(x, Transposed { rows, scales: None }, y, None),
+        WeightView::Int8 { rows, scales, .. } => packed::product(x, Transposed { rows, scales: Some(scales) }, y, None),
     }
 }
 
@@ -96,12 +101,12 @@ fn product(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool) {
 
 /// Asks for the cache lines of the `len` elements at `at`, which need not exist.
 #[inline(always)]
-pub(super) fn prefetch(at: *const f32, len: usize) {
+pub(super) fn prefetch<T>(at: *const T, len: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..len).step_by(16) {
+    for line in (0..len * size_of::<T>()).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch reads nothing; any address is allowed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(line)) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (at, len);

@@ -1,12 +1,15 @@
 //! `y = x wᵀ` for few rows of x: bound by the memory that `w` is read from, so `w` is read once, in order, without packing
-//! (with more than four rows, each 256 KiB of it again from the second-level cache).
+//! (with more than four rows, each 65,536 numbers of it again from the second-level cache). Narrow weights are widened in
+//! registers; a row's scale multiplies the finished sum.
 //!
 //! Each element of y is one vector of partial sums along i, summed up at the end, whatever the number of rows: a sequence gets
 //! the same logits bit for bit alone and in a batch of up to [`MAX_ROWS`].
 
+use half::bf16;
 use pulp::{Simd, WithSimd};
 
 use super::cpu::prefetch;
+use crate::device::WeightView;
 use crate::device::par::{self, ColsPerUnit};
 use crate::device::view::{Mat, MatMut};
 
@@ -15,66 +18,123 @@ use crate::device::view::{Mat, MatMut};
 /// ahead from about 128.
 pub(super) const MAX_ROWS: usize = 64;
 
-/// Elements of `w` that one unit of work reads (256 KiB): forking costs a few microseconds, reading them about twenty.
+/// Numbers of `w` that one unit of work reads (256 KiB of f32): forking costs a few microseconds, reading them about twenty.
 const ELEMENTS_PER_UNIT: usize = 65_536;
 
 /// Writes `y = x wᵀ`.
-pub(super) fn forward(x: Mat<f32>, w: Mat<f32>, y: MatMut<f32>) {
+pub(super) fn forward(x: Mat<f32>, w: WeightView, y: MatMut<f32>) {
+    match w {
+        WeightView::Float(w) => of_type::<f32>(x, w.as_mat(), None, y),
+        WeightView::Bf16 { rows, .. } => of_type(x, rows, None, y),
+        WeightView::Int8 { rows, scales, .. } => of_type(x, rows, Some(scales), y),
+    }
+}
+
+fn of_type<T: Stored>(x: Mat<f32>, w: Mat<T>, scales: Option<&[f32]>, y: MatMut<f32>) {
     let block = (ELEMENTS_PER_UNIT / w.cols().max(1)).max(1).next_multiple_of(24);
     let units = w.rows().div_ceil(block);
     par::for_each(units, ColsPerUnit { mat: y, cols: block }, &|unit, y: ColsPerUnit<MatMut<f32>>| {
-        let first = unit * block;
-        let w = w.row_range(first..first + y.mat.cols());
-        pulp::Arch::new().dispatch(Block { x, w, y: y.mat });
+        let rows = unit * block..unit * block + y.mat.cols();
+        let block = Block { x, w: w.row_range(rows.clone()), scales: scales.map(|s| &s[rows]), y: y.mat };
+        pulp::Arch::new().dispatch(block);
     });
 }
 
-struct Block<'a> {
+/// A type that weights are stored in.
+pub(super) trait Stored: Copy + Sync {
+    /// The number as f32, exactly.
+    fn widen(self) -> f32;
+
+    /// The matrix itself, when nothing needs widening.
+    fn floats(_: Mat<Self>) -> Option<Mat<f32>> {
+        None
+    }
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    fn floats(mat: Mat<f32>) -> Option<Mat<f32>> {
+        Some(mat)
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+}
+
+impl Stored for i8 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self as f32
+    }
+}
+
+struct Block<'a, T> {
     x: Mat<'a, f32>,
-    w: Mat<'a, f32>,
+    w: Mat<'a, T>,
+    scales: Option<&'a [f32]>,
     y: MatMut<'a, f32>,
 }
 
-impl WithSimd for Block<'_> {
+impl<T: Stored> WithSimd for Block<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        // 8 to 12 sums at once hide the latency of the multiply-adds and fit 16 registers.
-        for first in (0..self.x.rows()).step_by(4) {
-            match self.x.rows() - first {
-                1 => self.tiles::<S, 1, 8>(simd, first),
-                2 => self.tiles::<S, 2, 4>(simd, first),
-                3 => self.tiles::<S, 3, 3>(simd, first),
-                _ => self.tiles::<S, 4, 3>(simd, first),
-            }
+        match S::F32_LANES {
+            16 => self.rows::<S, 16>(simd),
+            8 => self.rows::<S, 8>(simd),
+            4 => self.rows::<S, 4>(simd),
+            _ => self.rows::<S, 1>(simd),
         }
     }
 }
 
-impl Block<'_> {
+impl<T: Stored> Block<'_, T> {
+    /// L is the number of lanes of S.
+    #[inline(always)]
+    fn rows<S: Simd, const L: usize>(&mut self, simd: S) {
+        // 8 to 12 sums at once hide the latency of the multiply-adds and fit 16 registers.
+        for first in (0..self.x.rows()).step_by(4) {
+            match self.x.rows() - first {
+                1 => self.tiles::<S, L, 1, 8>(simd, first),
+                2 => self.tiles::<S, L, 2, 4>(simd, first),
+                3 => self.tiles::<S, L, 3, 3>(simd, first),
+                _ => self.tiles::<S, L, 4, 3>(simd, first),
+            }
+        }
+    }
+
     /// All of the block's columns of rows `first..first + X` of y, W at a time.
     #[inline(always)]
-    fn tiles<S: Simd, const X: usize, const W: usize>(&mut self, simd: S, first: usize) {
+    fn tiles<S: Simd, const L: usize, const X: usize, const W: usize>(&mut self, simd: S, first: usize) {
         let whole = self.w.rows() / W * W;
         for o in (0..whole).step_by(W) {
-            self.tile::<S, X, W>(simd, first, o);
+            self.tile::<S, L, X, W>(simd, first, o);
         }
         for o in whole..self.w.rows() {
-            self.tile::<S, X, 1>(simd, first, o);
+            self.tile::<S, L, X, 1>(simd, first, o);
         }
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const X: usize, const W: usize>(&mut self, simd: S, first: usize, o: usize) {
-        let vectors = self.x.cols() / S::F32_LANES;
+    fn tile<S: Simd, const L: usize, const X: usize, const W: usize>(&mut self, simd: S, first: usize, o: usize) {
+        // Loops, not `map`: what is not always inlined is compiled without the instructions of S.
+        let vectors = self.x.cols() / L;
         let (mut x, mut w) = ([(&[][..], &[][..]); X], [(&[][..], &[][..]); W]);
         for i in 0..X {
             let (whole, rest) = S::as_simd_f32s(self.x.row(first + i));
             x[i] = (&whole[..vectors], rest);
         }
         for j in 0..W {
-            let (whole, rest) = S::as_simd_f32s(self.w.row(o + j));
+            let (whole, rest) = self.w.row(o + j).as_chunks::<L>();
             w[j] = (&whole[..vectors], rest);
         }
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
@@ -84,11 +144,15 @@ impl Block<'_> {
         let next = self.w.as_ptr().wrapping_add((o + W) * self.w.stride());
         for k in 0..vectors {
             if ahead {
-                prefetch(next.wrapping_add(k * W * S::F32_LANES), W * S::F32_LANES);
+                prefetch(next.wrapping_add(k * W * L), W * L);
+            }
+            let mut wv = [simd.splat_f32s(0.0); W];
+            for j in 0..W {
+                wv[j] = vector::<S, T, L>(&w[j].0[k]);
             }
             for i in 0..X {
                 for j in 0..W {
-                    sums[i][j] = simd.mul_add_e_f32s(x[i].0[k], w[j].0[k], sums[i][j]);
+                    sums[i][j] = simd.mul_add_e_f32s(x[i].0[k], wv[j], sums[i][j]);
                 }
             }
         }
@@ -96,15 +160,36 @@ impl Block<'_> {
             for i in 0..X {
                 let x = simd.partial_load_f32s(x[i].1);
                 for j in 0..W {
-                    sums[i][j] = simd.mul_add_e_f32s(x, simd.partial_load_f32s(w[j].1), sums[i][j]);
+                    sums[i][j] = simd.mul_add_e_f32s(x, part::<S, T, L>(simd, w[j].1), sums[i][j]);
                 }
             }
         }
         for (i, sums) in sums.into_iter().enumerate() {
             let y = &mut self.y.row_mut(first + i)[o..o + W];
-            for (y, sum) in y.iter_mut().zip(sums) {
-                *y = simd.reduce_sum_f32s(sum);
+            for (j, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
+                let sum = simd.reduce_sum_f32s(sum);
+                *y = self.scales.map_or(sum, |scales| sum * scales[o + j]);
             }
         }
     }
+}
+
+/// L numbers, widened; L is the number of lanes of S.
+#[inline(always)]
+fn vector<S: Simd, T: Stored, const L: usize>(w: &[T; L]) -> S::f32s {
+    let mut wide = [0.0; L];
+    for (wide, w) in wide.iter_mut().zip(w) {
+        *wide = w.widen();
+    }
+    S::as_simd_f32s(&wide).0[0]
+}
+
+/// Fewer than L numbers, widened; the other lanes are 0.
+#[inline(always)]
+fn part<S: Simd, T: Stored, const L: usize>(simd: S, w: &[T]) -> S::f32s {
+    let mut wide = [0.0; L];
+    for (wide, w) in wide.iter_mut().zip(w) {
+        *wide = w.widen();
+    }
+    simd.partial_load_f32s(&wide[..w.len()])
 }

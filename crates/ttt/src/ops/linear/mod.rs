@@ -7,24 +7,29 @@ mod few_rows;
 pub(crate) mod reference;
 
 use crate::Result;
-use crate::device::view::{View, ViewMut};
+use crate::device::WeightView;
+use crate::device::view::{Mat, View, ViewMut};
 use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
-/// `y [n, o] = x [n, i] wᵀ`, w `[o, i]`.
+/// `y [n, o] = x [n, i] wᵀ`, w `[o, i]`; with narrow weights, of the numbers that they stand for.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
 /// When `w` has not as many columns as `x`.
-pub fn forward(x: View, w: View) -> Result<Tensor> {
+pub fn forward<'w>(x: View, w: impl Into<WeightView<'w>>) -> Result<Tensor> {
+    let w = w.into();
     expect_shape("w", w.shape(), [w.rows(), x.cols()]);
     let mut y = Tensor::empty(x.device(), &[x.rows(), w.rows()], x.dtype())?;
     if fast(x.device(), x.dtype()) {
-        cpu::forward(x.as_mat(), w.as_mat(), y.view_mut().into_mat());
+        cpu::forward(x.as_mat(), w, y.view_mut().into_mat());
     } else {
-        with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), w.as_mat(), y.view_mut().into_mat()));
+        with_dtype!(x.dtype(), E => {
+            let widened = w.widened::<E>();
+            reference::forward::<E>(x.as_mat(), Mat::new(&widened, w.rows(), w.cols()), y.view_mut().into_mat());
+        });
     }
     Ok(y)
 }

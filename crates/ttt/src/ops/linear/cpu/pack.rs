@@ -7,6 +7,7 @@ use pulp::Simd;
 use crate::device::view::Mat;
 #[cfg(target_arch = "x86_64")]
 use crate::ops::inner::cpu::transpose_8x8;
+use crate::ops::linear::few_rows::Stored;
 
 /// A right operand B `[k, n]`.
 pub(super) trait Columns: Sync {
@@ -40,8 +41,9 @@ pub(super) struct Source {
 }
 
 impl Source {
-    fn new(mat: Mat<f32>) -> Source {
-        Source { at: mat.as_ptr().cast(), row: 4 * mat.cols(), stride: 4 * mat.stride(), rows: mat.rows(), done: 0 }
+    fn new<T>(mat: Mat<T>) -> Source {
+        let size = size_of::<T>();
+        Source { at: mat.as_ptr().cast(), row: size * mat.cols(), stride: size * mat.stride(), rows: mat.rows(), done: 0 }
     }
 
     /// Nothing to fetch.
@@ -111,57 +113,89 @@ impl Columns for Plain<'_> {
     }
 }
 
-/// B is the transpose of a matrix.
-pub(super) struct Transposed<'a>(pub(super) Mat<'a, f32>);
+/// B is the transpose of a matrix of weights, whose rows may have scales.
+pub(super) struct Transposed<'a, T> {
+    pub(super) rows: Mat<'a, T>,
+    pub(super) scales: Option<&'a [f32]>,
+}
 
-impl Columns for Transposed<'_> {
+impl<T: Stored> Columns for Transposed<'_, T> {
     const MAX_TERMS: usize = 1024;
 
     fn shape(&self) -> [usize; 2] {
-        [self.0.cols(), self.0.rows()]
+        [self.rows.cols(), self.rows.rows()]
     }
 
     #[inline(always)]
     fn pack<S: Simd>(&self, _: S, out: &mut [f32], width: usize, terms: Range<usize>, columns: Range<usize>) {
         let size = terms.len() * width;
         for (p, first) in columns.clone().step_by(width).enumerate() {
-            let panel = self.0.row_range(first..(first + width).min(columns.end)).col_range(terms.clone());
-            pack_transposed::<S>(&mut out[p * size..][..size], width, panel);
+            let rows = first..(first + width).min(columns.end);
+            let scales = self.scales.map(|scales| &scales[rows.clone()]);
+            let panel = Transposed { rows: self.rows.row_range(rows).col_range(terms.clone()), scales };
+            panel.pack_panel::<S>(&mut out[p * size..][..size], width);
         }
     }
 
     fn source(&self, terms: Range<usize>, columns: Range<usize>) -> Source {
-        Source::new(self.0.row_range(columns).col_range(terms))
+        Source::new(self.rows.row_range(columns).col_range(terms))
     }
 }
 
-/// `out[l, j] = x[j, l]` in rows of `width`, zeros behind.
-#[inline(always)]
-fn pack_transposed<S: Simd>(out: &mut [f32], width: usize, x: Mat<f32>) {
-    let (rows, k) = (x.rows(), x.cols());
-    assert!(k * width <= out.len() && rows <= width, "{rows} x {k} into {} as a panel of {width}", out.len());
-    // Eight rows at a time from end to end: rows that lie a power of two apart share the lines of the first-level cache.
-    let whole = if cfg!(target_arch = "x86_64") && S::F32_LANES >= 8 { [rows / 8 * 8, k / 8 * 8] } else { [0, 0] };
-    #[cfg(target_arch = "x86_64")]
-    for j in (0..whole[0]).step_by(8) {
-        for l in (0..whole[1]).step_by(8) {
-            // SAFETY: rows j..j + 8 and columns l..l + 8 of x exist, and so do rows l..l + 8 and columns j..j + 8 of `out`
-            // (asserted); a `Simd` of 8 or more lanes on x86-64 exists only where AVX does.
-            unsafe {
-                let from = x.as_ptr().add(j * x.stride() + l);
-                transpose_8x8(out.as_mut_ptr().add(l * width + j), width, from, x.stride(), None);
+/// Terms of eight rows that are widened at a time, on the stack.
+const WIDENED: usize = 128;
+
+impl<T: Stored> Transposed<'_, T> {
+    /// `out[l, j] = rows[j, l] scales[j]` in rows of `width`, zeros behind.
+    #[inline(always)]
+    fn pack_panel<S: Simd>(&self, out: &mut [f32], width: usize) {
+        let (rows, k) = (self.rows.rows(), self.rows.cols());
+        assert!(k * width <= out.len() && rows <= width, "{rows} x {k} into {} as a panel of {width}", out.len());
+        // Eight rows at a time from end to end: rows that lie a power of two apart share the lines of the first-level cache.
+        let whole = if cfg!(target_arch = "x86_64") && S::F32_LANES >= 8 { [rows / 8 * 8, k / 8 * 8] } else { [0, 0] };
+        #[cfg(target_arch = "x86_64")]
+        for j in (0..whole[0]).step_by(8) {
+            let mut wide = [0.0f32; 8 * WIDENED];
+            for first in (0..whole[1]).step_by(WIDENED) {
+                let terms = first..(first + WIDENED).min(whole[1]);
+                let block = self.rows.row_range(j..j + 8).col_range(terms.clone());
+                let (from, stride) = match T::floats(block) {
+                    Some(block) if self.scales.is_none() => (block.as_ptr(), block.stride()),
+                    _ => {
+                        for (r, wide) in wide.as_chunks_mut::<WIDENED>().0.iter_mut().enumerate() {
+                            self.widen(j + r, terms.clone(), wide);
+                        }
+                        (wide.as_ptr(), WIDENED)
+                    }
+                };
+                for l in (0..terms.len()).step_by(8) {
+                    let out = &mut out[(first + l) * width + j..];
+                    // SAFETY: eight rows of at least l + 8 numbers lie at `from`, `stride` apart; rows l..l + 8 and columns
+                    // j..j + 8 of `out` exist (asserted above); a `Simd` of 8 or more lanes on x86-64 exists only where AVX does.
+                    unsafe { transpose_8x8(out.as_mut_ptr(), width, from.wrapping_add(l), stride, None) };
+                }
+            }
+        }
+        for j in 0..rows {
+            let row = self.rows.row(j);
+            let scale = self.scales.map_or(1.0, |scales| scales[j]);
+            for l in if j < whole[0] { whole[1]..k } else { 0..k } {
+                out[l * width + j] = row[l].widen() * scale;
+            }
+        }
+        if rows < width {
+            for out in out.chunks_exact_mut(width).take(k) {
+                out[rows..].fill(0.0);
             }
         }
     }
-    for j in 0..rows {
-        let row = x.row(j);
-        for l in if j < whole[0] { whole[1]..k } else { 0..k } {
-            out[l * width + j] = row[l];
-        }
-    }
-    if rows < width {
-        for out in out.chunks_exact_mut(width).take(k) {
-            out[rows..].fill(0.0);
+
+    /// Some terms of row `j`.
+    #[inline(always)]
+    fn widen(&self, j: usize, terms: Range<usize>, out: &mut [f32]) {
+        let scale = self.scales.map_or(1.0, |scales| scales[j]);
+        for (out, x) in out.iter_mut().zip(&self.rows.row(j)[terms]) {
+            *out = x.widen() * scale;
         }
     }
 }

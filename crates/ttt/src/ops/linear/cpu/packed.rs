@@ -217,6 +217,8 @@ unsafe fn partial<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile, ro
 mod tests {
     use std::ops::Range;
 
+    use half::bf16;
+
     use super::super::pack::{Plain, Transposed};
     use super::*;
     use crate::ops::inner::test_lanes::{LANES, with_lanes};
@@ -240,6 +242,10 @@ mod tests {
             let [rows, cols] = self.1;
             MatMut::new(&mut self.0, rows, cols + 3).col_range(0..cols)
         }
+    }
+
+    fn transposed_of(wide: &Wide) -> Transposed<'_, f32> {
+        Transposed { rows: wide.mat(), scales: None }
     }
 
     /// What one unit computes at other widths than this machine's.
@@ -267,9 +273,9 @@ mod tests {
                     for lanes in LANES.into_iter().chain([0]) {
                         let mut c = Wide(before.0.clone(), [m, n]);
                         match (lanes, transposed) {
-                            (0, true) => product(a.mat(), Transposed(b.mat()), c.mat_mut(), base),
+                            (0, true) => product(a.mat(), transposed_of(&b), c.mat_mut(), base),
                             (0, false) => product(a.mat(), Plain(b.mat()), c.mat_mut(), base),
-                            (_, true) => one_unit(lanes, a.mat(), &Transposed(b.mat()), c.mat_mut(), base),
+                            (_, true) => one_unit(lanes, a.mat(), &transposed_of(&b), c.mat_mut(), base),
                             (_, false) => one_unit(lanes, a.mat(), &Plain(b.mat()), c.mat_mut(), base),
                         }
                         for i in 0..m {
@@ -290,6 +296,32 @@ mod tests {
         }
     }
 
+    /// Of bf16 and int8, at sizes with whole and partial panels and blocks.
+    #[test]
+    fn narrow_weights_are_the_numbers_that_they_stand_for() {
+        for [m, k, n] in [[3, 300, 37], [70, 1045, 16]] {
+            let (a, w) = (Wide::new(m, k, 1), Wide::new(n, k, 2));
+            let halves: Vec<bf16> = w.0.iter().map(|w| bf16::from_f32(*w)).collect();
+            let integers: Vec<i8> = w.0.iter().map(|w| (100.0 * w) as i8).collect();
+            let scales: Vec<f32> = (0..n).map(|j| 0.01 + j as f32).collect();
+            let (mut of_halves, mut of_integers) = (Wide::new(m, n, 3), Wide::new(m, n, 3));
+            let rows = Mat::new(&halves, n, k + 3).col_range(0..k);
+            product(a.mat(), Transposed { rows, scales: None }, of_halves.mat_mut(), None);
+            let rows = Mat::new(&integers, n, k + 3).col_range(0..k);
+            product(a.mat(), Transposed { rows, scales: Some(&scales) }, of_integers.mat_mut(), None);
+            for i in 0..m {
+                for j in 0..n {
+                    let sum = |w: &dyn Fn(usize) -> f64| (0..k).map(|l| a.mat().row(i)[l] as f64 * w(j * (k + 3) + l)).sum::<f64>();
+                    let exact = [sum(&|at| halves[at].to_f64()), sum(&|at| integers[at] as f64 * scales[j] as f64)];
+                    let [half, integer] = [of_halves.mat().row(i)[j] as f64, of_integers.mat().row(i)[j] as f64];
+                    assert!((half - exact[0]).abs() < 2e-6 * k as f64, "bf16 at {i}, {j}: {half}, not {}", exact[0]);
+                    let error = (integer - exact[1]).abs() / scales[j] as f64;
+                    assert!(error < 2e-4 * k as f64, "int8 at {i}, {j}: {integer}, not {}", exact[1]);
+                }
+            }
+        }
+    }
+
     #[test]
     fn bits_depend_neither_on_threads_nor_on_other_rows() {
         let [m, k, n] = [1100, 130, 530];
@@ -298,7 +330,7 @@ mod tests {
             let mut c = Wide::new(rows.len(), n, 3);
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let a = a.mat().row_range(rows);
-            pool.install(|| product(a, Transposed(b.mat()), c.mat_mut(), None));
+            pool.install(|| product(a, transposed_of(&b), c.mat_mut(), None));
             c
         };
         let all = run(1, 0..m);

@@ -1,38 +1,14 @@
-//! The table of a model's parameters, and flat buffers laid out by it.
-//!
-//! [`ParamTable`] is the only list of parameters: counts, initial values, files, the optimizer and the memory plan walk it.
-//! [`Params`] is one flat buffer over it; weights, gradients and both moments of the optimizer are four of them.
+//! The table of a model's parameters: names, shapes, places in the flat buffers, initial values.
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 
-use rand_chacha::ChaCha8Rng;
-use rand_core::{Rng, SeedableRng};
-use rayon::prelude::*;
-
-use crate::Result;
+use super::init::Init;
 use crate::config::{Config, Inner};
-use crate::device::Device;
-use crate::device::view::{Mat, View, ViewMut};
-use crate::tensor::{DType, Tensor, with_dtype};
 
 /// Index of a parameter in its [`ParamTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ParamId(pub usize);
-
-/// How a parameter starts (the JAX column of the official initialisation).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Init {
-    /// All zeros.
-    Zeros,
-    /// All ones.
-    Ones,
-    /// Normal with this standard deviation.
-    Normal(f64),
-    /// Normal cut at two standard deviations, scaled so that the standard deviation *after* the cut is this.
-    TruncatedNormal(f64),
-}
 
 /// One parameter.
 #[derive(Clone, Debug)]
@@ -58,6 +34,12 @@ impl Entry {
     /// Its elements in the flat buffer.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.elements()
+    }
+
+    /// Whether it is one of the large matrices, which a model for reading only may store narrow: a projection, the embedding or
+    /// the output matrix.
+    pub fn is_matrix(&self) -> bool {
+        self.shape.len() == 2 && self.name.ends_with(".weight")
     }
 
     /// `[rows, cols]`: all axes but the last are rows.
@@ -142,7 +124,7 @@ pub struct ModelIds {
 impl ParamTable {
     /// The table of a model, and where its layers find their parameters.
     pub fn new(config: &Config) -> (ParamTable, ModelIds) {
-        let mut t = ParamTable { entries: Vec::new(), by_name: HashMap::new(), len: 0 };
+        let mut t = ParamTable::empty();
         let (d, i, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
         let (h, hd, k, taps) = (config.num_attention_heads, config.head_dim(), config.mini_batch_size, config.conv_kernel);
         let normal = Init::Normal(config.initializer_range);
@@ -227,6 +209,38 @@ impl ParamTable {
         (t, ModelIds { embed, blocks, norm, head })
     }
 
+    /// The initial fast weights alone, in this table's order.
+    pub fn initial_state(&self) -> ParamTable {
+        let mut t = ParamTable::empty();
+        for entry in self.entries.iter().filter(|e| e.initial_state) {
+            let id = t.add(&entry.name, &entry.shape, entry.init);
+            t.entries[id.0].initial_state = true;
+        }
+        t.len = t.len.next_multiple_of(ALIGN);
+        t
+    }
+
+    /// For gradients when the initial fast weights alone are learned: the same ids, but matrices that stay as they are have no
+    /// rows, so that their gradients take neither memory nor work.
+    pub fn gradients_of_initial_state(&self) -> ParamTable {
+        let mut t = ParamTable::empty();
+        for entry in &self.entries {
+            // Norms and biases are small, start constant, and their gradients come with others'.
+            let matrix = entry.shape.len() == 2 && matches!(entry.init, Init::Normal(_));
+            let unwanted = matrix && !entry.initial_state;
+            let shape = if unwanted { vec![0, entry.shape[1]] } else { entry.shape.clone() };
+            // Matrices that are one in the model stay one.
+            let id = if unwanted { t.join(&entry.name, &shape, entry.init) } else { t.add(&entry.name, &shape, entry.init) };
+            t.entries[id.0].initial_state = entry.initial_state;
+        }
+        t.len = t.len.next_multiple_of(ALIGN);
+        t
+    }
+
+    fn empty() -> ParamTable {
+        ParamTable { entries: Vec::new(), by_name: HashMap::new(), len: 0 }
+    }
+
     fn add(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
         self.len = self.len.next_multiple_of(ALIGN);
         self.join(name, shape, init)
@@ -269,191 +283,6 @@ impl ParamTable {
     }
 }
 
-/// One number for every parameter of a model, in one flat buffer.
-#[derive(Clone, Debug)]
-pub struct Params {
-    table: Arc<ParamTable>,
-    data: Tensor,
-}
-
-impl Params {
-    /// All zeros.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`].
-    pub fn zeros(table: &Arc<ParamTable>, device: &Device, dtype: DType) -> Result<Params> {
-        Ok(Params { table: table.clone(), data: Tensor::zeros(device, &[table.len()], dtype)? })
-    }
-
-    /// Initial values. Each parameter's depend on the seed and its name alone.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`].
-    pub fn init(table: &Arc<ParamTable>, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
-        let mut params = Params::zeros(table, device, dtype)?;
-        let ids: Vec<ParamId> = (0..table.entries.len()).map(ParamId).collect();
-        let values: Vec<Vec<f64>> = ids.par_iter().map(|id| initial_values(table.entry(*id), seed)).collect();
-        for (id, values) in ids.into_iter().zip(values) {
-            with_dtype!(dtype, E => {
-                use crate::tensor::Element;
-                for (x, v) in params.values_mut::<E>(id).iter_mut().zip(&values) {
-                    // Rounding through f32 makes an f64 model start from the same numbers as an f32 one.
-                    *x = E::from_f64(*v as f32 as f64);
-                }
-            });
-        }
-        Ok(params)
-    }
-
-    /// The table that lays the buffer out.
-    pub fn table(&self) -> &Arc<ParamTable> {
-        &self.table
-    }
-
-    /// The whole buffer.
-    pub fn data(&self) -> &Tensor {
-        &self.data
-    }
-
-    /// The whole buffer, to write.
-    pub fn data_mut(&mut self) -> &mut Tensor {
-        &mut self.data
-    }
-
-    /// Elements of one parameter.
-    ///
-    /// # Panics
-    /// When they are not `E`.
-    pub fn values<E: crate::tensor::Element>(&self, id: ParamId) -> &[E] {
-        &self.data.as_slice()[self.table.entry(id).range()]
-    }
-
-    /// Elements of one parameter, to write.
-    ///
-    /// # Panics
-    /// When they are not `E`.
-    pub fn values_mut<E: crate::tensor::Element>(&mut self, id: ParamId) -> &mut [E] {
-        let range = self.table.entry(id).range();
-        &mut self.data.as_mut_slice()[range]
-    }
-
-    /// One parameter as a matrix `[all axes but the last, last axis]`.
-    pub fn view(&self, id: ParamId) -> View<'_> {
-        self.fused(id, id)
-    }
-
-    /// One parameter as a matrix, to write.
-    pub fn view_mut(&mut self, id: ParamId) -> ViewMut<'_> {
-        self.fused_mut(id, id)
-    }
-
-    /// The parameters from `first` to `last` as one matrix, rows one below the other.
-    ///
-    /// # Panics
-    /// When they do not lie one behind the other with equal numbers of columns.
-    pub fn fused(&self, first: ParamId, last: ParamId) -> View<'_> {
-        let (range, [rows, cols]) = self.span(first, last);
-        with_dtype!(self.data.dtype(), E => View::new(Mat::<E>::new(&self.data.as_slice()[range], rows, cols), self.data.device()))
-    }
-
-    /// The parameters from `first` to `last` as one matrix, to write.
-    ///
-    /// # Panics
-    /// When they do not lie one behind the other with equal numbers of columns.
-    pub fn fused_mut(&mut self, first: ParamId, last: ParamId) -> ViewMut<'_> {
-        let (range, [rows, cols]) = self.span(first, last);
-        self.data.view_mut().reshape_range(range, rows, cols)
-    }
-
-    /// Several parameters at once, to write.
-    ///
-    /// # Panics
-    /// When the ids are not ascending.
-    pub fn views_mut<const N: usize>(&mut self, ids: [ParamId; N]) -> [ViewMut<'_>; N] {
-        assert!(ids.is_sorted_by(|a, b| a < b), "parameters to borrow at once must ascend: {ids:?}");
-        let mut at = 0;
-        let flat = self.data.len();
-        let mut rest = Some(self.data.view_mut().reshape(flat, 1));
-        ids.map(|id| {
-            let entry = self.table.entry(id);
-            let [rows, cols] = entry.matrix_shape();
-            let (_, tail) = rest.take().expect("one remainder").split_rows(entry.offset - at);
-            let (own, tail) = tail.split_rows(entry.elements());
-            at = entry.offset + entry.elements();
-            rest = Some(tail);
-            own.reshape(rows, cols)
-        })
-    }
-
-    fn span(&self, first: ParamId, last: ParamId) -> (Range<usize>, [usize; 2]) {
-        let [_, cols] = self.table.entry(first).matrix_shape();
-        let mut rows = 0;
-        let mut end = self.table.entry(first).offset;
-        for id in first.0..=last.0 {
-            let entry = &self.table.entries[id];
-            assert!(
-                entry.offset == end && entry.matrix_shape()[1] == cols,
-                "`{}` does not continue the matrix before it",
-                entry.name
-            );
-            rows += entry.matrix_shape()[0];
-            end += entry.elements();
-        }
-        (self.table.entry(first).offset..end, [rows, cols])
-    }
-}
-
-fn initial_values(entry: &Entry, seed: u64) -> Vec<f64> {
-    let n = entry.elements();
-    match entry.init {
-        Init::Zeros => vec![0.0; n],
-        Init::Ones => vec![1.0; n],
-        Init::Normal(std) => {
-            let mut normal = Normal::new(seed, &entry.name);
-            (0..n).map(|_| std * normal.next()).collect()
-        }
-        Init::TruncatedNormal(std) => {
-            let mut normal = Normal::new(seed, &entry.name);
-            // Standard deviation of a unit normal cut at +-2.
-            let std = std / 0.879_625_661_034_239_8;
-            let mut cut = || loop {
-                let x = normal.next();
-                if x.abs() <= 2.0 {
-                    return std * x;
-                }
-            };
-            (0..n).map(|_| cut()).collect()
-        }
-    }
-}
-
-/// Unit normal numbers (Box-Muller over ChaCha8) of a seed and a name.
-struct Normal {
-    rng: ChaCha8Rng,
-    spare: Option<f64>,
-}
-
-impl Normal {
-    fn new(seed: u64, name: &str) -> Normal {
-        use sha2::{Digest, Sha256};
-        let mut hash = Sha256::new();
-        hash.update(seed.to_le_bytes());
-        hash.update(name.as_bytes());
-        Normal { rng: ChaCha8Rng::from_seed(hash.finalize().into()), spare: None }
-    }
-
-    fn next(&mut self) -> f64 {
-        if let Some(x) = self.spare.take() {
-            return x;
-        }
-        // 53 random bits; 1 - u lies in (0, 1].
-        let mut unit = || (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let (radius, angle) = ((-2.0 * (1.0 - unit()).ln()).sqrt(), std::f64::consts::TAU * unit());
-        self.spare = Some(radius * angle.sin());
-        radius * angle.cos()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -488,35 +317,5 @@ mod tests {
             ];
             assert_eq!(ours, counts, "{preset}");
         }
-    }
-
-    #[test]
-    fn initial_values_have_the_stated_spread() {
-        let config = Config { vocab_size: 300, ..Config::preset("tiny", Inner::Mlp).unwrap() };
-        let (table, ids) = ParamTable::new(&config);
-        let table = Arc::new(table);
-        let params = Params::init(&table, &Device::cpu().unwrap(), DType::F32, 7).unwrap();
-        let std = |id| {
-            let x: &[f32] = params.values(id);
-            (x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / x.len() as f64).sqrt()
-        };
-        assert!((std(ids.embed) / 0.02 - 1.0).abs() < 0.02);
-        let conv = ids.blocks[0].ttt.convs.unwrap()[0];
-        assert!((std(conv.0) / 0.5 - 1.0).abs() < 0.1);
-        assert_eq!(std(conv.1), 0.0);
-        assert_eq!(std(ids.norm), 1.0);
-    }
-
-    #[test]
-    fn several_parameters_are_borrowed_at_once() {
-        let config = Config::preset("tiny", Inner::Linear).unwrap();
-        let (table, ids) = ParamTable::new(&config);
-        let mut params = Params::zeros(&Arc::new(table), &Device::cpu().unwrap(), DType::F32).unwrap();
-        let ttt = &ids.blocks[1].ttt;
-        let [mut gamma, mut w1] = params.views_mut([ttt.ttt_norm.0, ttt.initial[0]]);
-        gamma.as_mat::<f32>().row_mut(3)[5] = 1.0;
-        w1.as_mat::<f32>().row_mut(47)[47] = 2.0;
-        assert_eq!(params.values::<f32>(ttt.ttt_norm.0)[3 * 48 + 5], 1.0);
-        assert_eq!(params.values::<f32>(ttt.initial[0])[47 * 48 + 47], 2.0);
     }
 }
