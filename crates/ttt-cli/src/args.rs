@@ -44,6 +44,8 @@ pub enum Command {
     /// Make a model folder of a checkpoint of the official JAX code
     #[command(after_help = IMPORT_EXAMPLES)]
     Import(Import),
+    /// Write a model with bf16 or int8 matrices, and say what that changes
+    Quantize(Quantize),
     /// Train a tokenizer, or try one
     #[command(subcommand)]
     Tokenizer(Tokenizer),
@@ -136,9 +138,9 @@ pub struct Eval {
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -188,9 +190,9 @@ pub struct Generate {
     /// Print one JSON object with the new `tokens`, their `text` (null without a tokenizer) and `logprobs`, when all is done
     #[arg(long)]
     pub json: bool,
-    /// Precision of the arithmetic; f64 runs the plain reference loops
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub dtype: Precision,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Say how fast it was, on the standard error
@@ -303,6 +305,47 @@ pub struct Import {
     pub max_shard_size: Option<u64>,
 }
 
+const QUANTIZE_HELP: &str = "\
+The projections, the embedding and the output matrix become narrow; norms, gates, convolutions and the initial fast weights stay \
+f32. A bf16 folder has the official names, and other programs read it. An int8 folder has a scale for each row (output) and is for \
+this program alone; training does not start from it. How well both models predict is measured on the same text.
+
+Examples:
+  ttt quantize runs/tiny small --to int8
+  ttt quantize models/125m 125m-bf16 --to bf16 --data book.txt --tokens 50000";
+
+/// Arguments of `ttt quantize`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = QUANTIZE_HELP)]
+pub struct Quantize {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Folder to write, new or empty
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    /// Type of the matrices: bf16 or int8
+    #[arg(long, value_name = "TYPE")]
+    pub to: ttt::Storage,
+    /// Files, folders or 'globs' of texts to measure on [default: the Rust sources that the tiny run keeps for validation]
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "no_eval")]
+    pub data: Vec<String>,
+    /// Read at most so many tokens of them
+    #[arg(long, value_name = "N", default_value_t = 16_384, value_parser = clap::value_parser!(u64).range(2..1 << 40))]
+    pub tokens: u64,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Do not measure
+    #[arg(long)]
+    pub no_eval: bool,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
 /// The commands of `ttt tokenizer`.
 #[derive(Debug, Subcommand)]
 pub enum Tokenizer {
@@ -400,6 +443,9 @@ pub struct Bench {
     /// Measurements, after one that does not count
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive())]
     pub repeat: u64,
+    /// prefill and decode: type that the large matrices are held in, f32, bf16 or int8 [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
     /// train: only forward and backward, without clip and AdamW
     #[arg(long)]
     pub no_optimizer: bool,

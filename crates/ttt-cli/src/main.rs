@@ -42,6 +42,7 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Command::Info(args) => commands::info::run(args, out),
         Command::Convert(args) => commands::convert::run(args, out),
         Command::Import(args) => commands::import::run(args, out),
+        Command::Quantize(args) => commands::quantize::run(args, out),
         Command::Tokenizer(command) => commands::tokenizer::run(command, out),
         Command::Bench(args) => commands::bench::run(args, out),
         Command::Doctor(args) => commands::doctor::run(args, out),

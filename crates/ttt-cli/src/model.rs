@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use ttt::Storage;
 use ttt::data::Tokenizer;
 use ttt::device::{Device, Kernels};
+use ttt::hub::ModelFolder;
 use ttt::lm::Lm;
 use ttt::tensor::DType;
 use ttt::train::checkpoint::Checkpoints;
@@ -45,6 +47,16 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
 pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<Lm> {
     let folder = resolve(path)?;
     Lm::load(&folder, device, dtype).context("cannot load the model")
+}
+
+/// The model of a folder, its weights held as `storage`, or else as the folder stores them.
+pub fn load_as(folder: &Path, device: &Device, storage: Option<Storage>) -> Result<Lm> {
+    let load = || {
+        let folder = ModelFolder::open(folder)?;
+        let storage = storage.map_or_else(|| folder.storage(), Ok)?;
+        Lm::from_folder(&folder, folder.config(), device, storage)
+    };
+    load().context("cannot load the model")
 }
 
 /// The tokenizer that was named, or else the model folder's own, if there is one; checked to fit the model.

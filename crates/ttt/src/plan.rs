@@ -8,7 +8,8 @@ use crate::device::memory::size_class;
 use crate::generate::PREFILL_CHUNK;
 use crate::layer::Keep;
 use crate::ops::inner::FastWeights;
-use crate::params::ParamTable;
+use crate::params::{Entry, ParamTable};
+use crate::weights::Storage;
 
 /// Logits that the loss holds at once, of whole rows: 16 MiB of them.
 const LOGITS: usize = 4 << 20;
@@ -329,6 +330,16 @@ pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
         states: 0,
         transient,
     }
+}
+
+/// Bytes of the weights of a model that is not trained.
+pub fn weight_bytes(config: &Config, storage: Storage) -> usize {
+    let table = ParamTable::new(config).0;
+    let bytes = |entry: &Entry| match entry.is_matrix() {
+        true => storage.matrix_bytes(entry.matrix_shape()),
+        false => entry.elements() * storage.dtype().size(),
+    };
+    table.entries().iter().map(bytes).sum()
 }
 
 /// Memory of reading `tokens` tokens in each of `slots` sequences, at most [`PREFILL_CHUNK`] of each at once.

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use ttt::Storage;
 use ttt::config::Config;
 use ttt::device::{Device, probe};
 use ttt::train::Settings;
@@ -16,7 +17,7 @@ use ttt::train::Settings;
 use crate::args::{Bench, BenchWhat, InnerName};
 use crate::commands::plan;
 use crate::commands::train::settings::is_assignment;
-use crate::{model, units};
+use crate::{Usage, model, units};
 
 /// What the machine reaches.
 #[derive(Clone, Copy)]
@@ -45,9 +46,14 @@ pub struct Measured {
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let config = config(args)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
+    let dtype = args.dtype.unwrap_or(Storage::F32);
+    if dtype != Storage::F32 && matches!(args.what, Some(BenchWhat::Train | BenchWhat::Ops)) {
+        return Err(Usage(format!("--dtype {dtype} is for prefill and decode")).into());
+    }
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
     device.memory().trim();
     let all = match args.what {
+        None if dtype != Storage::F32 => vec![work::prefill(args, &config, &device)?, work::decode(args, &config, &device)?],
         None => vec![
             work::train(args, &config, &device)?,
             work::prefill(args, &config, &device)?,
@@ -60,7 +66,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     };
     if args.json {
         let object = json!({
-            "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()),
+            "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()), "dtype": dtype.to_string(),
             "matmul_flops": ceilings.flops, "read_bandwidth": ceilings.bandwidth,
             "results": all.iter().map(|m| m.json(&ceilings)).collect::<Vec<_>>(),
         });
@@ -69,7 +75,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "{}", plan::describe(&config))?;
     writeln!(
         out,
-        "{} threads, {:?} kernels; this machine reaches {:.0} GFLOP/s in a matrix product and reads {:.1} GB/s\n",
+        "{} threads, {:?} kernels, {dtype} weights; this machine reaches {:.0} GFLOP/s in a matrix product and reads {:.1} GB/s\n",
         device.threads(),
         device.kernels(),
         ceilings.flops / 1e9,
@@ -141,7 +147,7 @@ fn config(args: &Bench) -> Result<Config> {
         settings.apply_override(assignment)?;
     }
     if from_folder && (args.preset.is_some() || args.inner.is_some()) {
-        return Err(crate::Usage("a model folder has its own size and inner model; leave out --preset and --inner".into()).into());
+        return Err(Usage("a model folder has its own size and inner model; leave out --preset and --inner".into()).into());
     }
     if let Some(preset) = &args.preset {
         set_preset(&mut settings, preset)?;

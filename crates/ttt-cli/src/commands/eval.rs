@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 use ttt::data::{Document, Documents, Sources, Tokenizer};
 use ttt::eval::{Evaluation, evaluate_text};
 use ttt::lm::Lm;
-use ttt::tensor::DType;
 
 use crate::args::Eval;
 use crate::progress::Bar;
@@ -18,7 +17,7 @@ pub fn run(args: &Eval, out: &mut dyn Write) -> Result<()> {
     let sources = Sources::resolve(&args.data)?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load_as(&folder, &device, args.dtype)?;
     let Some(tokenizer) = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)? else {
         bail!("{} has no tokenizer; name one with --tokenizer", folder.display());
     };

@@ -6,7 +6,6 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use ttt::data::Tokenizer;
 use ttt::generate::{Generator, Sampling};
-use ttt::tensor::DType;
 
 use crate::args::Generate;
 use crate::progress::warn;
@@ -18,7 +17,7 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     sampling.validate()?;
     let folder = model::resolve(&args.model)?;
     let device = model::device(args.device.device, args.device.threads.unwrap_or(0))?;
-    let mut lm = model::load(&folder, &device, DType::from(args.dtype))?;
+    let mut lm = model::load_as(&folder, &device, args.dtype)?;
     let tokenizer = model::tokenizer(args.tokenizer.as_deref(), &folder, lm.config().vocab_size)?;
     model::load_skill(&mut lm, args.skill.as_deref(), tokenizer.as_ref())?;
     if let Some(warning) = tokenizer.as_ref().and_then(|t| t.unused_ids(lm.config().vocab_size)) {

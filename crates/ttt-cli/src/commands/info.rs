@@ -5,12 +5,11 @@ use std::io::Write;
 
 use anyhow::Result;
 use serde_json::json;
+use ttt::Storage;
 use ttt::data::Tokenizer;
 use ttt::hub::{ModelFolder, Skill, SkillInfo, base_hash, model_hash};
-use ttt::lm::Lm;
 use ttt::params::Entry;
 use ttt::plan;
-use ttt::tensor::DType;
 use ttt::train::checkpoint::{STATE, TrainerState};
 
 use crate::args::{DeviceName, Info};
@@ -25,17 +24,20 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     let path = model::resolve(&args.model)?;
     let folder = ModelFolder::open(&path)?;
     let config = folder.config();
-    let lm = Lm::from_folder(&folder, config, &model::device(DeviceName::Auto, 0)?, DType::F32)?;
-    let table = lm.params().table();
+    let lm = model::load_as(&path, &model::device(DeviceName::Auto, 0)?, None)?;
+    let table = lm.weights().table();
     let mut by_part: BTreeMap<usize, (&str, usize)> = BTreeMap::new();
     for entry in table.entries() {
         let (order, part) = part(entry);
         by_part.entry(order).or_insert((part, 0)).1 += entry.elements();
     }
-    let dtype = ["torch_dtype", "dtype"].iter().find_map(|key| folder.extra().get(*key)?.as_str()).unwrap_or("unknown");
+    let dtype = match lm.weights().storage() {
+        Storage::Int8 => "int8",
+        _ => ["torch_dtype", "dtype"].iter().find_map(|key| folder.extra().get(*key)?.as_str()).unwrap_or("unknown"),
+    };
     let tokenizer = Tokenizer::from_folder(&path)?;
     let state = plan::inference_memory(config, 1, 1).states;
-    let (hash, base) = (model_hash(lm.params()), base_hash(lm.params()));
+    let (hash, base) = (model_hash(lm.weights()), base_hash(lm.weights()));
     let trainer = path.join(STATE).exists().then(|| TrainerState::read(&path)).transpose()?;
     if args.json {
         let tokenizer = tokenizer.as_ref().map(|t| {
@@ -43,7 +45,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
         });
         let parts: serde_json::Map<_, _> = by_part.values().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
         let mut object = json!({
-            "folder": path, "config": config, "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype,
+            "folder": path, "config": config, "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype, "weight_bytes": lm.weights().bytes(),
             "hash": hash, "base": base, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "training": trainer,
         });
         if args.tensors {
@@ -58,7 +60,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     for (name, n) in by_part.values() {
         writeln!(out, "  {:>13}  {name}", units::grouped(*n as u64))?;
     }
-    writeln!(out, "stored as   {dtype}")?;
+    writeln!(out, "stored as   {dtype}; {} in memory", units::bytes(lm.weights().bytes() as u64))?;
     writeln!(out, "hash        {hash}")?;
     writeln!(out, "base        {base}, the same with every skill")?;
     match &tokenizer {

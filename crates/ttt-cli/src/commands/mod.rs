@@ -9,6 +9,7 @@ pub mod generate;
 pub mod import;
 pub mod info;
 pub mod plan;
+pub mod quantize;
 pub mod tokenizer;
 pub mod train;
 pub mod verify;

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use ttt::Storage;
 use ttt::config::{Config, Inner};
 use ttt::layer::Keep;
 use ttt::params::ParamTable;
-use ttt::plan::{Memory, flops, inference_memory, training_memory};
+use ttt::plan::{Memory, flops, inference_memory, training_memory, weight_bytes};
 use ttt::train::Settings;
 
 use crate::args::Plan;
@@ -31,6 +32,7 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     ];
     let parameters = ParamTable::new(&config).0.parameters();
     let flops = flops(&config);
+    let stored = [Storage::F32, Storage::Bf16, Storage::Int8].map(|storage| (storage.to_string(), weight_bytes(&config, storage)));
     if args.json {
         let mut object = json!({
             "parameters": parameters, "batch": batch, "length": length,
@@ -39,6 +41,8 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
                 "training": flops.training,
             },
         });
+        object["inference_weight_bytes"] =
+            stored.iter().map(|(storage, bytes)| (storage.clone(), json!(bytes))).collect::<serde_json::Map<_, _>>().into();
         object["memory_bytes"] = Value::Object(memory.iter().map(|(name, m)| ((*name).to_owned(), parts(m))).collect());
         writeln!(out, "{object}")?;
         return Ok(());
@@ -72,6 +76,8 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
         });
         writeln!(out, "  {name:14}{a:>14}{b:>20}{c:>14}")?;
     }
+    let stored = stored.map(|(storage, bytes)| format!("{} as {storage}", units::bytes(bytes as u64)));
+    writeln!(out, "\nweights for inference: {}", stored.join(", "))?;
     Ok(())
 }
 

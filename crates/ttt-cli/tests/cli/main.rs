@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod flow;
+mod quantize;
 mod skills;
 #[cfg(unix)]
 mod stop;

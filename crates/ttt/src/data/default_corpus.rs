@@ -7,7 +7,10 @@ use std::{
 
 use crate::{
     AtPath, Error, Result,
-    data::source::{SourceFile, Sources, name_in},
+    data::{
+        source::{SourceFile, Sources, name_in},
+        store::StoreOptions,
+    },
 };
 
 /// The packages that this program is built from.
@@ -26,6 +29,16 @@ pub struct DefaultCorpus {
     pub sources: Sources,
     /// Bytes of the files.
     pub bytes: u64,
+}
+
+impl DefaultCorpus {
+    /// The files that a run keeps for validation when about `fraction` of the documents are.
+    pub fn held_out(&self, fraction: f64) -> Sources {
+        let options = StoreOptions { validation_fraction: fraction, ..StoreOptions::new(Sources::default(), "") };
+        let chosen =
+            |file: &&SourceFile| options.modulus().is_some_and(|m| crc32fast::hash(file.name.as_bytes()).is_multiple_of(m));
+        Sources { files: self.sources.files.iter().filter(chosen).cloned().collect(), skipped: Vec::new() }
+    }
 }
 
 /// The `.rs` files of the packages in this program's `Cargo.lock`, as Cargo has unpacked them under `$CARGO_HOME` (or `~/.cargo`):

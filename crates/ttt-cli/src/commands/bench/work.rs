@@ -1,6 +1,7 @@
 //! What a model does: train, read, write.
 
 use anyhow::Result;
+use ttt::Storage;
 use ttt::batch::Batch;
 use ttt::config::Config;
 use ttt::device::Device;
@@ -22,8 +23,11 @@ const DECODED: usize = 16;
 /// Seed of the weights.
 const SEED: u64 = 0;
 
-fn model(config: &Config, device: &Device) -> Result<Lm> {
-    Ok(Lm::new(config, device, DType::F32, SEED)?)
+fn model(config: &Config, device: &Device, dtype: Option<Storage>) -> Result<Lm> {
+    Ok(match dtype.unwrap_or(Storage::F32) {
+        narrow if narrow.is_narrow() => Lm::new(config, device, DType::F32, SEED)?.narrowed(narrow)?,
+        wide => Lm::new(config, device, wide.dtype(), SEED)?,
+    })
 }
 
 /// Ids without meaning, spread over the vocabulary.
@@ -44,7 +48,7 @@ fn batch(args: &Bench, config: &Config) -> Batch {
 
 /// Steps of training, whole or without the optimizer.
 pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
-    let mut lm = model(config, device)?;
+    let mut lm = model(config, device, None)?;
     let batch = batch(args, config);
     let n = batch.tokens.len();
     let length = args.length as usize;
@@ -90,7 +94,7 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
 
 /// Reading a prompt.
 pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
-    let lm = model(config, device)?;
+    let lm = model(config, device, args.dtype)?;
     let batch = batch(args, config);
     let n = batch.tokens.len();
     let mut states = lm.states(batch.slots())?;
@@ -100,7 +104,7 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     let (d, i) = (config.hidden_size, config.intermediate_size);
     let of_rows = 2.0 * (d * (config.vocab_size + (1 + usize::from(config.use_gate)) * d + 3 * i)) as f64;
     let arithmetic = flops(config).forward() - of_rows * (1.0 - rows.len() as f64 / n as f64);
-    let cost = [arithmetic, 4.0 * lm.params().table().parameters() as f64 / n as f64];
+    let cost = [arithmetic, lm.weights().bytes() as f64 / n as f64];
     let logits = if args.all_logits { "all logits" } else { "last logits" };
     measure(format!("prefill {} x {}, {logits}", args.batch, args.length), device, args.repeat, n as f64, cost, || {
         for slot in 0..states.slots() {
@@ -114,7 +118,7 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
 
 /// Writing token by token in every slot at once.
 pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
-    let lm = model(config, device)?;
+    let lm = model(config, device, args.dtype)?;
     let slots = args.batch as usize;
     let mut states = lm.states(slots)?;
     let prompt = ids(slots * DECODE_AFTER, config.vocab_size);
@@ -122,7 +126,7 @@ pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured
     let one: Vec<[u32; 1]> = prompt[..slots].iter().map(|id| [*id]).collect();
     let (step, rows) = (Batch::packed(&one), (0..slots).collect::<Vec<_>>());
     // All weights once a step; each slot's state once a token.
-    let weights = 4.0 * lm.params().table().parameters() as f64;
+    let weights = lm.weights().bytes() as f64;
     let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
     measure(format!("decode {slots}, after {DECODE_AFTER} tokens"), device, args.repeat, (slots * DECODED) as f64, cost, || {
         for _ in 0..DECODED {
