@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::device::Device;
 use crate::device::memory::Buffer;
+use crate::device::par;
 use crate::device::view::{Mat, MatMut, View, ViewMut};
 
 /// Type of a tensor's elements.
@@ -251,12 +252,15 @@ impl Tensor {
         with_dtype!(self.dtype, E => self.as_slice::<E>().iter().map(|x| x.to_f64()).collect())
     }
 
-    /// Sets every element to zero.
+    /// Sets every element to zero, in parallel on the current thread pool.
     ///
     /// # Panics
     /// When another handle to the tensor exists.
     pub fn fill_zero(&mut self) {
-        with_dtype!(self.dtype, E => self.as_mut_slice::<E>().fill(E::ZERO));
+        let len = self.len();
+        with_dtype!(self.dtype, E => {
+            par::for_row_blocks(MatMut::new(self.as_mut_slice::<E>(), len, 1), 1 << 18, |_, mut part| part.slice_mut().fill(E::ZERO));
+        });
     }
 
     /// As a matrix: all axes but the last are rows.

@@ -32,8 +32,8 @@ const LANES: usize = 32;
 /// The first `len` elements of every row.
 #[inline(always)]
 fn cut<const N: usize>(mut rows: [&[f32]; N], len: usize) -> [&[f32]; N] {
-    for n in 0..N {
-        rows[n] = &rows[n][..len];
+    for row in &mut rows {
+        *row = &row[..len];
     }
     rows
 }

@@ -22,9 +22,9 @@ const PACKED_ROWS: usize = 1024;
 pub(crate) fn forward(x: Mat<f32>, w: WeightView, y: MatMut<f32>) {
     match w {
         _ if x.rows() <= few_rows::MAX_ROWS => few_rows::forward(x, w, y),
-        WeightView::Float(w) => packed::product(x, Transposed { rows: w.as_mat::<f32>(), scales: None }, y, None),
-        WeightView::Bf16 { rows, .. } => packed::product(x, Transposed { rows, scales: None }, y, None),
-        WeightView::Int8 { rows, scales, .. } => packed::product(x, Transposed { rows, scales: Some(scales) }, y, None),
+        WeightView::Float(w) => packed::product(x, Transposed { rows: w.as_mat::<f32>(), scales: None }, y),
+        WeightView::Bf16 { rows, .. } => packed::product(x, Transposed { rows, scales: None }, y),
+        WeightView::Int8 { rows, scales, .. } => packed::product(x, Transposed { rows, scales: Some(scales) }, y),
     }
 }
 
@@ -33,7 +33,7 @@ pub(crate) fn backward_input(dy: Mat<f32>, w: Mat<f32>, dx: MatMut<f32>) {
     if dy.rows() < PACKED_ROWS {
         product(Operand::new(dy), Operand::new(w), dx, false);
     } else {
-        packed::product(dy, Plain(w), dx, None);
+        packed::product(dy, Plain(w), dx);
     }
 }
 

@@ -126,16 +126,15 @@ impl<T: Stored> Block<'_, T> {
 
     #[inline(always)]
     fn tile<S: Simd, const L: usize, const X: usize, const W: usize>(&mut self, simd: S, first: usize, o: usize) {
-        // Loops, not `map`: what is not always inlined is compiled without the instructions of S.
         let vectors = self.x.cols() / L;
         let (mut x, mut w) = ([(&[][..], &[][..]); X], [(&[][..], &[][..]); W]);
-        for i in 0..X {
+        for (i, x) in x.iter_mut().enumerate() {
             let (whole, rest) = S::as_simd_f32s(self.x.row(first + i));
-            x[i] = (&whole[..vectors], rest);
+            *x = (&whole[..vectors], rest);
         }
-        for j in 0..W {
+        for (j, w) in w.iter_mut().enumerate() {
             let (whole, rest) = self.w.row(o + j).as_chunks::<L>();
-            w[j] = (&whole[..vectors], rest);
+            *w = (&whole[..vectors], rest);
         }
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
         // While three or more rows keep the arithmetic busy, the next tile is on its way; it must leave room in the first-level
@@ -174,12 +173,14 @@ impl<T: Stored> Block<'_, T> {
     }
 }
 
+// Loops over indices: what is not always inlined (`map`, `zip`) stays a call, compiled without the instructions of S.
+
 /// L numbers, widened; L is the number of lanes of S.
 #[inline(always)]
 fn vector<S: Simd, T: Stored, const L: usize>(w: &[T; L]) -> S::f32s {
     let mut wide = [0.0; L];
-    for (wide, w) in wide.iter_mut().zip(w) {
-        *wide = w.widen();
+    for i in 0..L {
+        wide[i] = w[i].widen();
     }
     S::as_simd_f32s(&wide).0[0]
 }
@@ -188,8 +189,8 @@ fn vector<S: Simd, T: Stored, const L: usize>(w: &[T; L]) -> S::f32s {
 #[inline(always)]
 fn part<S: Simd, T: Stored, const L: usize>(simd: S, w: &[T]) -> S::f32s {
     let mut wide = [0.0; L];
-    for (wide, w) in wide.iter_mut().zip(w) {
-        *wide = w.widen();
+    for i in 0..w.len() {
+        wide[i] = w[i].widen();
     }
     simd.partial_load_f32s(&wide[..w.len()])
 }

@@ -13,20 +13,19 @@ pub(super) struct Tile {
     pub(super) k: usize,
     pub(super) c: *mut f32,
     pub(super) c_stride: usize,
-    /// What the sums are added to: null for nothing, perhaps `c` itself.
-    pub(super) base: *const f32,
-    pub(super) base_stride: usize,
+    /// Whether the sums are added to what C holds.
+    pub(super) add: bool,
 }
 
-/// `C = base + A B` for R rows and V vectors. Every element is one chain of multiply-adds in the order of the terms, then one
+/// `C = A B` or `C += A B` for R rows and V vectors. Every element is one chain of multiply-adds in the order of the terms, then one
 /// addition: the same bits for any R, any V and any number of lanes that has fused multiply-adds.
 ///
 /// Two terms a turn: four and more let the compiler move loads so far ahead that sums are spilled (99 % of the peak of a Zen 3
 /// core with one or two, 96 % with four, 40 % with eight). For the same reason it is a function of its own.
 ///
 /// # Safety
-/// A is readable at `r * a_stride + l` (r < R, l < k), B in `k` rows of V vectors; V vectors are writable in R
-/// rows of C and, unless `base` is null, readable in R rows of the base.
+/// A is readable at `r * a_stride + l` (r < R, l < k), B in `k` rows of V vectors; C is readable and
+/// writable in R rows of V vectors.
 #[inline(always)]
 pub(super) unsafe fn tile<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile) {
     simd.vectorize(Multiply::<S, R, V>(simd, t));
@@ -41,12 +40,9 @@ impl<S: Simd, const R: usize, const V: usize> WithSimd for Multiply<'_, S, R, V>
 
     #[inline(always)]
     fn with_simd<Same: Simd>(self, _: Same) {
-        let Multiply(simd, &Tile { a, a_stride, mut b, k, c, c_stride, base, base_stride }) = self;
+        let Multiply(simd, &Tile { a, a_stride, mut b, k, c, c_stride, add }) = self;
         for r in 0..R {
             prefetch(c.cast_const().wrapping_add(r * c_stride), V * S::F32_LANES);
-            if !base.is_null() && base != c.cast_const() {
-                prefetch(base.wrapping_add(r * base_stride), V * S::F32_LANES);
-            }
         }
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
         let mut rows = [a; R];
@@ -85,11 +81,10 @@ impl<S: Simd, const R: usize, const V: usize> WithSimd for Multiply<'_, S, R, V>
                 let c = c.wrapping_add(r * c_stride).cast::<S::f32s>().wrapping_add(v);
                 // SAFETY: by the contract of `tile`.
                 unsafe {
-                    if base.is_null() {
-                        c.write_unaligned(*sum);
+                    if add {
+                        c.write_unaligned(simd.add_f32s(c.read_unaligned(), *sum));
                     } else {
-                        let base = base.wrapping_add(r * base_stride).cast::<S::f32s>().wrapping_add(v);
-                        c.write_unaligned(simd.add_f32s(base.read_unaligned(), *sum));
+                        c.write_unaligned(*sum);
                     }
                 }
             }

@@ -22,20 +22,17 @@ const GRAIN: usize = 32;
 /// Below so many multiply-adds a product stays on one thread: 50 microseconds of one core.
 const SERIAL: usize = 2_000_000;
 
-/// `C = base + A B`, without a base `C = A B`.
+/// `C = A B`.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub(super) fn product<B: Columns>(a: Mat<f32>, b: B, c: MatMut<f32>, base: Option<Mat<f32>>) {
+pub(super) fn product<B: Columns>(a: Mat<f32>, b: B, c: MatMut<f32>) {
     let ([m, k], [terms, n]) = ([a.rows(), a.cols()], b.shape());
     assert!(k == terms && [c.rows(), c.cols()] == [m, n], "{m} x {k} times {terms} x {n} into {} x {}", c.rows(), c.cols());
-    if let Some(base) = base {
-        assert!([base.rows(), base.cols()] == [m, n], "{} x {} is added to {m} x {n}", base.rows(), base.cols());
-    }
     let [rows, cols] = unit(m, block_terms::<B>(k), k, n);
     par::for_each(n.div_ceil(cols), ColsPerUnit { mat: c, cols }, &|j, c: ColsPerUnit<MatMut<f32>>| {
         par::for_each(m.div_ceil(rows), RowsPerUnit { mat: c.mat, rows }, &|i, c: RowsPerUnit<MatMut<f32>>| {
-            Unit { a, b: &b, c: c.mat, base, at: [i * rows, j * cols] }.run();
+            Unit { a, b: &b, c: c.mat, at: [i * rows, j * cols] }.run();
         });
     });
 }
@@ -62,7 +59,6 @@ struct Unit<'a, B> {
     a: Mat<'a, f32>,
     b: &'a B,
     c: MatMut<'a, f32>,
-    base: Option<Mat<'a, f32>>,
     at: [usize; 2],
 }
 
@@ -112,7 +108,7 @@ impl<B: Columns> WithSimd for Packed<'_, B> {
 impl<B: Columns> Packed<'_, B> {
     #[inline(always)]
     fn multiply<S: Simd, const R: usize, const V: usize>(self, simd: S) {
-        let Packed { unit: Unit { a, b, mut c, base, at: [first_row, first_col] }, space: panels } = self;
+        let Packed { unit: Unit { a, b, mut c, at: [first_row, first_col] }, space: panels } = self;
         let ([m, n], k, [_, end], width) = ([c.rows(), c.cols()], a.cols(), b.shape(), V * S::F32_LANES);
         let (step, c_stride) = (block_terms::<B>(k), c.stride());
         let mut from = 0;
@@ -126,11 +122,6 @@ impl<B: Columns> Packed<'_, B> {
                 b.source(0..step.min(k), first_col + n..(first_col + 2 * n).min(end))
             } else {
                 Source::none()
-            };
-            let (base, base_stride) = match (from, base) {
-                (0, None) => (std::ptr::null(), 0),
-                (0, Some(base)) => (base.as_ptr().wrapping_add(first_row * base.stride() + first_col), base.stride()),
-                _ => (c.as_mut_ptr().cast_const(), c_stride),
             };
             let (mut next, tiles_of_block) = (next, m.div_ceil(R) * n.div_ceil(width));
             let lines = next.lines().div_ceil(tiles_of_block);
@@ -151,10 +142,9 @@ impl<B: Columns> Packed<'_, B> {
                         k: terms.len(),
                         c: c.as_mut_ptr().wrapping_add(i * c_stride + j),
                         c_stride,
-                        base: if base.is_null() { base } else { base.wrapping_add(i * base_stride + j) },
-                        base_stride,
+                        add: from > 0,
                     };
-                    // SAFETY: the rows and terms lie in A, a panel was packed for these columns, which C and the base have;
+                    // SAFETY: the rows and terms lie in A, a panel was packed for these columns, which C has;
                     // `partial` touches those that exist.
                     unsafe {
                         if j + width <= n {
@@ -188,27 +178,21 @@ unsafe fn tiles<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile, rows
     }
 }
 
-/// A tile of which only `columns` columns are in C and in the base: through a buffer, with the same sums.
+/// A tile of which only `columns` columns are in C: through a buffer, with the same sums.
 ///
 /// # Safety
 /// As [`tile`], for so many columns.
 #[inline(always)]
 unsafe fn partial<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile, rows: usize, columns: usize) {
     let mut buffer = [0.0f32; 12 * 32];
-    let c = buffer.as_mut_ptr();
-    let whole = Tile { c, c_stride: V * S::F32_LANES, base: std::ptr::null(), base_stride: 0, ..*t };
+    let whole = Tile { c: buffer.as_mut_ptr(), c_stride: V * S::F32_LANES, add: false, ..*t };
     // SAFETY: the buffer holds the largest tile; the rest by this function's contract.
     unsafe { tiles::<S, R, V>(simd, &whole, rows) };
     for r in 0..rows {
         for (j, sum) in buffer[r * whole.c_stride..][..columns].iter().enumerate() {
             let c = t.c.wrapping_add(r * t.c_stride + j);
             // SAFETY: column j of row r, by this function's contract.
-            unsafe {
-                *c = match t.base.is_null() {
-                    true => *sum,
-                    false => *t.base.wrapping_add(r * t.base_stride + j) + sum,
-                }
-            }
+            unsafe { *c = if t.add { *c + sum } else { *sum } };
         }
     }
 }
@@ -249,8 +233,8 @@ mod tests {
     }
 
     /// What one unit computes at other widths than this machine's.
-    fn one_unit<B: Columns>(lanes: usize, a: Mat<f32>, b: &B, c: MatMut<f32>, base: Option<Mat<f32>>) {
-        let unit = Unit { a, b, c, base, at: [0, 0] };
+    fn one_unit<B: Columns>(lanes: usize, a: Mat<f32>, b: &B, c: MatMut<f32>) {
+        let unit = Unit { a, b, c, at: [0, 0] };
         let mut space = vec![f32::NAN; unit.space()];
         with_lanes(lanes, Packed { unit, space: &mut space });
     }
@@ -261,37 +245,34 @@ mod tests {
             for transposed in [false, true] {
                 let a = Wide::new(m, k, 1);
                 let b = if transposed { Wide::new(n, k, 2) } else { Wide::new(k, n, 2) };
-                let (before, other) = (Wide::new(m, n, 3), Wide::new(m, n, 4));
-                for base in [None, Some(other.mat())] {
-                    let exact = |i: usize, j: usize| {
-                        let a = |l: usize| a.mat().row(i)[l] as f64;
-                        let b = |l: usize| if transposed { b.mat().row(j)[l] } else { b.mat().row(l)[j] } as f64;
-                        let sum: f64 = (0..k).map(|l| a(l) * b(l)).sum();
-                        sum + base.map_or(0.0, |base| base.row(i)[j] as f64)
-                    };
-                    let mut results = Vec::new();
-                    for lanes in LANES.into_iter().chain([0]) {
-                        let mut c = Wide(before.0.clone(), [m, n]);
-                        match (lanes, transposed) {
-                            (0, true) => product(a.mat(), transposed_of(&b), c.mat_mut(), base),
-                            (0, false) => product(a.mat(), Plain(b.mat()), c.mat_mut(), base),
-                            (_, true) => one_unit(lanes, a.mat(), &transposed_of(&b), c.mat_mut(), base),
-                            (_, false) => one_unit(lanes, a.mat(), &Plain(b.mat()), c.mat_mut(), base),
-                        }
-                        for i in 0..m {
-                            for (j, c) in c.mat().row(i).iter().enumerate() {
-                                let error = (*c as f64 - exact(i, j)).abs();
-                                assert!(error < 2e-6 * (k as f64 + 4.0), "{m} x {k} x {n} at {i}, {j}, {lanes} lanes: {error:e}");
-                            }
-                        }
-                        assert!(c.0.iter().zip(&before.0).all(|(c, before)| before.is_nan() == c.is_nan()), "between the rows");
-                        // Bits, the gaps of not-a-numbers too; one lane may have no fused multiply-add.
-                        if lanes != 1 {
-                            results.push(c.0.iter().map(|c| c.to_bits()).collect::<Vec<_>>());
+                let before = Wide::new(m, n, 3);
+                let exact = |i: usize, j: usize| {
+                    let a = |l: usize| a.mat().row(i)[l] as f64;
+                    let b = |l: usize| if transposed { b.mat().row(j)[l] } else { b.mat().row(l)[j] } as f64;
+                    (0..k).map(|l| a(l) * b(l)).sum::<f64>()
+                };
+                let mut results = Vec::new();
+                for lanes in LANES.into_iter().chain([0]) {
+                    let mut c = Wide(before.0.clone(), [m, n]);
+                    match (lanes, transposed) {
+                        (0, true) => product(a.mat(), transposed_of(&b), c.mat_mut()),
+                        (0, false) => product(a.mat(), Plain(b.mat()), c.mat_mut()),
+                        (_, true) => one_unit(lanes, a.mat(), &transposed_of(&b), c.mat_mut()),
+                        (_, false) => one_unit(lanes, a.mat(), &Plain(b.mat()), c.mat_mut()),
+                    }
+                    for i in 0..m {
+                        for (j, c) in c.mat().row(i).iter().enumerate() {
+                            let error = (*c as f64 - exact(i, j)).abs();
+                            assert!(error < 2e-6 * (k as f64 + 4.0), "{m} x {k} x {n} at {i}, {j}, {lanes} lanes: {error:e}");
                         }
                     }
-                    assert!(results.iter().all(|r| *r == results[0]), "{m} x {k} x {n}: bits depend on the width");
+                    assert!(c.0.iter().zip(&before.0).all(|(c, before)| before.is_nan() == c.is_nan()), "between the rows");
+                    // Bits, the gaps of not-a-numbers too; one lane may have no fused multiply-add.
+                    if lanes != 1 {
+                        results.push(c.0.iter().map(|c| c.to_bits()).collect::<Vec<_>>());
+                    }
                 }
+                assert!(results.iter().all(|r| *r == results[0]), "{m} x {k} x {n}: bits depend on the width");
             }
         }
     }
@@ -306,16 +287,16 @@ mod tests {
             let scales: Vec<f32> = (0..n).map(|j| 0.01 + j as f32).collect();
             let (mut of_halves, mut of_integers) = (Wide::new(m, n, 3), Wide::new(m, n, 3));
             let rows = Mat::new(&halves, n, k + 3).col_range(0..k);
-            product(a.mat(), Transposed { rows, scales: None }, of_halves.mat_mut(), None);
+            product(a.mat(), Transposed { rows, scales: None }, of_halves.mat_mut());
             let rows = Mat::new(&integers, n, k + 3).col_range(0..k);
-            product(a.mat(), Transposed { rows, scales: Some(&scales) }, of_integers.mat_mut(), None);
+            product(a.mat(), Transposed { rows, scales: Some(&scales) }, of_integers.mat_mut());
             for i in 0..m {
-                for j in 0..n {
+                for (j, scale) in scales.iter().enumerate() {
                     let sum = |w: &dyn Fn(usize) -> f64| (0..k).map(|l| a.mat().row(i)[l] as f64 * w(j * (k + 3) + l)).sum::<f64>();
-                    let exact = [sum(&|at| halves[at].to_f64()), sum(&|at| integers[at] as f64 * scales[j] as f64)];
+                    let exact = [sum(&|at| halves[at].to_f64()), sum(&|at| integers[at] as f64 * *scale as f64)];
                     let [half, integer] = [of_halves.mat().row(i)[j] as f64, of_integers.mat().row(i)[j] as f64];
                     assert!((half - exact[0]).abs() < 2e-6 * k as f64, "bf16 at {i}, {j}: {half}, not {}", exact[0]);
-                    let error = (integer - exact[1]).abs() / scales[j] as f64;
+                    let error = (integer - exact[1]).abs() / *scale as f64;
                     assert!(error < 2e-4 * k as f64, "int8 at {i}, {j}: {integer}, not {}", exact[1]);
                 }
             }
@@ -330,7 +311,7 @@ mod tests {
             let mut c = Wide::new(rows.len(), n, 3);
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let a = a.mat().row_range(rows);
-            pool.install(|| product(a, transposed_of(&b), c.mat_mut(), None));
+            pool.install(|| product(a, transposed_of(&b), c.mat_mut()));
             c
         };
         let all = run(1, 0..m);
@@ -346,6 +327,6 @@ mod tests {
     #[should_panic(expected = "2 x 3 times 4 x 5 into 2 x 5")]
     fn operands_that_do_not_fit_are_refused() {
         let (a, b, mut c) = (Wide::new(2, 3, 1), Wide::new(4, 5, 2), Wide::new(2, 5, 3));
-        product(a.mat(), Plain(b.mat()), c.mat_mut(), None);
+        product(a.mat(), Plain(b.mat()), c.mat_mut());
     }
 }
