@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::device::Device;
 use crate::device::memory::Buffer;
+use crate::device::par;
 use crate::device::view::{Mat, MatMut, View, ViewMut};
 
 /// Type of a tensor's elements.
@@ -77,27 +78,35 @@ macro_rules! element {
             const DTYPE: DType = $dtype;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
+            #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 x as $t
             }
+            #[inline(always)]
             fn to_f64(self) -> f64 {
                 self as f64
             }
+            #[inline(always)]
             fn sqrt(self) -> Self {
                 self.sqrt()
             }
+            #[inline(always)]
             fn exp(self) -> Self {
                 self.exp()
             }
+            #[inline(always)]
             fn ln(self) -> Self {
                 self.ln()
             }
+            #[inline(always)]
             fn tanh(self) -> Self {
                 self.tanh()
             }
+            #[inline(always)]
             fn abs(self) -> Self {
                 self.abs()
             }
+            #[inline(always)]
             fn max(self, other: Self) -> Self {
                 self.max(other)
             }
@@ -317,7 +326,7 @@ impl Tensor {
         with_dtype!(self.dtype, E => self.as_slice::<E>().iter().map(|x| x.to_f64()).collect())
     }
 
-    /// Sets every element to zero.
+    /// Sets every element to zero, in parallel on the current thread pool.
     ///
     /// # Panics
     /// When another handle to the tensor exists.
@@ -327,7 +336,10 @@ impl Tensor {
             cuda.context().fill(self.buffer.address(), 0, self.bytes());
             return;
         }
-        with_dtype!(self.dtype, E => self.as_mut_slice::<E>().fill(E::ZERO));
+        let len = self.len();
+        with_dtype!(self.dtype, E => {
+            par::for_row_blocks(MatMut::new(self.as_mut_slice::<E>(), len, 1), 1 << 18, |_, mut part| part.slice_mut().fill(E::ZERO));
+        });
     }
 
     /// Sets the elements of `range` to zero.

@@ -73,7 +73,8 @@ impl Matrix {
 fn close(fast: &Tensor, reference: &Tensor, what: &str) {
     let (fast, reference) = (fast.to_f64_vec(), reference.to_f64_vec());
     let error = relative(&fast, &reference);
-    assert!(error < 1e-5, "{what}: {error:e}");
+    // Sums of up to 4099 products in f32, in the reference and in blocks of 1024 term by term.
+    assert!(error < 5e-6, "{what}: {error:e}");
 }
 
 #[test]

@@ -26,15 +26,37 @@ pub(crate) use vectorise;
 /// Independent sums in flight: enough for four registers of AVX2, two of AVX-512.
 const LANES: usize = 32;
 
+// No `array::map` and no `array::from_fn` here: where they are not inlined (which no attribute of theirs asks for), they stay
+// scalar code behind a call in the innermost loop.
+
+/// The first `len` elements of every row.
+#[inline(always)]
+fn cut<const N: usize>(mut rows: [&[f32]; N], len: usize) -> [&[f32]; N] {
+    for row in &mut rows {
+        *row = &row[..len];
+    }
+    rows
+}
+
+/// Element `i` of every row.
+#[inline(always)]
+fn column<const N: usize>(rows: &[&[f32]; N], i: usize) -> [f32; N] {
+    let mut column = [0.0; N];
+    for n in 0..N {
+        column[n] = rows[n][i];
+    }
+    column
+}
+
 /// `y[i] = f([rows[0][i], rows[1][i], ...], y[i])`.
 ///
 /// # Panics
 /// When a row is shorter than `y`.
 #[inline(always)]
 pub(crate) fn map<const N: usize>(y: &mut [f32], rows: [&[f32]; N], f: impl Fn([f32; N], f32) -> f32) {
-    let rows = rows.map(|row| &row[..y.len()]);
+    let rows = cut(rows, y.len());
     for (i, y) in y.iter_mut().enumerate() {
-        *y = f(std::array::from_fn(|n| rows[n][i]), *y);
+        *y = f(column(&rows, i), *y);
     }
 }
 
@@ -44,10 +66,10 @@ pub(crate) fn map<const N: usize>(y: &mut [f32], rows: [&[f32]; N], f: impl Fn([
 /// When a row or `z` is shorter than `y`.
 #[inline(always)]
 pub(crate) fn map_two<const N: usize>(y: &mut [f32], z: &mut [f32], rows: [&[f32]; N], f: impl Fn([f32; N]) -> (f32, f32)) {
-    let rows = rows.map(|row| &row[..y.len()]);
+    let rows = cut(rows, y.len());
     let z = &mut z[..y.len()];
     for (i, y) in y.iter_mut().enumerate() {
-        (*y, z[i]) = f(std::array::from_fn(|n| rows[n][i]));
+        (*y, z[i]) = f(column(&rows, i));
     }
 }
 
@@ -69,19 +91,21 @@ pub(crate) fn largest(x: &[f32]) -> f32 {
 
 #[inline(always)]
 fn fold<const N: usize>(rows: [&[f32]; N], start: f32, f: impl Fn(f32, [f32; N]) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
-    let rows = rows.map(|row| row[..rows[0].len()].as_chunks::<LANES>());
+    let len = rows.first().map_or(0, |row| row.len());
+    let rows = cut(rows, len);
     let mut lanes = [start; LANES];
-    let whole = rows[0].0.len();
-    let chunks = rows.map(|row| &row.0[..whole]);
-    for i in 0..whole {
-        let chunks = chunks.map(|chunks| &chunks[i]);
+    let whole = len / LANES * LANES;
+    for at in (0..whole).step_by(LANES) {
+        let mut chunks = rows;
+        for n in 0..N {
+            chunks[n] = &rows[n][at..at + LANES];
+        }
         for (lane, acc) in lanes.iter_mut().enumerate() {
-            *acc = f(*acc, chunks.map(|chunk| chunk[lane]));
+            *acc = f(*acc, column(&chunks, lane));
         }
     }
-    let rest = rows.map(|row| &row.1[..rows[0].1.len()]);
-    for i in 0..rest[0].len() {
-        lanes[i] = f(lanes[i], rest.map(|rest| rest[i]));
+    for i in whole..len {
+        lanes[i - whole] = f(lanes[i - whole], column(&rows, i));
     }
     let mut width = LANES / 2;
     while width > 0 {

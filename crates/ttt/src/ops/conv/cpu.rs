@@ -91,7 +91,7 @@ impl<'a> Inputs<'a> {
 fn add_taps<'a>(y: &mut [f32], w: Mat<'a, f32>, taps: usize, input: impl Fn(usize) -> &'a [f32]) {
     let mut tap = 0;
     while tap + 4 <= taps {
-        let x: [&[f32]; 4] = std::array::from_fn(|i| input(tap + i));
+        let x = [input(tap), input(tap + 1), input(tap + 2), input(tap + 3)];
         let rows = [x[0], x[1], x[2], x[3], w.row(tap), w.row(tap + 1), w.row(tap + 2), w.row(tap + 3)];
         map(y, rows, |[a, b, c, d, v0, v1, v2, v3], y| y + a * v0 + b * v1 + c * v2 + d * v3);
         tap += 4;

@@ -20,7 +20,7 @@ pub(crate) fn forward(device: &Device, hidden: Mat<f32>, w: WeightView, targets:
     for (c, nll) in nll.chunks_mut(chunk.max(1)).enumerate() {
         let rows = c * chunk..c * chunk + nll.len();
         let mut logits = scratch.view_mut().into_mat().row_range(0..rows.len());
-        linear::forward(hidden.row_range(rows.clone()), w, logits.reborrow())?;
+        linear::forward(hidden.row_range(rows.clone()), w, logits.reborrow());
         each_row(logits, nll, &|i, logits, nll| *nll = likelihood(logits, targets[rows.start + i]));
     }
     Ok(nll)
@@ -52,7 +52,7 @@ pub(crate) fn forward_backward(
         for (to, &row) in rows.iter().enumerate() {
             gathered.row_mut(to).copy_from_slice(hidden.row(row));
         }
-        linear::forward(gathered.as_ref(), w.into(), logits.reborrow())?;
+        linear::forward(gathered.as_ref(), w.into(), logits.reborrow());
         each_row(logits.reborrow(), &mut chunk_nll[..rows.len()], &|i, logits, nll| {
             *nll = likelihood_and_gradient(logits, targets[rows[i]], weights[rows[i]]);
         });

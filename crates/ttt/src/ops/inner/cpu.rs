@@ -261,7 +261,7 @@ pub(crate) fn transpose<S: Simd>(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
 #[inline]
-unsafe fn transpose_8x8(out: *mut f32, out_stride: usize, x: *const f32, x_stride: usize, add: Option<f32>) {
+pub(crate) unsafe fn transpose_8x8(out: *mut f32, out_stride: usize, x: *const f32, x_stride: usize, add: Option<f32>) {
     use std::arch::x86_64::*;
     // SAFETY: by this function's contract.
     unsafe {

@@ -41,15 +41,24 @@ fn of_type<T: Stored>(x: Mat<f32>, w: Mat<T>, scales: Option<&[f32]>, y: MatMut<
 }
 
 /// A type that weights are stored in.
-trait Stored: Copy + Sync {
+pub(super) trait Stored: Copy + Sync {
     /// The number as f32, exactly.
     fn widen(self) -> f32;
+
+    /// The matrix itself, when nothing needs widening.
+    fn floats(_: Mat<Self>) -> Option<Mat<f32>> {
+        None
+    }
 }
 
 impl Stored for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+
+    fn floats(mat: Mat<f32>) -> Option<Mat<f32>> {
+        Some(mat)
     }
 }
 
@@ -117,11 +126,17 @@ impl<T: Stored> Block<'_, T> {
 
     #[inline(always)]
     fn tile<S: Simd, const L: usize, const X: usize, const W: usize>(&mut self, simd: S, first: usize, o: usize) {
-        let x: [_; X] = std::array::from_fn(|i| S::as_simd_f32s(self.x.row(first + i)));
-        let w: [_; W] = std::array::from_fn(|j| self.w.row(o + j).as_chunks::<L>());
+        let vectors = self.x.cols() / L;
+        let (mut x, mut w) = ([(&[][..], &[][..]); X], [(&[][..], &[][..]); W]);
+        for (i, x) in x.iter_mut().enumerate() {
+            let (whole, rest) = S::as_simd_f32s(self.x.row(first + i));
+            *x = (&whole[..vectors], rest);
+        }
+        for (j, w) in w.iter_mut().enumerate() {
+            let (whole, rest) = self.w.row(o + j).as_chunks::<L>();
+            *w = (&whole[..vectors], rest);
+        }
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
-        let vectors = x[0].0.len();
-        let (xv, wv) = (x.map(|x| &x.0[..vectors]), w.map(|w| &w.0[..vectors]));
         // While three or more rows keep the arithmetic busy, the next tile is on its way; it must leave room in the first-level
         // cache. With one or two the processor's own prefetching is faster.
         let ahead = X >= 3 && first == 0 && W * self.w.cols() <= 3072;
@@ -130,14 +145,13 @@ impl<T: Stored> Block<'_, T> {
             if ahead {
                 prefetch(next.wrapping_add(k * W * L), W * L);
             }
-            let mut w = [simd.splat_f32s(0.0); W];
+            let mut wv = [simd.splat_f32s(0.0); W];
             for j in 0..W {
-                w[j] = vector::<S, T, L>(&wv[j][k]);
+                wv[j] = vector::<S, T, L>(&w[j].0[k]);
             }
             for i in 0..X {
-                let x = xv[i][k];
                 for j in 0..W {
-                    sums[i][j] = simd.mul_add_e_f32s(x, w[j], sums[i][j]);
+                    sums[i][j] = simd.mul_add_e_f32s(x[i].0[k], wv[j], sums[i][j]);
                 }
             }
         }
@@ -159,13 +173,14 @@ impl<T: Stored> Block<'_, T> {
     }
 }
 
+// Loops over indices: what is not always inlined (`map`, `zip`) stays a call, compiled without the instructions of S.
+
 /// L numbers, widened; L is the number of lanes of S.
 #[inline(always)]
 fn vector<S: Simd, T: Stored, const L: usize>(w: &[T; L]) -> S::f32s {
-    // A loop, not `map`: what is not always inlined is compiled without the instructions of S.
     let mut wide = [0.0; L];
-    for (wide, w) in wide.iter_mut().zip(w) {
-        *wide = w.widen();
+    for i in 0..L {
+        wide[i] = w[i].widen();
     }
     S::as_simd_f32s(&wide).0[0]
 }
@@ -174,8 +189,8 @@ fn vector<S: Simd, T: Stored, const L: usize>(w: &[T; L]) -> S::f32s {
 #[inline(always)]
 fn part<S: Simd, T: Stored, const L: usize>(simd: S, w: &[T]) -> S::f32s {
     let mut wide = [0.0; L];
-    for (wide, w) in wide.iter_mut().zip(w) {
-        *wide = w.widen();
+    for i in 0..w.len() {
+        wide[i] = w[i].widen();
     }
     simd.partial_load_f32s(&wide[..w.len()])
 }
