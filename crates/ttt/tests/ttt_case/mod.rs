@@ -383,8 +383,18 @@ impl Case {
         let (placed, segments) = (self.place(device, dtype, &rows), self.segments());
         let (inputs, saved) = (self.inputs(&placed, &segments), run.saved.as_ref().unwrap());
         match self.inner {
-            Inner::Linear => ttt_linear::statistics(&inputs, saved, &self.state(device, dtype), &run.state),
-            Inner::Mlp => ttt_mlp::statistics(&inputs, saved, &self.state(device, dtype), &run.state),
+            Inner::Linear => ttt_linear::statistics(
+                &inputs,
+                saved,
+                &self.state_with(device, dtype, self.lens.len() + 1, |s| self.slot(s)),
+                &run.state,
+            ),
+            Inner::Mlp => ttt_mlp::statistics(
+                &inputs,
+                saved,
+                &self.state_with(device, dtype, self.lens.len() + 1, |s| self.slot(s)),
+                &run.state,
+            ),
         }
     }
 
