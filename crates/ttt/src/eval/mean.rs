@@ -71,8 +71,9 @@ fn student(degrees: u64) -> f64 {
         return *t;
     }
     let (z, n) = (1.959964f64, degrees as f64);
-    let [z3, z5] = [z.powi(3), z.powi(5)];
-    z + (z3 + z) / (4.0 * n) + (5.0 * z5 + 16.0 * z3 + 3.0 * z) / (96.0 * n * n)
+    let [z3, z5, z7] = [3, 5, 7].map(|power| z.powi(power));
+    let terms = [(z3 + z) / 4.0, (5.0 * z5 + 16.0 * z3 + 3.0 * z) / 96.0, (3.0 * z7 + 19.0 * z5 + 17.0 * z3 - 15.0 * z) / 384.0];
+    z + terms[0] / n + terms[1] / (n * n) + terms[2] / (n * n * n)
 }
 
 #[cfg(test)]

@@ -477,12 +477,12 @@ mod tests {
             equal("sizeof(ForwardParams)", size_of::<ForwardParams>()),
             equal("sizeof(BackwardParams)", size_of::<BackwardParams>()),
             equal("sizeof(ReduceParams)", size_of::<ReduceParams>()),
-            equal("__builtin_offsetof(ForwardParams, opened)", offset_of!(ForwardParams, opened)),
-            equal("__builtin_offsetof(ForwardParams, q_stride)", offset_of!(ForwardParams, q_stride)),
-            equal("__builtin_offsetof(ForwardParams, parts)", offset_of!(ForwardParams, parts)),
-            equal("__builtin_offsetof(BackwardParams, prepared)", offset_of!(BackwardParams, prepared)),
-            equal("__builtin_offsetof(BackwardParams, dlr_stride)", offset_of!(BackwardParams, dlr_stride)),
-            equal("__builtin_offsetof(BackwardParams, parts)", offset_of!(BackwardParams, parts)),
+            equal("__INTADDR__(&((ForwardParams*)0)->opened)", offset_of!(ForwardParams, opened)),
+            equal("__INTADDR__(&((ForwardParams*)0)->q_stride)", offset_of!(ForwardParams, q_stride)),
+            equal("__INTADDR__(&((ForwardParams*)0)->parts)", offset_of!(ForwardParams, parts)),
+            equal("__INTADDR__(&((BackwardParams*)0)->prepared)", offset_of!(BackwardParams, prepared)),
+            equal("__INTADDR__(&((BackwardParams*)0)->dlr_stride)", offset_of!(BackwardParams, dlr_stride)),
+            equal("__INTADDR__(&((BackwardParams*)0)->parts)", offset_of!(BackwardParams, parts)),
         ];
         compile("layout", &format!("#include \"params.cuh\"\n{}", layout.concat()), &headers, &options(64)).unwrap();
         for fast in &FAST {
