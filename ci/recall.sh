@@ -4,7 +4,7 @@
 #
 #   ci/recall.sh [path of ttt]
 #
-# Takes about a minute on two cores. Exits with 1 when the model does not reach it.
+# Takes about twenty seconds on two cores. Exits with 1 when the model does not reach it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ttt=$(realpath "${1:-target/release/ttt}")
