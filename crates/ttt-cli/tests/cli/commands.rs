@@ -9,7 +9,11 @@ fn help_of_every_command() {
     let commands = [
         "train",
         "eval",
+        "task",
         "generate",
+        "read",
+        "state",
+        "chat",
         "verify",
         "plan",
         "info",
@@ -23,7 +27,7 @@ fn help_of_every_command() {
         "completions",
     ];
     let listed: Vec<&str> = help.out.lines().filter_map(|l| l.strip_prefix("  ")?.split_whitespace().next()).collect();
-    assert!(commands.iter().all(|command| listed.contains(command)), "{}", help.out);
+    assert_eq!(listed[..commands.len()], commands, "{}", help.out);
     for command in commands {
         let help = place.run(&[command, "--help"]).ok();
         assert!(help.out.contains("Usage: ttt"), "{}", help.out);

@@ -337,7 +337,7 @@ mod tests {
         states.layers[2].fast.weights_mut().as_mut_slice::<f32>()[7] = f32::NAN;
         let error = step(&mut states).unwrap_err();
         let named = "carried fast weights of model.layers.2";
-        // The element is that of after the step, in which the whole head was lost.
-        assert!(matches!(&error, Error::NotFinite { step: 1, tensor, .. } if tensor == named), "{error}");
+        // After the step, in which element 7 cost the whole head: its first element.
+        assert!(matches!(&error, Error::NotFinite { step: 1, tensor, element: 0 } if tensor == named), "{error}");
     }
 }
