@@ -34,7 +34,8 @@ Backward = struct(INPUTS + " ghat checkpoints dz dq dk dv dlr dstate partials bo
 Reduce = struct("partials dtok dgamma dbeta", "", "segments heads head_dim mini_batch parts")
 
 # Relative error of a whole tensor: with the rounding points emulated, and without.
-TIGHT, LOOSE = 6e-3, 3e-2
+# LOOSE is four times the 7e-3 that bf16 operands alone were found to cost; the gradient of tok may differ by twice that.
+TIGHT, LOOSE = 6e-3, 2.8e-2
 DTOK = 2e-2  # a long sum that cancels
 F32 = 2e-5
 
