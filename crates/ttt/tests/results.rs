@@ -23,7 +23,11 @@ fn run(folder: &Path, name: &str, inner: &str, seed: u64, last: f64) -> PathBuf 
         let at = step as f64 / 100.0;
         let loss = last + 4.0 * (1.0 - at).powi(3);
         if step > 0 {
-            let more = Record { tokens_per_second: Some(1000.0 + at), elapsed_seconds: Some(2.0 * step as f64), ..Record::new(Split::Train, step, step * 1000, loss) };
+            let more = Record {
+                tokens_per_second: Some(1000.0 + at),
+                elapsed_seconds: Some(2.0 * step as f64),
+                ..Record::new(Split::Train, step, step * 1000, loss)
+            };
             metrics.write(&more).unwrap();
         }
         if step % 10 == 0 {
@@ -47,7 +51,8 @@ fn evaluation(loss: f64) -> Value {
     let row = |from: u64, to: u64, loss: f64| json!({"from": from, "to": to, "tokens": to - from, "loss": loss, "margin": 0.05, "clusters": "documents"});
     let positions: Vec<_> = (0..12).map(|i| row(1 << i, 2 << i, loss + 3.0 * 0.7f64.powi(i))).collect();
     let inner = |layer: f64| {
-        let row = |i: i32| json!({"from": 1 << i, "to": 2 << i, "mini_batches": 3, "initial": 2.0 + layer, "before": 1.5, "after": 1.2});
+        let row =
+            |i: i32| json!({"from": 1 << i, "to": 2 << i, "mini_batches": 3, "initial": 2.0 + layer, "before": 1.5, "after": 1.2});
         json!({"positions": (4..12).map(row).collect::<Vec<_>>()})
     };
     json!({"loss": loss, "margin": 0.01, "bits_per_byte": loss / 2.0, "tokens": 4095, "context": null, "positions": positions, "inner": [inner(0.0), inner(1.0)], "novel": 7})
@@ -90,7 +95,10 @@ fn a_run_folder_is_read() {
     let config = settings.model_config().unwrap();
     assert_eq!(run["parameters"].as_u64(), Some(ParamTable::new(&config).0.parameters() as u64));
     assert_eq!(run["flops"].as_f64(), Some(plan::flops(&config).training * 100_000.0));
-    assert_eq!((run["seconds"].as_f64(), run["tokens"].as_u64(), run["memory_bytes"].as_u64()), (Some(200.0), Some(100_000), Some(3 << 20)));
+    assert_eq!(
+        (run["seconds"].as_f64(), run["tokens"].as_u64(), run["memory_bytes"].as_u64()),
+        (Some(200.0), Some(100_000), Some(3 << 20))
+    );
     assert_eq!((run["validation"]["loss"].as_f64(), run["validation"]["step"].as_u64()), (Some(2.0), Some(100)));
     assert_eq!(run["tokens_per_second"].as_f64(), Some(1000.51));
     assert_eq!(run["evaluations"].as_array().unwrap().len(), 2);
@@ -151,7 +159,7 @@ fn tables_are_markdown() {
     let text = three(folder.path()).markdown();
     for line in [
         "## Losses",
-        "| mlp | TTT-MLP, Mamba backbone, 4 x 192 | 2.217M | 100k | 1.7500 | 5.75 | 0.8750 | 1.7500 |",
+        "| mlp | TTT-MLP, Mamba backbone, 4 x 192 | 2.138M | 100k | 1.7500 | 5.75 | 0.8750 | 1.7500 |",
         "| linear | eval | 2.1000 ± 0.0100 | 8.17 | 1.0500 | 4.095k | all |",
         "| mlp | recall, pairs 8, length 32 | 75.0 % ± 10.0 % | 12.5 % |",
         "| linear | a test | 2 | 64k | 4.000 | 500 | 1 MiB | 5 MiB |",
@@ -181,10 +189,10 @@ fn the_page_holds_everything_and_nothing_foreign() {
     assert!(!page.contains("http://") || page.matches("http://").count() == page.matches("http://www.w3.org/2000/svg").count());
     assert!(!page.contains("https://") && !page.contains("@import") && !page.contains("src="), "the page asks for something");
     let data = page.split("type=\"application/json\">").nth(1).unwrap().split("</script>").next().unwrap();
-    let data: Value = serde_json::from_str(data).unwrap();
+    assert!(serde_json::from_str::<Value>(data).unwrap()["palette"].is_array());
     for (name, picture) in comparison.pictures() {
         assert!(page.contains(&format!("data-picture=\"{}\"", name.replace('<', "&lt;"))), "{name}");
-        assert_eq!(data["pictures"][&name], json!(picture.grids), "{name}");
+        assert!(data.contains(&json!(picture.grids).to_string().replace('<', "\\u003c")), "{name}");
     }
     for table in comparison.tables() {
         assert_eq!(page.matches(&format!("<h2>{}</h2>", table.title)).count(), 1);

@@ -14,7 +14,11 @@ fn falling(name: &str, color: usize) -> Line {
 
 fn picture() -> Picture {
     let mut picture = Picture::of("two <runs>", plot("", vec![falling("a", 0), falling("b & c", 9)]));
-    picture.grids.push(Grid { columns: 3, height: 200, plots: (0..4).map(|i| plot(&format!("layer {i}"), vec![falling("inner", 2)])).collect() });
+    picture.grids.push(Grid {
+        columns: 3,
+        height: 200,
+        plots: (0..4).map(|i| plot(&format!("layer {i}"), vec![falling("inner", 2)])).collect(),
+    });
     picture
 }
 

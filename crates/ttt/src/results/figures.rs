@@ -100,7 +100,9 @@ fn below(points: &[(f64, f64)], most: f64) -> Vec<(f64, f64)> {
     let mut cut = Vec::new();
     if first > 0 {
         let ((x0, y0), (x1, y1)) = (points[first - 1], points[first]);
-        cut.push((x0 + (x1 - x0) * (y0 - most) / (y0 - y1), most));
+        if y1 < most {
+            cut.push((x0 + (x1 - x0) * (y0 - most) / (y0 - y1), most));
+        }
     }
     cut.extend(&points[first..]);
     cut
@@ -135,11 +137,8 @@ fn by_position(runs: &[RunResults], name: &str) -> Option<(String, Picture)> {
 }
 
 fn decoding(runs: &[RunResults], name: &str) -> Vec<(String, Picture)> {
-    let measured: Vec<(usize, &RunResults, &Decoding)> = runs
-        .iter()
-        .enumerate()
-        .filter_map(|(i, run)| Some((i, run, run.decoding.iter().find(|d| d.name == name)?)))
-        .collect();
+    let measured: Vec<(usize, &RunResults, &Decoding)> =
+        runs.iter().enumerate().filter_map(|(i, run)| Some((i, run, run.decoding.iter().find(|d| d.name == name)?))).collect();
     let picture = |file: &str, title: &str, y: Axis, value: fn(&Decoding, &DecodingRow) -> f64| {
         let lines = measured.iter().map(|(i, run, decoding)| {
             let points = decoding.results.iter().map(|row| (row.after as f64, value(decoding, row))).collect();

@@ -13,20 +13,22 @@ pub struct Table {
     pub note: String,
     /// Names of the columns.
     pub head: Vec<String>,
-    /// A cell for each column. The first names what the row is about, the others are numbers.
+    /// How many of them, from the first, hold words; the others hold numbers.
+    pub words: usize,
+    /// A cell for each column.
     pub rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new(title: &str, note: impl Into<String>, head: &[&str], rows: Vec<Vec<String>>) -> Table {
-        Table { title: title.into(), note: note.into(), head: head.iter().map(|h| (*h).into()).collect(), rows }
+    fn new(title: &str, note: impl Into<String>, words: usize, head: &[&str], rows: Vec<Vec<String>>) -> Table {
+        Table { title: title.into(), note: note.into(), head: head.iter().map(|h| (*h).into()).collect(), words, rows }
     }
 
     /// As Markdown, with its title as a heading.
     pub fn markdown(&self) -> String {
         let escaped = |cell: &String| cell.replace('\\', "\\\\").replace('|', "\\|").replace('\n', " ");
         let line = |cells: &[String]| format!("| {} |\n", cells.iter().map(escaped).collect::<Vec<_>>().join(" | "));
-        let rule = format!("| --- |{}\n", " ---: |".repeat(self.head.len() - 1));
+        let rule = format!("|{}{}\n", " --- |".repeat(self.words), " ---: |".repeat(self.head.len() - self.words));
         let rows: String = self.rows.iter().map(|row| line(row)).collect();
         let note = if self.note.is_empty() { String::new() } else { format!("\n{}\n", self.note) };
         format!("## {}\n\n{}{rule}{rows}{note}", self.title, line(&self.head))
@@ -65,7 +67,7 @@ fn losses(runs: &[RunResults]) -> Table {
     };
     let head = ["run", "model", "parameters", "tokens", "validation loss", "perplexity", "bits per byte", "best loss"];
     let note = "Losses are nats a token, on the validation part of each run's own data. Losses of different tokenizers compare in bits per byte alone.";
-    Table::new("Losses", note, &head, runs.iter().map(row).collect())
+    Table::new("Losses", note, 2, &head, runs.iter().map(row).collect())
 }
 
 fn cost(runs: &[RunResults]) -> Table {
@@ -80,7 +82,7 @@ fn cost(runs: &[RunResults]) -> Table {
     };
     let runs: Vec<_> = runs.iter().filter(|run| !run.records.is_empty()).map(row).collect();
     let note = "FLOPs are those of the model, forward and backward, nothing recomputed. Time is that of training, validation and saving included; tokens a second are the median of what was logged.";
-    Table::new("Cost of training", note, &["run", "FLOPs", "time", "tokens/s", "memory"], runs)
+    Table::new("Cost of training", note, 1, &["run", "FLOPs", "time", "tokens/s", "memory"], runs)
 }
 
 fn seeds(runs: &[RunResults]) -> Table {
@@ -97,7 +99,7 @@ fn seeds(runs: &[RunResults]) -> Table {
     if !said.is_empty() {
         note += &format!(" Not told apart, because their means differ by no more than that: {}.", said.join("; "));
     }
-    Table::new("Seeds", note, &["runs like", "seeds", "mean loss", "spread"], rows)
+    Table::new("Seeds", note, 1, &["runs like", "seeds", "mean loss", "spread"], rows)
 }
 
 fn evaluations(runs: &[RunResults]) -> Table {
@@ -117,7 +119,7 @@ fn evaluations(runs: &[RunResults]) -> Table {
         }
     }
     let head = ["run", "evaluation", "loss (± 95 %)", "perplexity", "bits per byte", "tokens", "context"];
-    Table::new("Evaluations", "", &head, rows)
+    Table::new("Evaluations", "", 2, &head, rows)
 }
 
 fn tasks(runs: &[RunResults]) -> Table {
@@ -126,7 +128,8 @@ fn tasks(runs: &[RunResults]) -> Table {
     for run in runs {
         for result in &run.tasks {
             for row in &result.results {
-                let shown = ["pairs", "length", "depth"].iter().filter_map(|key| Some(format!("{key} {}", row.settings.get(*key)?)));
+                let shown =
+                    ["pairs", "length", "depth"].iter().filter_map(|key| Some(format!("{key} {}", row.settings.get(*key)?)));
                 let margin = row.margin.map_or(String::new(), |m| format!(" ± {}", percent(m)));
                 let settings = shown.collect::<Vec<_>>().join(", ");
                 rows.push(vec![
@@ -138,7 +141,7 @@ fn tasks(runs: &[RunResults]) -> Table {
             }
         }
     }
-    Table::new("Tasks", "", &["run", "task", "accuracy (± 95 %)", "chance"], rows)
+    Table::new("Tasks", "", 2, &["run", "task", "accuracy (± 95 %)", "chance"], rows)
 }
 
 fn decoding(runs: &[RunResults]) -> Table {
@@ -161,5 +164,5 @@ fn decoding(runs: &[RunResults]) -> Table {
     }
     let head = ["run", "device", "sequences", "after", "ms a token", "tokens/s", "state a sequence", "memory"];
     let note = "Tokens a second are those of all sequences together; the memory is the most that tensors held, weights included.";
-    Table::new("Decoding", note, &head, rows)
+    Table::new("Decoding", note, 2, &head, rows)
 }

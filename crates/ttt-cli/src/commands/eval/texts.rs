@@ -16,14 +16,7 @@ use crate::state::{self, Start};
 use crate::units;
 
 /// Evaluates the texts.
-pub fn run(
-    args: &Eval,
-    lm: &Lm,
-    tokenizer: &Tokenizer,
-    sources: &Sources,
-    kept: Option<&Keep>,
-    out: &mut dyn Write,
-) -> Result<()> {
+pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, kept: Option<&Keep>, out: &mut dyn Write) -> Result<()> {
     let mut reader = Reader::new(args, lm, tokenizer)?;
     let mut each = Vec::new();
     let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());

@@ -135,14 +135,7 @@ fn total(q: &[f32], sum: &[f32], weights: &[f32]) -> f32 {
 const NONE: &[f32] = &[];
 
 /// dq of one chunk: `b` becomes the masked products of dout and v. The state is that before the chunk.
-pub(crate) fn backward_q(
-    [k, v]: [Mat<f32>; 2],
-    dout: Mat<f32>,
-    dtotal: &[f32],
-    state: &[f32],
-    b: &mut [f32],
-    mut dq: MatMut<f32>,
-) {
+pub(crate) fn backward_q([k, v]: [Mat<f32>; 2], dout: Mat<f32>, dtotal: &[f32], state: &[f32], b: &mut [f32], mut dq: MatMut<f32>) {
     let d = v.cols();
     let (s, sum) = state.split_at(d * d);
     masked(dout, v, b, |i| dtotal.get(i).copied().unwrap_or(0.0));
@@ -218,8 +211,8 @@ pub(super) fn backward(
     for r in chunks() {
         let c = r.len();
         let v = v.row_range(r.clone());
-        let [q, k] = [(q, qf), (k, kf)]
-            .map(|(m, f)| if normalised { mat(&f[r.start * d..r.end * d], c) } else { m.row_range(r.clone()) });
+        let [q, k] =
+            [(q, qf), (k, kf)].map(|(m, f)| if normalised { mat(&f[r.start * d..r.end * d], c) } else { m.row_range(r.clone()) });
         let dq = dq.reborrow().row_range(r.clone());
         if normalised {
             let num = &mut rest[..c * d];
@@ -240,8 +233,8 @@ pub(super) fn backward(
     for r in chunks().rev() {
         let c = r.len();
         let v = v.row_range(r.clone());
-        let [q, k] = [(q, qf), (k, kf)]
-            .map(|(m, f)| if normalised { mat(&f[r.start * d..r.end * d], c) } else { m.row_range(r.clone()) });
+        let [q, k] =
+            [(q, qf), (k, kf)].map(|(m, f)| if normalised { mat(&f[r.start * d..r.end * d], c) } else { m.row_range(r.clone()) });
         let (dout, dtotal) = match normalised {
             true => (mat(&dnum[r.start * d..r.end * d], c), &dtotal[r.clone()]),
             false => (dout.row_range(r.clone()), NONE),

@@ -7,9 +7,7 @@ use crate::ops::inner::drive::carve;
 use crate::ops::inner::math::{axpy, dot, fill_rows};
 use crate::ops::inner::wrap::InnerRow;
 use crate::ops::linear_attention::Kind;
-use crate::ops::linear_attention::cpu::{
-    CHUNK, advance, backward_kv, backward_q, read, times, times_transposed, transposed_times,
-};
+use crate::ops::linear_attention::cpu::{CHUNK, advance, backward_kv, backward_q, read, times, times_transposed, transposed_times};
 
 /// Below so many tokens the plain loops are no slower than products.
 const FEW: usize = 4;

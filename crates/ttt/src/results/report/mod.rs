@@ -57,12 +57,18 @@ fn summary(comparison: &Comparison) -> String {
 
 fn section(name: &str, title: &str) -> String {
     let (name, title) = (escaped(name), escaped(title));
-    format!("<section class=\"picture\" id=\"{name}\"><h2>{title}</h2><div class=\"grids\" data-picture=\"{name}\"></div></section>\n")
+    format!(
+        "<section class=\"picture\" id=\"{name}\"><h2>{title}</h2><div class=\"grids\" data-picture=\"{name}\"></div></section>\n"
+    )
 }
 
 fn table(table: &Table) -> String {
-    let cell = |tag: &str, text: &String| format!("<{tag}>{}</{tag}>", escaped(text));
-    let row = |tag: &str, cells: &[String]| format!("<tr>{}</tr>\n", cells.iter().map(|c| cell(tag, c)).collect::<String>());
+    let cell = |tag: &str, (i, text): (usize, &String)| {
+        let class = if i < table.words { " class=\"word\"" } else { "" };
+        format!("<{tag}{class}>{}</{tag}>", escaped(text))
+    };
+    let row =
+        |tag: &str, cells: &[String]| format!("<tr>{}</tr>\n", cells.iter().enumerate().map(|c| cell(tag, c)).collect::<String>());
     let rows: String = table.rows.iter().map(|cells| row("td", cells)).collect();
     let note = if table.note.is_empty() { String::new() } else { format!("<p class=\"note\">{}</p>", escaped(&table.note)) };
     format!(
