@@ -43,6 +43,11 @@ pub fn supports(config: &Config) -> Result<()> {
         Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
         Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
     }
+    if config.sums() || !config.ttt_layer_norm || !config.ttt_residual {
+        let message = "mini-batches as long as the sequence, linear attention, and inner models without LayerNorm or residual do not \
+                       run on a GPU yet; use --device cpu";
+        return Err(Error::Config(message.into()));
+    }
     if config.ttt_layer_type == Inner::Mlp {
         return Err(Error::Config("TTT-MLP does not run on a GPU yet; use --device cpu, or model.inner=linear".into()));
     }
