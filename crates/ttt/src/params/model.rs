@@ -182,10 +182,8 @@ fn ttt_layer(t: &mut ParamTable, config: &Config, s: &str) -> TttIds {
     let token_idx = t.add(&format!("{s}learnable_token_idx"), &[k], Init::Zeros);
     let lr_weight = t.add(&format!("{s}learnable_ttt_lr_weight"), &[h, 1, d], inner_normal);
     let lr_bias = t.add(&format!("{s}learnable_ttt_lr_bias"), &[h, 1], Init::Zeros);
-    let ttt_norm = (
-        t.add(&format!("{s}ttt_norm_weight"), &[h, hd], Init::Ones),
-        t.add(&format!("{s}ttt_norm_bias"), &[h, hd], Init::Zeros),
-    );
+    let ttt_norm =
+        (t.add(&format!("{s}ttt_norm_weight"), &[h, hd], Init::Ones), t.add(&format!("{s}ttt_norm_bias"), &[h, hd], Init::Zeros));
     let post_norm =
         (t.add(&format!("{s}post_norm.weight"), &[d], Init::Ones), t.add(&format!("{s}post_norm.bias"), &[d], Init::Zeros));
     let inner_shapes: &[(&str, [usize; 3], Init)] = match config.ttt_layer_type {
@@ -302,9 +300,7 @@ mod tests {
     /// Those of the published Mamba models with their vocabulary (`state-spaces/mamba-130m-hf` and so on).
     #[test]
     fn published_parameter_counts_of_mamba() {
-        for (preset, count) in
-            [("130m", 129_135_360), ("370m", 371_516_416), ("790m", 793_204_224), ("1.4b", 1_372_178_432)]
-        {
+        for (preset, count) in [("130m", 129_135_360), ("370m", 371_516_416), ("790m", 793_204_224), ("1.4b", 1_372_178_432)] {
             let config = Config { vocab_size: 50_280, ..Config::mamba(preset).unwrap() };
             assert_eq!(ParamTable::new(&config).0.parameters(), count, "{preset}");
         }
