@@ -36,13 +36,13 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
         ("inference", inference_memory(&config, batch, length)),
     ];
     let parameters = ParamTable::new(&config).0.parameters();
-    let flops = flops(&config);
+    let flops = flops(&config, length);
     let stored = [Storage::F32, Storage::Bf16, Storage::Int8].map(|storage| (storage.to_string(), weight_bytes(&config, storage)));
     if args.json {
         let mut object = json!({
             "parameters": parameters, "batch": batch, "length": length,
             "flops_per_token": {
-                "forward": flops.forward(), "forward_matmul": flops.matmul, "forward_inner_loop": flops.inner_loop,
+                "forward": flops.forward(), "forward_matmul": flops.matmul, "forward_mixing": flops.mixing,
                 "training": flops.training,
             },
         });
@@ -57,9 +57,14 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "\narithmetic per token (a multiply-add is two operations)")?;
     writeln!(
         out,
-        "  forward   {}FLOP, of which the inner loop {}FLOP",
+        "  forward   {}FLOP, of which {} {}FLOP",
         units::count(flops.forward()),
-        units::count(flops.inner_loop)
+        match config.mixer {
+            Mixer::Ttt => "the inner loop",
+            Mixer::Attention => "the attention, a mean over this length,",
+            Mixer::Mamba => "the scan",
+        },
+        units::count(flops.mixing)
     )?;
     writeln!(out, "  training  {}FLOP", units::count(flops.training))?;
     writeln!(out, "\nmemory in f32 for {batch} x {length} tokens at once")?;
@@ -99,10 +104,17 @@ pub fn describe(config: &Config) -> String {
         }
         Mixer::Attention | Mixer::Mamba => config.kind().to_owned(),
     };
-    let (ffn, k) = (config.intermediate_size, config.mini_batch_size);
+    let ffn = config.intermediate_size;
     let heads = format!("{} heads", config.num_attention_heads);
     let (before, after) = match config.mixer {
-        Mixer::Ttt => (format!("{heads}, feed-forward {ffn}"), format!(", mini-batch {k}")),
+        Mixer::Ttt => {
+            let mini_batch = match config.mini_batch() {
+                Some(k) => format!(", mini-batch {k}"),
+                None if config.linear_attention.is_some() => String::new(),
+                None => ", mini-batch the sequence".into(),
+            };
+            (format!("{heads}, feed-forward {ffn}"), mini_batch)
+        }
         Mixer::Attention if config.key_value_heads() < config.num_attention_heads => {
             (format!("{heads}, {} of keys and values, feed-forward {ffn}", config.key_value_heads()), String::new())
         }

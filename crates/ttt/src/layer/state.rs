@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::Result;
 use crate::device::Device;
 use crate::layer::carry;
+use crate::ops::attention::Cache;
 use crate::ops::inner::FastWeights;
 use crate::tensor::Tensor;
 
@@ -80,6 +81,8 @@ impl Extent {
 pub enum LayerState {
     /// Of a TTT layer.
     Ttt(TttState),
+    /// Of an attention layer: keys and values.
+    Attention(Cache),
 }
 
 /// What a block with a TTT layer carries.
@@ -101,6 +104,7 @@ impl LayerState {
     pub fn ttt(&self) -> &TttState {
         match self {
             LayerState::Ttt(state) => state,
+            other => panic!("{other:?} where a TTT layer's state was expected"),
         }
     }
 
@@ -111,6 +115,18 @@ impl LayerState {
     pub fn ttt_mut(&mut self) -> &mut TttState {
         match self {
             LayerState::Ttt(state) => state,
+            other => panic!("{other:?} where a TTT layer's state was expected"),
+        }
+    }
+
+    /// Keys and values of an attention layer, to write.
+    ///
+    /// # Panics
+    /// When the layer is another.
+    pub fn attention_mut(&mut self) -> &mut Cache {
+        match self {
+            LayerState::Attention(cache) => cache,
+            other => panic!("{other:?} where keys and values were expected"),
         }
     }
 
@@ -118,6 +134,7 @@ impl LayerState {
     pub(super) fn pre_conv_mut(&mut self) -> Option<&mut Tensor> {
         match self {
             LayerState::Ttt(state) => state.pre_conv.as_mut(),
+            LayerState::Attention(_) => None,
         }
     }
 
@@ -130,6 +147,7 @@ impl LayerState {
                 (PRE_CONV, pre_conv.as_ref()),
                 (QK_CONV, qk_conv.as_ref()),
             ],
+            LayerState::Attention(Cache { keys, values }) => [(KEYS, Some(keys)), (VALUES, Some(values)), ("", None), ("", None)],
         };
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))
     }
@@ -139,13 +157,9 @@ impl LayerState {
         let all = match self {
             LayerState::Ttt(TttState { fast, pre_conv, qk_conv }) => {
                 let (weights, rows) = fast.tensors_mut();
-                [
-                    (FAST_WEIGHTS, Some(weights)),
-                    (OPEN_ROWS, Some(rows)),
-                    (PRE_CONV, pre_conv.as_mut()),
-                    (QK_CONV, qk_conv.as_mut()),
-                ]
+                [(FAST_WEIGHTS, Some(weights)), (OPEN_ROWS, Some(rows)), (PRE_CONV, pre_conv.as_mut()), (QK_CONV, qk_conv.as_mut())]
             }
+            LayerState::Attention(Cache { keys, values }) => [(KEYS, Some(keys)), (VALUES, Some(values)), ("", None), ("", None)],
         };
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))
     }

@@ -314,9 +314,7 @@ mod tests {
     /// Those of the published Mamba models with their vocabulary (`state-spaces/mamba-130m-hf` and so on).
     #[test]
     fn published_parameter_counts_of_mamba() {
-        for (preset, count) in
-            [("130m", 129_135_360), ("370m", 371_516_416), ("790m", 793_204_224), ("1.4b", 1_372_178_432)]
-        {
+        for (preset, count) in [("130m", 129_135_360), ("370m", 371_516_416), ("790m", 793_204_224), ("1.4b", 1_372_178_432)] {
             let config = Config { vocab_size: 50_280, ..Config::mamba(preset).unwrap() };
             assert_eq!(ParamTable::new(&config).0.parameters(), count, "{preset}");
         }

@@ -157,7 +157,10 @@ impl StateHeader {
         };
         let learner = text("learner")?;
         let learner = Learner::ALL.into_iter().find(|known| known.name() == learner);
-        let learner = learner.ok_or_else(|| damaged("`learner` in its metadata is none of linear, mlp, batch, linear_attention, attention and mamba".into()))?;
+        let learner = learner.ok_or_else(|| {
+            let known = Learner::ALL.map(Learner::name).join(", ");
+            damaged(format!("`learner` in its metadata is none of {known}"))
+        })?;
         let mini_batch = number("mini_batch_size", 1, 1 << 32)? as usize;
         // A position that counts on would overflow.
         let tokens = number("tokens", 0, i64::MAX as u64)?;

@@ -414,6 +414,7 @@ impl Settings {
         self.carries().then(|| plan::Segments {
             slots: self.sequences_per_step(),
             per_step: self.train.segments_per_step,
+            sequence: self.train.sequence_length,
             gradient: self.train.carry == Carry::Gradient,
             recompute: self.train.recompute == Recompute::Segment,
         })
@@ -563,7 +564,8 @@ impl Settings {
         if let Some((key, _)) = at_least_one.iter().find(|(_, value)| *value == 0) {
             return wrong(format!("{key} is 0; it must be at least 1"));
         }
-        let (length, mini_batch, batch) = (train.sequence_length as u64, config.mini_batch().unwrap_or(1) as u64, train.batch_tokens);
+        let (length, mini_batch, batch) =
+            (train.sequence_length as u64, config.mini_batch().unwrap_or(1) as u64, train.batch_tokens);
         if !length.is_multiple_of(mini_batch) {
             return wrong(format!(
                 "train.sequence_length {length} is not a multiple of the mini-batch size {mini_batch}; {} is",
