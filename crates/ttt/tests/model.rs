@@ -3,9 +3,9 @@
 mod support;
 
 use proptest::prelude::*;
-use support::{Random, relative, shaken_model, transformer};
+use support::{Random, relative, rungs, shaken_model, transformer};
 use ttt::batch::Batch;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Inner, Mixer};
 use ttt::device::{Device, Kernels};
 use ttt::layer::Keep;
 use ttt::lm::Lm;
@@ -41,6 +41,9 @@ fn all_configs() -> Vec<Config> {
             all.push(transformer(like, 1 + bits % 2));
         }
     }
+    // Both backbones.
+    let ladder = [0, 14].map(|bits| all.iter().filter(|c| c.mixer == Mixer::Ttt).nth(bits).expect("32 of them").clone());
+    all.extend(ladder.iter().flat_map(rungs));
     all
 }
 
@@ -121,10 +124,12 @@ fn gradients_are_bit_identical_whatever_is_kept() {
     }
 }
 
-/// The tiny preset of every mixer.
-fn tiny() -> [Config; 3] {
+/// The tiny preset of every mixer and learner.
+fn tiny() -> Vec<Config> {
     let ttt = |inner| Config::preset("tiny", inner).unwrap();
-    [ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap()]
+    let mut all = vec![ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap()];
+    all.extend(rungs(&all[0]));
+    all
 }
 
 fn logits(model: &Lm, tokens: &[u32]) -> Vec<f64> {
@@ -154,15 +159,29 @@ fn state_values(model: &Lm, states: &States, slot: usize) -> Vec<f64> {
 enum Kind {
     Ttt(Inner, bool),
     Transformer(bool),
+    /// A rung of the ladder, with the Mamba backbone or without.
+    Rung(usize, bool),
 }
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 18] = [
     Kind::Ttt(Inner::Linear, true),
     Kind::Ttt(Inner::Mlp, true),
     Kind::Ttt(Inner::Linear, false),
     Kind::Ttt(Inner::Mlp, false),
     Kind::Transformer(true),
     Kind::Transformer(false),
+    Kind::Rung(0, false),
+    Kind::Rung(1, false),
+    Kind::Rung(2, false),
+    Kind::Rung(3, false),
+    Kind::Rung(4, false),
+    Kind::Rung(5, false),
+    Kind::Rung(6, false),
+    Kind::Rung(7, false),
+    Kind::Rung(0, true),
+    Kind::Rung(2, true),
+    Kind::Rung(4, true),
+    Kind::Rung(6, true),
 ];
 
 /// Two blocks of a shape whose head size the fast kernels cover.
@@ -170,6 +189,11 @@ fn small(kind: Kind, mini_batch_size: usize) -> Config {
     let (inner, mamba) = match kind {
         Kind::Ttt(inner, mamba) => (inner, mamba),
         Kind::Transformer(shared) => return transformer(small(KINDS[0], mini_batch_size), 1 + usize::from(shared)),
+        Kind::Rung(rung, mamba) => {
+            let mut like = small(Kind::Ttt(Inner::Linear, mamba), mini_batch_size);
+            like.ttt_base_lr = 1.0;
+            return rungs(&like)[rung].clone();
+        }
     };
     Config {
         vocab_size: 40,
@@ -194,7 +218,7 @@ fn split<'t>(tokens: &'t [u32], cuts: &[usize]) -> Vec<&'t [u32]> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     /// Any cutting of a sequence into calls, with other sequences in other slots, gives the logits and the state of one call.
     #[test]

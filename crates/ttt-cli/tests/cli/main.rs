@@ -8,6 +8,7 @@ mod commands;
 mod compare;
 mod evaluate;
 mod flow;
+mod ladder;
 mod quantize;
 mod skills;
 mod state;

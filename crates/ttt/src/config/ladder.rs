@@ -43,15 +43,8 @@ pub const SEQUENCE: usize = 0;
 const NAME: &str = "sequence";
 
 /// Names of the fields that are ours, with defaults that change nothing.
-pub(crate) const FIELDS: [&str; 7] = [
-    "linear_attention",
-    "ttt_layer_norm",
-    "ttt_residual",
-    "ttt_bias",
-    "ttt_learnable_init",
-    "ttt_learnable_lr",
-    "ttt_token_scale",
-];
+pub(crate) const FIELDS: [&str; 7] =
+    ["linear_attention", "ttt_layer_norm", "ttt_residual", "ttt_bias", "ttt_learnable_init", "ttt_learnable_lr", "ttt_token_scale"];
 
 /// [`SEQUENCE`] by its name, other sizes as numbers.
 pub(super) mod mini_batch {

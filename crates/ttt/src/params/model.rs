@@ -192,10 +192,7 @@ fn ttt_layer(t: &mut ParamTable, config: &Config, s: &str) -> TttIds {
         bias: t.add(&format!("{s}learnable_ttt_lr_bias"), &[h, 1], Init::Zeros),
     });
     let ttt_norm = config.norms_inner().then(|| {
-        (
-            t.add(&format!("{s}ttt_norm_weight"), &[h, hd], Init::Ones),
-            t.add(&format!("{s}ttt_norm_bias"), &[h, hd], Init::Zeros),
-        )
+        (t.add(&format!("{s}ttt_norm_weight"), &[h, hd], Init::Ones), t.add(&format!("{s}ttt_norm_bias"), &[h, hd], Init::Zeros))
     });
     let post_norm =
         (t.add(&format!("{s}post_norm.weight"), &[d], Init::Ones), t.add(&format!("{s}post_norm.bias"), &[d], Init::Zeros));

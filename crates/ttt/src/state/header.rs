@@ -36,14 +36,8 @@ pub enum Learner {
 }
 
 impl Learner {
-    const ALL: [Learner; 6] = [
-        Learner::Linear,
-        Learner::Mlp,
-        Learner::Batch,
-        Learner::LinearAttention,
-        Learner::Attention,
-        Learner::Mamba,
-    ];
+    const ALL: [Learner; 6] =
+        [Learner::Linear, Learner::Mlp, Learner::Batch, Learner::LinearAttention, Learner::Attention, Learner::Mamba];
 
     /// That of a model.
     pub fn of(config: &Config) -> Learner {

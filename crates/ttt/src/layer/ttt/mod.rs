@@ -417,13 +417,7 @@ impl TttLayer {
         Ok(Rates { lr, tok, no_norm })
     }
 
-    fn inputs<'a>(
-        &self,
-        pass: &Pass<'a>,
-        projected: &'a Tensor,
-        qk: &'a Option<[Tensor; 2]>,
-        rates: &'a Rates,
-    ) -> Inputs<'a> {
+    fn inputs<'a>(&self, pass: &Pass<'a>, projected: &'a Tensor, qk: &'a Option<[Tensor; 2]>, rates: &'a Rates) -> Inputs<'a> {
         let (q, k) = match qk {
             Some([q, k]) => (q.view(), k.view()),
             None => (self.block(projected, 0), self.block(projected, 1)),

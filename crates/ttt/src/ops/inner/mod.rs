@@ -67,14 +67,7 @@ impl FastWeights {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn of_sums(
-        device: &Device,
-        dtype: DType,
-        slots: usize,
-        heads: usize,
-        head_dim: usize,
-        len: usize,
-    ) -> Result<FastWeights> {
+    pub fn of_sums(device: &Device, dtype: DType, slots: usize, heads: usize, head_dim: usize, len: usize) -> Result<FastWeights> {
         let weights = Tensor::zeros(device, &[slots, heads, len], dtype)?;
         let rows = Tensor::zeros(device, &[slots, heads, 0, Self::row_len(Inner::Linear, head_dim)], dtype)?;
         Ok(FastWeights { inner: Inner::Linear, slots, heads, head_dim, mini_batch: 1, weights, rows })
