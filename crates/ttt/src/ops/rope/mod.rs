@@ -32,6 +32,8 @@ enum Kind {
     WithinMiniBatch,
     /// Halves; row i is that of row i of the batch.
     OfBatch,
+    /// Neighbours; row i is that of row i of the batch.
+    NeighboursOfBatch,
 }
 
 /// Sines and cosines of all angles.
@@ -72,6 +74,18 @@ impl Table {
         Table::filled(Kind::OfBatch, device, dtype, &positions, head_dim, theta)
     }
 
+    /// The same for heads of neighbours: a TTT layer whose mini-batch is the whole sequence.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When `head_dim` is odd; on a GPU.
+    pub fn neighbours_of_batch(device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
+        let positions: Vec<usize> = segments.iter().flat_map(|s| s.phase..s.phase + s.len).collect();
+        Table::filled(Kind::NeighboursOfBatch, device, dtype, &positions, head_dim, theta)
+    }
+
     fn filled(kind: Kind, device: &Device, dtype: DType, positions: &[usize], head_dim: usize, theta: f64) -> Result<Table> {
         assert!(head_dim.is_multiple_of(2), "rotary positions need an even head size, not {head_dim}");
         let mut cos = Tensor::empty(device, &[positions.len(), head_dim], dtype)?;
@@ -89,7 +103,7 @@ impl Table {
     /// # Panics
     /// When a row does not exist, or the table is not one of a batch.
     pub fn gather(&self, rows: &[usize]) -> Result<Table> {
-        assert_eq!(self.kind, Kind::OfBatch, "rows of a table of a mini-batch");
+        assert_ne!(self.kind, Kind::WithinMiniBatch, "rows of a table of a mini-batch");
         Ok(Table { kind: self.kind, cos: add::gather(self.cos.view(), rows)?, sin: add::gather(self.sin.view(), rows)? })
     }
 
@@ -122,7 +136,7 @@ struct Pairs {
 impl Kind {
     fn pairs(self, head_dim: usize) -> Pairs {
         match self {
-            Kind::WithinMiniBatch => Pairs { step: 2, apart: 1 },
+            Kind::WithinMiniBatch | Kind::NeighboursOfBatch => Pairs { step: 2, apart: 1 },
             Kind::OfBatch => Pairs { step: 1, apart: head_dim / 2 },
         }
     }
@@ -140,7 +154,7 @@ pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, dir
     let whole = [Segment { first_row: 0, len: x.rows(), slot: 0, phase: 0 }];
     let segments = match table.kind {
         Kind::WithinMiniBatch => segments,
-        Kind::OfBatch => {
+        Kind::OfBatch | Kind::NeighboursOfBatch => {
             expect_shape("the table", [table.positions(), table.head_dim()], [x.rows(), table.head_dim()]);
             &whole
         }
@@ -153,7 +167,7 @@ pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, dir
     } else if fast(x.device(), x.dtype()) {
         let (cos, sin) = (table.cos.view().as_mat(), table.sin.view().as_mat());
         match table.kind {
-            Kind::WithinMiniBatch => cpu::rotate(x.into_mat(), cos, sin, segments, direction),
+            Kind::WithinMiniBatch | Kind::NeighboursOfBatch => cpu::rotate(x.into_mat(), cos, sin, segments, direction),
             Kind::OfBatch => cpu::rotate_halves(x.into_mat(), cos, sin, direction),
         }
     } else {
