@@ -10,6 +10,7 @@ mod evaluate;
 mod flow;
 mod ladder;
 mod quantize;
+mod serve;
 mod skills;
 mod state;
 #[cfg(unix)]
