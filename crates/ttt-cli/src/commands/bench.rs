@@ -1,6 +1,7 @@
 //! `ttt bench`: speed of a model with random weights, beside what the machine reaches.
 
 mod ops;
+mod serve;
 mod state;
 mod work;
 
@@ -48,6 +49,9 @@ pub struct Measured {
 
 /// Runs the command.
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
+    if args.what == Some(BenchWhat::Serve) {
+        return serve::run(&args.load, args.json, out);
+    }
     let config = config(args)?;
     if let (Some(BenchWhat::Ops), DeviceName::Cuda(_)) = (args.what, args.device.device) {
         return Err(
@@ -86,7 +90,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         Some(BenchWhat::Prefill) => vec![work::prefill(args, &config, &device)?],
         Some(BenchWhat::Decode) => work::decode(args, &config, &device)?,
         Some(BenchWhat::Ops) => ops::all(args, &config, &device)?,
-        Some(BenchWhat::State) => unreachable!("it has its own table"),
+        Some(BenchWhat::State | BenchWhat::Serve) => unreachable!("they have their own tables"),
     };
     let object = json!({
         "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()), "dtype": dtype.to_string(),

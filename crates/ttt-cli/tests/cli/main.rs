@@ -9,6 +9,7 @@ mod compare;
 mod evaluate;
 mod flow;
 mod quantize;
+mod serve;
 mod skills;
 mod state;
 #[cfg(unix)]
