@@ -69,7 +69,7 @@ fn what_cannot_be_compared_is_said() {
     let place = Place::with_model();
     place.run(&["compare", "nowhere"]).fails(1, &["nowhere is no run folder", "settings.toml"]);
     place.run(&["compare", "m/final"]).fails(1, &["m/final is no run folder"]);
-    place.run(&["compare", "m", "./m"]).fails(1, &["two runs are called `m`", "OTHER=RUN"]);
+    place.run(&["compare", "x=m", "x=m"]).fails(1, &["two runs are called `x`", "OTHER=RUN"]);
     place.run(&["compare"]).fails(2, &["<RUN>"]);
     place.write("m/results/x.json", "{\"loss\": 1}");
     place.run(&["compare", "m"]).fails(1, &["x.json", "move it elsewhere"]);

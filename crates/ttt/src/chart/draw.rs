@@ -160,7 +160,11 @@ impl plotters::coord::ranged1d::ValueFormatter<f64> for Coord<'_> {
 
 fn draw_plot<DB: DrawingBackend>(area: &On<DB>, plot: &Plot, small: bool, s: u32) -> DrawnOn<DB> {
     let points = || plot.lines.iter().flat_map(|line| &line.points).filter(|(x, y)| plot.x.holds(*x) && plot.y.holds(*y));
-    let bands = plot.lines.iter().flat_map(|line| &line.band).flat_map(|(_, low, high)| [*low, *high]);
+    // One wide interval would flatten all lines: none reaches further from them than half of what they span.
+    let (lowest, highest) = points().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), (_, y)| (a.min(*y), b.max(*y)));
+    let more = (highest - lowest).max(0.0) / 2.0;
+    let ends = plot.lines.iter().flat_map(|line| &line.band).flat_map(|(_, low, high)| [*low, *high]);
+    let bands = ends.filter(|y| !y.is_nan()).map(|y| y.max(lowest - more).min(highest + more));
     let xs = plot.x.range(points().map(|p| p.0), 0.015);
     let ys = plot.y.range(points().map(|p| p.1).chain(bands), 0.05);
     let (most_x, most_y, letters) = if small { (4, 5, 12) } else { (9, 8, 14) };

@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn ranges_hold_their_values() {
         let plain = Axis::linear("", Unit::Plain);
-        let values = |v: &[f64]| v.to_vec().into_iter();
+        let values = |v: &'static [f64]| v.iter().copied();
         assert_eq!(plain.range(values(&[]), 0.1), (0.0, 1.0));
         assert_eq!(plain.range(values(&[f64::NAN, 1.0, 3.0]), 0.5), (0.0, 4.0));
         assert_eq!(plain.clone().from_zero().range(values(&[1.0, 4.0]), 0.25), (0.0, 5.0));

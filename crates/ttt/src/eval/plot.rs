@@ -40,7 +40,8 @@ pub(crate) fn loss_line(name: &str, color: usize, rows: &[LossRow]) -> Line {
 
 /// The inner models' errors of each layer that has any; nothing where none was measured.
 pub(crate) fn inner_grid(layers: &[Vec<InnerRow>]) -> Option<Grid> {
-    let value: [(&str, usize, fn(&InnerRow) -> f64); 3] = [
+    type Value = fn(&InnerRow) -> f64;
+    let value: [(&str, usize, Value); 3] = [
         ("inner loss under W0", 2, |row| row.initial),
         ("before each update", 1, |row| row.before),
         ("after it", 0, |row| row.after),

@@ -87,11 +87,16 @@ fn curve(runs: &[RunResults], title: &str, x: Axis, at: impl Fn(&RunResults, &Re
     }
     let all = || lines.iter().flat_map(|line| &line.points);
     let longest = all().map(|p| p.0).reduce(f64::max)?;
-    let settled = |line: &Line| line.points.iter().find(|p| p.0 >= START * longest).or(line.points.last()).map(|p| p.1);
-    let most = lines.iter().filter_map(settled).reduce(f64::max)?;
+    let most = lines.iter().filter_map(|line| highest_from(line, START * longest)).reduce(f64::max)?;
     lines.iter_mut().for_each(|line| line.points = below(&line.points, most));
     let what = if trained { "loss (nats a token; training, averaged)" } else { "validation loss (nats a token)" };
     Some(Picture::of(title, Plot { title: String::new(), x, y: Axis::linear(what, Unit::Plain), lines }))
+}
+
+/// The highest point of a line from `x` on; its last where there is none.
+fn highest_from(line: &Line, x: f64) -> Option<f64> {
+    let later = line.points.iter().filter(|p| p.0 >= x).map(|p| p.1).reduce(f64::max);
+    later.or(line.points.last().map(|p| p.1))
 }
 
 /// The line from where it first comes below `most`.
@@ -115,8 +120,7 @@ fn by_position(runs: &[RunResults], name: &str) -> Option<(String, Picture)> {
     };
     let lines: Vec<Line> = runs.iter().enumerate().filter_map(of_run).collect();
     // The first tokens of a text are hard for every model, and would take most of the picture.
-    let early = |line: &Line| line.points.iter().find(|p| p.0 >= 16.0).or(line.points.last()).map(|p| p.1);
-    let most = lines.iter().filter_map(early).reduce(f64::max)?;
+    let most = lines.iter().filter_map(|line| highest_from(line, 16.0)).reduce(f64::max)?;
     let lines = lines
         .into_iter()
         .map(|mut line| {

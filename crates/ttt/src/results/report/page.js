@@ -63,6 +63,14 @@ function rangeOf(axis, values, air) {
   return [low - margin, high + margin];
 }
 
+// Ends of intervals, but none further from the lines than half of what these span: one wide interval would flatten all lines.
+function reach(axis, values, ends) {
+  const held = values.filter((x) => holds(axis, x));
+  const [low, high] = [Math.min(...held), Math.max(...held)];
+  const more = (high - low) / 2;
+  return ends.filter((x) => holds(axis, x)).map((x) => Math.min(Math.max(x, low - more), high + more)).filter((x) => holds(axis, x));
+}
+
 function ticksOf(axis, [low, high], most) {
   const powers = (base) => {
     const exponent = (x) => Math.log(x) / Math.log(base);
@@ -110,7 +118,7 @@ function addPlot(parent, plot, small, view) {
   function draw() {
     const width = Math.max(box.clientWidth, 200);
     const height = small ? 190 : Math.round(Math.min(Math.max(width * 0.52, 260), 440));
-    const [left, right, top, bottom] = small ? [46, 8, 22, 24] : [58, 12, 10, 46];
+    const [right, top, bottom] = small ? [8, 22, 24] : [12, 10, 46];
     const x = { ...plot.x, scale: view.log ? "log" : plot.x.scale };
     const lines = plot.lines.filter((line) => !view.hidden.has(line.name));
     const points = lines.flatMap((line) => line.points).filter(([px, py]) => holds(x, px) && holds(plot.y, py));
@@ -118,7 +126,11 @@ function addPlot(parent, plot, small, view) {
     const seen = points.filter((p) => p[0] >= xs[0] && p[0] <= xs[1]);
     const bands = lines.flatMap((line) => line.band).filter((b) => b[0] >= xs[0] && b[0] <= xs[1]).flatMap((b) => [b[1], b[2]]);
     const y = view.range ? { ...plot.y, from_zero: false } : plot.y;
-    const ys = rangeOf(y, seen.map((p) => p[1]).concat(bands), 0.05);
+    const own = seen.map((p) => p[1]);
+    const ys = rangeOf(y, own.concat(reach(y, own, bands)), 0.05);
+    const yTicks = ticksOf(y, ys, small ? 4 : 7);
+    const longest = Math.max(...yTicks.map((value) => units[y.unit](value).length), 1);
+    const left = (small ? 12 : 30) + 7 * longest;
     const px = (value) => left + along(x, value, xs) * (width - left - right);
     const py = (value) => height - bottom - along(y, value, ys) * (height - top - bottom);
     place = { x, y, xs, ys, px, py, left, right, top, bottom, width, height, lines };
@@ -131,7 +143,7 @@ function addPlot(parent, plot, small, view) {
       make("line", { class: "rule", x1: px(value), x2: px(value), y1: top, y2: height - bottom }, svg);
       make("text", { x: px(value), y: height - bottom + 17, "text-anchor": "middle" }, svg, units[x.unit](value));
     }
-    for (const value of ticksOf(y, ys, small ? 4 : 7)) {
+    for (const value of yTicks) {
       make("line", { class: "rule", x1: left, x2: width - right, y1: py(value), y2: py(value) }, svg);
       make("text", { x: left - 6, y: py(value) + 4, "text-anchor": "end" }, svg, units[y.unit](value));
     }
@@ -237,20 +249,20 @@ function addGrid(parent, grid) {
       make("path", { d: "M0 2H22", stroke: colorOf(line), "stroke-width": 3, "stroke-dasharray": dashOf(line) }, key);
     };
   });
+  const tools = make("span", { class: "tools" }, legend);
   const tool = (label, pressed, click) => {
-    const button = make("button", { type: "button", "aria-pressed": String(pressed) }, legend, label);
+    const button = make("button", { type: "button", class: "tool", ...pressed }, tools, label);
     button.addEventListener("click", () => { click(button); view.changed(); });
     return button;
   };
   if (grid.plots.every((plot) => plot.x.scale === "linear")) {
-    const log = tool("log x", false, (button) => {
+    tool("log x", { "aria-pressed": "false" }, (button) => {
       view.log = !view.log;
       view.range = null;
       button.setAttribute("aria-pressed", String(view.log));
     });
-    log.classList.add("tool");
   }
-  const reset = tool("whole range", true, () => { view.range = null; });
+  const reset = tool("whole range", {}, () => { view.range = null; });
   view.changed = () => {
     keys.forEach((draw) => draw());
     draws.forEach((draw) => draw());
