@@ -17,6 +17,7 @@ mod state;
 mod stop;
 #[cfg(unix)]
 mod terminal;
+mod transformer;
 mod verify;
 
 use std::path::{Path, PathBuf};
