@@ -116,7 +116,7 @@ impl Config {
         if sequence && self.linear_attention.is_none() && self.ttt_layer_type == Inner::Mlp {
             return wrong("mini_batch_size is `sequence`, which is there for ttt_layer_type `linear` alone");
         }
-        if !self.ttt_bias && !(sequence && !self.ttt_learnable_init) {
+        if !self.ttt_bias && (!sequence || self.ttt_learnable_init) {
             return wrong("ttt_bias is false; that is there for mini_batch_size `sequence` with ttt_learnable_init false alone");
         }
         if sequence && self.ttt_learnable_lr && self.linear_attention.is_none() && self.ttt_token_scale != Default::default() {

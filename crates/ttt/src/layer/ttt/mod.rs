@@ -25,7 +25,7 @@ const LAYER_NORM_EPS: f64 = 1e-6;
 /// A TTT layer's parameters and sizes.
 #[derive(Clone, Debug)]
 pub struct TttLayer {
-    ids: TttIds,
+    ids: Box<TttIds>,
     learner: Learner,
     /// LayerNorm and residual of the inner model.
     variant: Variant,
@@ -100,7 +100,7 @@ impl TttLayer {
     /// The layer of a model whose parameters are `ids`.
     pub fn new(config: &Config, ids: &TttIds) -> TttLayer {
         TttLayer {
-            ids: ids.clone(),
+            ids: Box::new(ids.clone()),
             learner: Learner::of(config),
             variant: Variant { layer_norm: config.ttt_layer_norm, residual: config.ttt_residual },
             token_scale: config.ttt_token_scale,
