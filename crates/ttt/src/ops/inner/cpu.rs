@@ -78,12 +78,7 @@ impl WithSimd for Product<'_> {
 /// # Safety
 /// As [`block`], for m x n.
 #[inline(always)]
-unsafe fn panels<S: Simd, const N: usize, const V: usize, const W: usize, const R: usize>(
-    simd: S,
-    p: Raw<'_>,
-    m: usize,
-    n: usize,
-) {
+unsafe fn panels<S: Simd, const N: usize, const V: usize, const W: usize, const R: usize>(simd: S, p: Raw<'_>, m: usize, n: usize) {
     let whole = n / (V * S::F32_LANES) * (V * S::F32_LANES);
     if m == 1 && n > 128 {
         // SAFETY: by this function's contract.

@@ -144,8 +144,9 @@ impl<T: Stored> Block<'_, T> {
         }
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
         // While three or more rows keep the arithmetic busy, the next tile is on its way; it must leave room in the first-level
-        // cache. With one or two the processor's own prefetching is faster.
-        let ahead = X >= 3 && first == 0 && W * self.w.cols() <= 3072;
+        // cache. With one or two rows of f32 the processor's own prefetching is faster; narrow rows are too short for it.
+        let (narrow, bytes) = (size_of::<T>() < 4, W * self.w.cols() * size_of::<T>());
+        let ahead = first == 0 && if X >= 3 { bytes <= 12_288 } else { narrow && bytes <= 16_384 };
         let next = self.w.as_ptr().wrapping_add((o + W) * self.w.stride());
         for k in 0..vectors {
             if ahead {
