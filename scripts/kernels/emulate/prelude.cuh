@@ -194,6 +194,7 @@ DEVICE float bf16_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
 DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
+DEVICE float fast_tanh(float x) { return tanhf(x); }
 DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::shared); }
 DEVICE void emu_ldmatrix(u32 (&r)[4], u32 row, bool trans) {
     const u32 lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
@@ -262,9 +263,15 @@ DEVICE void store_shared4(u32 at, float x, float y, float z, float w) {
     p[0] = x, p[1] = y, p[2] = z, p[3] = w;
 }
 DEVICE void store_shared4(u32 at, const u32 (&x)[4]) { memcpy(emu::at(at, 16), x, 16); }
+DEVICE void store_shared_u32(u32 at, u32 x) { *(u32*)emu::at(at, 4) = x; }
+DEVICE void store_shared2_u32(u32 at, u32 x, u32 y) {
+    u32* p = (u32*)emu::at(at, 8);
+    p[0] = x, p[1] = y;
+}
 DEVICE float load_shared(u32 at) { return *(const float*)emu::at(at, 4); }
 DEVICE u32 load_shared_u32(u32 at) { return *(const u32*)emu::at(at, 4); }
 DEVICE void load_shared2(float (&x)[2], u32 at) { memcpy(x, emu::at(at, 8), 8); }
+DEVICE void load_shared2(u32 (&x)[2], u32 at) { memcpy(x, emu::at(at, 8), 8); }
 DEVICE void load_shared4(float (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 DEVICE void load_shared4(u32 (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 template <class T> inline T* at_row(T* base, u32 row, u32 stride, u32 column) {

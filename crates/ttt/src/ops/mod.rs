@@ -62,6 +62,7 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &ttt_linear::cuda::BACKWARD_96,
     &ttt_linear::cuda::CHAIN_96,
     &ttt_linear::cuda::DECODE_96,
+    &ttt_mlp::cuda::PLAIN,
 ];
 
 /// Whether the fast f32 version of an operation runs, not the reference.

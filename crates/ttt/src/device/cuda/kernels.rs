@@ -48,9 +48,11 @@ pub struct Entry {
 pub const HEADERS: &[(&str, &str, &str)] = &[
     ("rows.cuh", "device/cuda/rows.cuh", include_str!("rows.cuh")),
     ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
+    ("loops.cuh", "ops/ttt_linear/loops.cuh", include_str!("../../ops/ttt_linear/loops.cuh")),
     ("params.cuh", "ops/ttt_linear/params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),
     ("tiles.cuh", "ops/ttt_linear/tiles.cuh", include_str!("../../ops/ttt_linear/tiles.cuh")),
     ("chain.cuh", "ops/ttt_linear/chain.cuh", include_str!("../../ops/ttt_linear/chain.cuh")),
+    ("mlp_params.cuh", "ops/ttt_mlp/mlp_params.cuh", include_str!("../../ops/ttt_mlp/mlp_params.cuh")),
 ];
 
 /// A source for one type of activations and one architecture, `sm_90a` say.

@@ -32,10 +32,16 @@ DEVICE float bf16_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
 // x as bf16 holds it.
 DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
-// 1 / sqrt(x) of a normal number, within 2 ulp.
+// 1 / sqrt(x) of a normal number, within 2 ulp; tanh within 2^-11.
 DEVICE float fast_rsqrt(float x) {
     float r;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+DEVICE float fast_tanh(float x) {
+    float r;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 
@@ -116,6 +122,10 @@ DEVICE void store_shared4(u32 at, float x, float y, float z, float w) {
 DEVICE void store_shared4(u32 at, const u32 (&x)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
+DEVICE void store_shared_u32(u32 at, u32 x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(at), "r"(x) : "memory"); }
+DEVICE void store_shared2_u32(u32 at, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(at), "r"(x), "r"(y) : "memory");
+}
 DEVICE float load_shared(u32 at) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
@@ -128,6 +138,9 @@ DEVICE u32 load_shared_u32(u32 at) {
 }
 DEVICE void load_shared2(float (&x)[2], u32 at) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(at) : "memory");
+}
+DEVICE void load_shared2(u32 (&x)[2], u32 at) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
 }
 DEVICE void load_shared4(float (&x)[4], u32 at) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
