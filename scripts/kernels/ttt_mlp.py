@@ -20,12 +20,16 @@ Backward = struct(INPUTS + " ghat sums checkpoints dz dq dk dv dlr dstate partia
                   "heads head_dim mini_batch group")
 
 # Bytes of dynamic shared memory, `Shared::BYTES` of each source.
-FORWARD_WARPS = lambda d: d // 8
-
-
 def forward_shared(d):
     warps, tile = d // 8, 16 * (2 * d + 16)
-    return 3 * (3 * tile + 64) + 3 * tile + 32 * warps * (2 * d + 16) + 2 * warps * 16 * 4 * (d + 8) + warps * 16 * 80 + 8 * d + 2 * 4 * d + 384 + 64
+    return 3 * (3 * tile + 64) + 3 * tile + 32 * warps * (2 * d + 16) + warps * (128 * (d + 8) + 2048) + 32 * d + 384 + 80
+
+
+def backward_shared(d):
+    warps, tile = d // 8, 16 * (2 * d + 16)
+    stage = 5 * tile + 16 * (4 * d + 16) + 64 * d + 64
+    return (2 * stage + 4 * tile + 6 * d * (2 * d + 16) + 3 * warps * 64 * (d + 8) + 128 * d + 128 * warps + 12 * d + 16 * d + 384 + 64
+            + 16 + 256 + 64 * d)
 
 
 class Case:
@@ -173,6 +177,10 @@ def launch_forward(device, p, tasks, one_token):
     device.launch("ttt_mlp_forward", p, tasks, 4 * p.head_dim, forward_shared(p.head_dim))
 
 
+def launch_backward(device, p, tasks):
+    device.launch("ttt_mlp_backward", p, 2 * tasks, 4 * p.head_dim, backward_shared(p.head_dim))
+
+
 def compare(case, got, ref, backward):
     """Relative error of every output over the whole batch."""
     c, d, f = case, case.d, case.f
@@ -239,7 +247,7 @@ def run_checks(args):
     for d in args.d:
         for K in args.k:
             define = "PLAIN" if args.plain else f"HEAD_DIM={d}"
-            sources = ["ttt_mlp/plain.cu"] if args.plain else ["ttt_mlp/plain.cu", "ttt_mlp/forward.cu"]
+            sources = ["ttt_mlp/plain.cu"] if args.plain else ["ttt_mlp/plain.cu", "ttt_mlp/forward.cu", "ttt_mlp/backward.cu"]
             device = Emulator(define, "ttt_mlp.cpp") if args.emulate else Gpu(sources, [define])
             for seed in range(args.seeds):
                 for segments, group, split in cases(K, args.emulate):

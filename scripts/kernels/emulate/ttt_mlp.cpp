@@ -7,12 +7,16 @@
 namespace forward_kernel {
 #include "../../../crates/ttt/src/ops/ttt_mlp/forward.cu"
 }
+namespace backward_kernel {
+#include "../../../crates/ttt/src/ops/ttt_mlp/backward.cu"
+}
 using namespace forward_kernel;
+using namespace backward_kernel;
 #endif
 
-#define EXPORT(name, Params)                                                                               \
+#define EXPORT(name, Params, ...)                                                                          \
     extern "C" void emu_##name(const Params* p, u32 blocks, u32 threads, u32 shared, u32 order) {          \
-        emu::launch<Params>(name, p, blocks, threads, shared, order);                                      \
+        emu::launch<Params>(name, p, blocks, threads, shared, order, ##__VA_ARGS__);                       \
     }
 #if defined(PLAIN)
 EXPORT(ttt_mlp_forward_plain_bf16, MlpForwardParams)
@@ -21,4 +25,5 @@ EXPORT(ttt_mlp_backward_plain_bf16, MlpBackwardParams)
 EXPORT(ttt_mlp_backward_plain_f32, MlpBackwardParams)
 #else
 EXPORT(ttt_mlp_forward, MlpForwardParams)
+EXPORT(ttt_mlp_backward, MlpBackwardParams, 2)
 #endif

@@ -214,6 +214,28 @@ DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
+// Blocks of a cluster, N of them: consecutive ones. Shared memory of another block by `cluster_address`.
+#define CLUSTER(N) __cluster_dims__(N, 1, 1)
+DEVICE u32 cluster_rank() {
+    u32 r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+DEVICE u32 cluster_address(u32 at, u32 rank) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
+    return r;
+}
+DEVICE void store_cluster(u32 at, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory"); }
+DEVICE void store_cluster2(u32 at, float x, float y) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(at), "f"(x), "f"(y) : "memory");
+}
+DEVICE void store_cluster_u32(u32 at, u32 x) { asm volatile("st.shared::cluster.b32 [%0], %1;" :: "r"(at), "r"(x) : "memory"); }
+// A barrier of all threads of the cluster, after which they see each other's writes of shared memory.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Makes this thread's ordinary writes of shared memory visible to bulk copies and wgmma.
 DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif

@@ -21,13 +21,14 @@ struct Shared {
     static constexpr u32 GHAT2 = G2 + TILE;                          // [token][out] bf16
     static constexpr u32 UPDATE2 = GHAT2 + TILE;                     // [token][out] bf16: -tok_last Ĝ2
     static constexpr u32 W2 = UPDATE2 + TILE;                        // [hidden][out] bf16
-    static constexpr u32 FIRST = W2 + F * PITCH;                     // per warp: parts of Z2
+    static constexpr u32 FIRST = W2 + F * PITCH;                     // per warp: parts of Z2; then Ĝ1 on its way out
     static constexpr u32 SECOND = FIRST + MLP_WARPS * SUM;           // per warp: parts of Z̄2
-    static constexpr u32 PATCHES = SECOND + MLP_WARPS * SUM;         // per warp: Ĝ1 on its way out
-    static constexpr u32 GAMMA = PATCHES + MLP_WARPS * TOKENS * UNITS_PITCH; // [D] f32
+    static constexpr u32 WAITING = SECOND + MLP_WARPS * SUM;         // per thread: Z̄1
+    static constexpr u32 GAMMA = WAITING + MLP_WARPS * 1024 * TILES; // [D] f32
     static constexpr u32 BETA = GAMMA + 4 * D;                       // [D] f32
     static constexpr u32 B2 = BETA + 4 * D;                          // [2][D] f32, one mini-batch after the other
-    static constexpr u32 CAUSAL = B2 + 8 * D;                        // [3][lane]: M1, see Causal
+    static constexpr u32 B1 = B2 + 8 * D;                            // [F] f32, a warp's own
+    static constexpr u32 CAUSAL = B1 + 4 * F;                        // [3][lane]: M1, see Causal
     static constexpr u32 NEG_TAU = CAUSAL + 3 * 128;                 // [TOKENS] f32: -tok
     static constexpr u32 MEAN_G2 = NEG_TAU + 4 * TOKENS;             // f32: mean of gamma²
     static constexpr u32 BYTES = MEAN_G2 + 16;
@@ -49,6 +50,7 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
 
     auto fetch = [&](u32 m) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
+#pragma unroll 1
         for (u32 i = threadIdx.x; i < 3 * TOKENS * (D / 8); i += MLP_THREADS) {
             const u32 which = i / (TOKENS * (D / 8)), row = i / (D / 8) % TOKENS, chunk = i % (D / 8), position = m * K + row;
             const u32 to = stage + which * TILE + row * PITCH + 16 * chunk;
@@ -78,9 +80,17 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
     }
 
     const u32 unit = 16 * TILES * l.warp; // first hidden unit of the warp
-    float w1[TILES][D / 8][4], b1[TILES][4], w2[TILES][D / 8][4];
-    load_units(w1, b1, w2, state_at(), unit, l);
-    const u32 w2_rows = shared + Shared::W2 + unit * PITCH, partial = 4 * (l.g * SUM_PITCH + 2 * l.c) + l.warp * SUM;
+    float w1[TILES][D / 8][4], w2[TILES][D / 8][4];
+    load_units(w1, w2, state_at(), unit, l);
+    const u32 b1 = shared + Shared::B1 + 4 * unit; // of the warp's units
+    for (u32 i = l.lane; i < 16 * TILES; i += 32) store_shared(b1 + 4 * i, state_at()[D * F + unit + i]);
+    const u32 w2_rows = shared + Shared::W2 + unit * PITCH, partial = 4 * (l.g * SUM_PITCH + 2 * l.c);
+    u32 b2 = shared + Shared::B2; // the other half is next
+    auto store = [&](float* to) {
+        store_units(to, w1, w2, unit, l);
+        for (u32 i = l.lane; i < 16 * TILES; i += 32) to[D * F + unit + i] = load_shared(b1 + 4 * i);
+        if (threadIdx.x < D) to[MLP_STATE - D + threadIdx.x] = load_shared(b2 + 4 * threadIdx.x);
+    };
     auto put_w2 = [&] {
 #pragma unroll
         for (u32 t = 0; t < TILES; t++)
@@ -103,12 +113,9 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
         if (threadIdx.x == 0) store_shared(shared + Shared::MEAN_G2, mean_g2);
     }
     if (threadIdx.x < TOKENS) store_shared(shared + Shared::NEG_TAU + 4 * threadIdx.x, threadIdx.x < K ? -p.tok[threadIdx.x] : 0.0f);
-    const u32 causal_mask = Causal::mask(l);
-    const u32 tau_last_at = shared + Shared::NEG_TAU + 4 * (K - 1);
     // This lane as one of a token's.
     const u32 token = l.warp * (TOKENS / MLP_WARPS) + l.lane / OWNERS, column = 4 * (l.lane % OWNERS);
-    const u32 own_sum = 4 * (token * SUM_PITCH + column), own_tile = token * PITCH + 2 * column;
-    u32 b2 = shared + Shared::B2; // the other half is next
+    const u32 own_sum = 4 * (token * SUM_PITCH + column);
     auto add_parts = [&](float (&x)[4], u32 parts) {
         load_shared4(x, b2 + 4 * column);
 #pragma unroll
@@ -129,12 +136,15 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
         const u32 position = m * K + token;
         const bool fresh = token < K && position >= phase && position < end;
         const u64 row = seg.first_row + position - phase;
+        const u32 own_tile = token * PITCH + 2 * column;
 
         // Z1ᵀ = W1ᵀ kᵀ + b1, and the part of Z̄1ᵀ that W1 gives.
         u32 x2[TILES][4];
-        float slope[TILES][2][4], zbar[TILES][2][4]; // slope: r gelu'(Z1)
+        float slope[TILES][2][4]; // r gelu'(Z1)
+        // Registers are short: Z̄1 waits in shared memory.
+        const u32 waiting = shared + Shared::WAITING + l.warp * 1024 * TILES + 16 * l.lane;
         {
-            float z[TILES][2][4];
+            float z[TILES][2][4], zbar[TILES][2][4];
 #pragma unroll
             for (u32 s = 0; s < STEPS; s++) {
                 u32 k[4], q[4], a[4];
@@ -143,11 +153,18 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
 #pragma unroll
                 for (u32 t = 0; t < TILES; t++) {
                     pack_step(a, w1[t], s);
-                    mma_step(s, z[t][0], a, k[0], k[1], b1[t]);
-                    mma_step(s, z[t][1], a, k[2], k[3], b1[t]);
-                    mma_step(s, zbar[t][0], a, q[0], q[1], b1[t]);
-                    mma_step(s, zbar[t][1], a, q[2], q[3], b1[t]);
+                    float b[4];
+                    if (s == 0) b[0] = b[1] = load_shared(b1 + 64 * t + 4 * l.g), b[2] = b[3] = load_shared(b1 + 64 * t + 4 * l.g + 32);
+                    mma_step(s, z[t][0], a, k[0], k[1], b);
+                    mma_step(s, z[t][1], a, k[2], k[3], b);
+                    mma_step(s, zbar[t][0], a, q[0], q[1], b);
+                    mma_step(s, zbar[t][1], a, q[2], q[3], b);
                 }
+            }
+#pragma unroll
+            for (u32 i = 0; i < 2 * TILES; i++) {
+                const float(&x)[4] = zbar[i / 2][i % 2];
+                store_shared4(waiting + 512 * i, x[0], x[1], x[2], x[3]);
             }
             float lr[2][2];
             load_shared2(lr[0], stage + Shared::LR + 8 * l.c);
@@ -176,7 +193,7 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                     mma_step(t, y[0], x2_t[t], w[0], w[1]);
                     mma_step(t, y[1], x2_t[t], w[2], w[3]);
                 }
-                put_partial(shared + Shared::FIRST + partial + 64 * s, y);
+                put_partial(shared + Shared::FIRST + l.warp * SUM + partial + 64 * s, y);
             }
         }
         if (l.warp == MLP_WARPS - 1) { // M1 = tril(q kᵀ + 1), for all
@@ -190,21 +207,13 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                 mma_step(s, qk[0], q, k[0], k[1], ones);
                 mma_step(s, qk[1], q, k[2], k[3], ones);
             }
-            const Causal causal(qk[0], qk[1], causal_mask);
+            const Causal causal(qk[0], qk[1], Causal::mask(l));
             const u32 at = shared + Shared::CAUSAL + 4 * l.lane;
             store_shared_u32(at, causal.low), store_shared_u32(at + 128, causal.cross), store_shared_u32(at + 256, causal.high);
         }
         __syncthreads();
         if (m + Shared::STAGES - 1 < count) fetch(m + Shared::STAGES - 1);
         copy_async_commit();
-        // Registers are short: Z̄1 waits where the warp's part of Z̄2 will be.
-        const u32 waiting = shared + Shared::SECOND + l.warp * SUM + 16 * l.lane;
-#pragma unroll
-        for (u32 i = 0; i < 2 * TILES; i++) {
-            const float(&x)[4] = zbar[i / 2][i % 2];
-            store_shared4(waiting + 512 * i, x[0], x[1], x[2], x[3]);
-        }
-
         { // G2 and Ĝ2 of a token
             float x[4], w[4], gamma[4], sums[6] = {};
             add_parts(x, shared + Shared::FIRST);
@@ -226,7 +235,7 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
             lane_sums<OWNERS>(sums);
 #pragma unroll
             for (u32 i = 0; i < 6; i++) sums[i] *= INV_D;
-            const float mean_g2 = load_shared(shared + Shared::MEAN_G2), neg_tau_last = load_shared(tau_last_at);
+            const float mean_g2 = load_shared(shared + Shared::MEAN_G2), neg_tau_last = load_shared(shared + Shared::NEG_TAU + 4 * (K - 1));
             const float mu = sums[0], rs = fast_rsqrt(max(sums[1] - mu * mu, 0.0f) + EPS);
             const float mean_gx = rs * (rs * (sums[3] - 2.0f * mu * sums[2] + mu * mu * mean_g2) + sums[4] - mu * sums[5]);
             const float mean_g = rs * (sums[2] - mu * mean_g2) + sums[5];
@@ -290,35 +299,44 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                         ghat1[t][i] = pack_bf16(from[0], first + 1 < phase ? from[ROW] : high_f32(ghat1[t][i]));
                 }
         }
-        if (p.ghat) { // through a patch into rows
-            const u32 patch = shared + Shared::PATCHES + l.warp * TOKENS * UNITS_PITCH, at = m * K + l.token;
+        // Through a patch into rows: a lane then has 8 TILES units of a token.
+        const u32 patch = shared + Shared::FIRST + l.warp * SUM, mine = patch + l.token * UNITS_PITCH + 16 * TILES * l.half;
+        auto put_rows = [&](const u32(&x)[TILES][4]) {
+            __syncwarp();
 #pragma unroll
             for (u32 t = 0; t < TILES; t++) {
                 u32 a[4];
-                transpose(a, ghat1[t]);
+                transpose(a, x[t]);
                 store_a_fragment(patch + 32 * t, UNITS_PITCH, a);
             }
             __syncwarp();
+        };
+        const u32 at = m * K + l.token;
+        const bool here = l.token < K && at >= phase && at < end;
+        if (p.ghat) {
+            put_rows(ghat1);
             u16* to = (u16*)p.ghat + ((u64)(seg.first_row + at - phase) * p.heads + head) * (F + D) + unit + 8 * TILES * l.half;
 #pragma unroll
             for (u32 t = 0; t < TILES; t++) {
                 u32 x[4];
-                load_shared4(x, patch + l.token * UNITS_PITCH + 16 * TILES * l.half + 16 * t);
-                if (l.token < K && at >= phase && at < end) store_global4(to + 8 * t, x);
+                load_shared4(x, mine + 16 * t);
+                if (here) store_global4(to + 8 * t, x);
             }
         }
         if (p.rows && !complete) {
-#pragma unroll
-            for (u32 t = 0; t < TILES; t++)
-#pragma unroll
-                for (u32 i = 0; i < 8; i++) {
-                    const u32 j = 2 * l.c + i / 4 * 8 + i % 2, at = m * K + j, r = i / 4 * 2 + i / 2 % 2;
-                    float* to = rows_at(j) + D + unit + 16 * t + l.g + i / 2 % 2 * 8;
-                    if (j < K && at >= phase && at < end) {
-                        to[0] = i % 2 ? high_f32(ghat1[t][r]) : low_f32(ghat1[t][r]);
-                        to[F] = i % 2 ? high_f32(x2[t][r]) : low_f32(x2[t][r]);
-                    }
+            float* to = rows_at(l.token) + D + unit + 8 * TILES * l.half;
+            auto open = [&](float* to) {
+#pragma unroll 1
+                for (u32 i = 0; i < 2 * TILES; i++) {
+                    float x[4];
+                    load4(x, mine + 8 * i);
+                    if (here) store_global4(to + 4 * i, x);
                 }
+            };
+            put_rows(ghat1);
+            open(to);
+            put_rows(x2);
+            open(to + F);
         }
 
         // X̄2, from Z̄1ᵀ = W1ᵀ qᵀ + b1 - τ ⊙ (M1 Ĝ1)ᵀ
@@ -342,7 +360,7 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
             }
         }
         if (complete) { // W1ᵀ -= tok_last Ĝ1ᵀ k
-            const float neg_tau_last = load_shared(tau_last_at);
+            const float neg_tau_last = load_shared(shared + Shared::NEG_TAU + 4 * (K - 1));
 #pragma unroll
             for (u32 t = 0; t < TILES; t++) scale_columns(ghat1[t], ghat1[t], neg_tau_last);
 #pragma unroll
@@ -356,7 +374,12 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                 }
             }
 #pragma unroll
-            for (u32 t = 0; t < TILES; t++) mma_k16(b1[t], ghat1[t], ONES, ONES);
+            for (u32 t = 0; t < TILES; t++) {
+                const u32 at = b1 + 64 * t + 4 * l.g;
+                float b[4];
+                mma_step(0, b, ghat1[t], ONES, ONES);
+                if (l.c == 0) store_shared(at, load_shared(at) + b[0]), store_shared(at + 32, load_shared(at + 32) + b[2]);
+            }
         }
         u32 m2[4]; // the warp's part of -τ M2
         {
@@ -370,6 +393,7 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                 mma_step(t, y[1], xbar_t[t], b[1], b[3], ones);
             }
             const float tau0 = load_shared(shared + Shared::NEG_TAU + 4 * l.g), tau1 = load_shared(shared + Shared::NEG_TAU + 4 * l.g + 32);
+            const u32 causal_mask = Causal::mask(l);
             m2[0] = pack_bf16(tau0 * y[0][0], tau0 * y[0][1]) & causal_mask, m2[1] = pack_bf16(tau1 * y[0][2], tau1 * y[0][3]);
             m2[2] = 0, m2[3] = pack_bf16(tau1 * y[1][2], tau1 * y[1][3]) & causal_mask;
         }
@@ -387,7 +411,7 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                 mma_k16(y[0], xbar_t[t], w[0], w[1]);
                 mma_k16(y[1], xbar_t[t], w[2], w[3]);
             }
-            put_partial(shared + Shared::SECOND + partial + 64 * s, y);
+            put_partial(shared + Shared::SECOND + l.warp * SUM + partial + 64 * s, y);
         }
         if (complete) { // W2 -= tok_last X2ᵀ Ĝ2
 #pragma unroll
@@ -438,13 +462,8 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
         if (p.ghat && ((m + 1) % p.group == 0 || m + 1 == count)) {
             const u64 first = p.segments[blockIdx.x / p.heads].first_checkpoint;
             float* saved = p.checkpoints + (first * p.heads + head * ((count + p.group - 1) / p.group) + m / p.group) * MLP_STATE;
-            store_units(saved, w1, b1, w2, unit, l);
-            if (threadIdx.x < D) saved[MLP_STATE - D + threadIdx.x] = load_shared(b2 + 4 * threadIdx.x);
+            store(saved);
         }
     }
-    if (end >= K) {
-        float* state = state_at();
-        store_units(state, w1, b1, w2, unit, l);
-        if (threadIdx.x < D) state[MLP_STATE - D + threadIdx.x] = load_shared(b2 + 4 * threadIdx.x);
-    }
+    if (end >= K) store(state_at());
 }

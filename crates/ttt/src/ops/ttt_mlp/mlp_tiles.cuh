@@ -27,7 +27,7 @@ DEVICE void transpose(u32 (&t)[4], const u32 (&a)[4]) {
 }
 
 constexpr float GELU_C = 0.7978845608f, GELU_A = 0.044715f;
-// gelu (tanh form) and, for the second, its derivative.
+// gelu (tanh form), its first and second derivative.
 DEVICE float fast_gelu(float x) {
     const float half = 0.5f * x;
     return half + half * fast_tanh(x * (GELU_C + GELU_C * GELU_A * (x * x)));
@@ -38,13 +38,13 @@ DEVICE void fast_gelu(float x, float& y, float& d1) {
     d1 = half + (0.5f - 0.5f * th * th) * (x * (GELU_C + 3.0f * GELU_C * GELU_A * x2));
 }
 
-// A warp's rows of W1ᵀ, b1, W2 from `[W1 | b1 | W2 | b2]`, and back; `unit` is the first.
+// A warp's rows of W1ᵀ and W2 from `[W1 | b1 | W2 | b2]`, and back; `unit` is the first.
 template <u32 TILES>
-DEVICE void load_units(float (&w1)[TILES][D / 8][4], float (&b1)[TILES][4], float (&w2)[TILES][D / 8][4], const float* state, u32 unit, const Lane& l) {
-    const float *at1 = state + 2 * l.c * F + unit + l.g, *bias = state + D * F + unit + l.g;
+DEVICE void load_units(float (&w1)[TILES][D / 8][4], float (&w2)[TILES][D / 8][4], const float* state, u32 unit, const Lane& l) {
+    const float* at1 = state + 2 * l.c * F + unit + l.g;
     const float* at2 = state + D * F + F + (unit + l.g) * D + 2 * l.c;
 #pragma unroll
-    for (u32 t = 0; t < TILES; t++) {
+    for (u32 t = 0; t < TILES; t++)
 #pragma unroll
         for (u32 j = 0; j < D / 8; j++)
 #pragma unroll
@@ -52,16 +52,13 @@ DEVICE void load_units(float (&w1)[TILES][D / 8][4], float (&b1)[TILES][4], floa
                 w1[t][j][i] = at1[(8 * j + i % 2) * F + 16 * t + i / 2 * 8];
                 w2[t][j][i] = at2[(16 * t + i / 2 * 8) * D + 8 * j + i % 2];
             }
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) b1[t][i] = bias[16 * t + i / 2 * 8];
-    }
 }
 template <u32 TILES>
-DEVICE void store_units(float* state, const float (&w1)[TILES][D / 8][4], const float (&b1)[TILES][4], const float (&w2)[TILES][D / 8][4], u32 unit, const Lane& l) {
-    float *at1 = state + 2 * l.c * F + unit + l.g, *bias = state + D * F + unit + l.g;
+DEVICE void store_units(float* state, const float (&w1)[TILES][D / 8][4], const float (&w2)[TILES][D / 8][4], u32 unit, const Lane& l) {
+    float* at1 = state + 2 * l.c * F + unit + l.g;
     float* at2 = state + D * F + F + (unit + l.g) * D + 2 * l.c;
 #pragma unroll
-    for (u32 t = 0; t < TILES; t++) {
+    for (u32 t = 0; t < TILES; t++)
 #pragma unroll
         for (u32 j = 0; j < D / 8; j++)
 #pragma unroll
@@ -69,7 +66,24 @@ DEVICE void store_units(float* state, const float (&w1)[TILES][D / 8][4], const 
                 at1[(8 * j + i % 2) * F + 16 * t + i / 2 * 8] = w1[t][j][i];
                 at2[(16 * t + i / 2 * 8) * D + 8 * j + i % 2] = w2[t][j][i];
             }
-        if (l.c == 0) bias[16 * t] = b1[t][0], bias[16 * t + 8] = b1[t][2];
+}
+
+DEVICE void fast_gelu(float x, float& y, float& d1, float& d2) {
+    const float x2 = x * x, th = fast_tanh(x * (GELU_C + GELU_C * GELU_A * x2)), half = 0.5f + 0.5f * th;
+    const float kappa = GELU_C + 3.0f * GELU_C * GELU_A * x2, sech2 = 1.0f - th * th;
+    y = x * half;
+    d1 = half + 0.5f * sech2 * (x * kappa);
+    d2 = sech2 * ((GELU_C + 6.0f * GELU_C * GELU_A * x2) - x * th * (kappa * kappa));
+}
+
+// w += x y for x in A layout [unit, token], y a tile [token, column].
+DEVICE void add_product(float (&w)[D / 8][4], const u32 (&x)[4], u32 tile, const Lane& l) {
+#pragma unroll
+    for (u32 s = 0; s < STEPS; s++) {
+        u32 y[4];
+        ldmatrix_x4_trans(y, tile + l.row + 32 * s);
+        mma_k16(w[2 * s], x, y[0], y[1]);
+        mma_k16(w[2 * s + 1], x, y[2], y[3]);
     }
 }
 
