@@ -19,6 +19,9 @@ Forward = struct(INPUTS + " z weights rows ghat sums checkpoints scratch", "q k 
 Backward = struct(INPUTS + " ghat sums checkpoints dz dq dk dv dlr dstate partials scratch", "q k v lr dz dq dk dv dlr",
                   "heads head_dim mini_batch group")
 
+SOURCES = ["ttt_mlp/plain.cu", "ttt_mlp/forward.cu", "ttt_mlp/backward.cu", "ttt_mlp/decode.cu"]
+
+
 # Bytes of dynamic shared memory, `Shared::BYTES` of each source.
 def forward_shared(d):
     warps, tile = d // 8, 16 * (2 * d + 16)
@@ -29,7 +32,11 @@ def backward_shared(d):
     warps, tile = d // 8, 16 * (2 * d + 16)
     stage = 5 * tile + 16 * (4 * d + 16) + 64 * d + 64
     return (2 * stage + 4 * tile + 6 * d * (2 * d + 16) + 3 * warps * 64 * (d + 8) + 128 * d + 128 * warps + 12 * d + 16 * d + 384 + 64
-            + 16 + 256 + 64 * d)
+            + 16 + 256 + 32 + 64 * d)
+
+
+def decode_shared(d):
+    return 4 * (4 * d * (d + 4) + d // 8 * d + 12 * d + 128)
 
 
 class Case:
@@ -174,7 +181,10 @@ class Runner:
 
 
 def launch_forward(device, p, tasks, one_token):
-    device.launch("ttt_mlp_forward", p, tasks, 4 * p.head_dim, forward_shared(p.head_dim))
+    if one_token:
+        device.launch("ttt_mlp_decode", p, tasks, 4 * p.head_dim, decode_shared(p.head_dim))
+    else:
+        device.launch("ttt_mlp_forward", p, tasks, 4 * p.head_dim, forward_shared(p.head_dim))
 
 
 def launch_backward(device, p, tasks):
@@ -247,7 +257,7 @@ def run_checks(args):
     for d in args.d:
         for K in args.k:
             define = "PLAIN" if args.plain else f"HEAD_DIM={d}"
-            sources = ["ttt_mlp/plain.cu"] if args.plain else ["ttt_mlp/plain.cu", "ttt_mlp/forward.cu", "ttt_mlp/backward.cu"]
+            sources = SOURCES[:1] if args.plain else SOURCES
             device = Emulator(define, "ttt_mlp.cpp") if args.emulate else Gpu(sources, [define])
             for seed in range(args.seeds):
                 for segments, group, split in cases(K, args.emulate):
@@ -259,6 +269,92 @@ def run_checks(args):
                     if args.stop and not ok:
                         return False
     return ok
+
+
+class Bench:
+    """Kernels on random inputs of a shape, without a reference."""
+
+    def __init__(self, device, B, T, H, d, K=16, group=16, plain=False):
+        torch, self.dev, self.plain = device.torch, device, plain
+        torch.manual_seed(0)
+        n, D, f = B * T, H * d, 4 * d
+        S, R = 2 * d * f + f + d, 2 * d + 2 * f
+        bf16, f32 = dict(device="cuda", dtype=torch.bfloat16), dict(device="cuda", dtype=torch.float32)
+        qkv, dqkv = torch.randn(n, 3 * D, **bf16), torch.empty(n, 3 * D, **bf16)
+        dz, z, ghat = torch.randn(n, D, **bf16), torch.empty(n, D, **bf16), torch.empty(n, 5 * D, **bf16)
+        sums = torch.empty(n, 2 * D, **f32)
+        lr, dlr = 0.1 * torch.sigmoid(torch.randn(n, H, **f32)) / d, torch.empty(n, H, **f32)
+        tok = 1 / torch.arange(1, K + 1, **f32)
+        gamma, beta = torch.ones(H, d, **f32), torch.zeros(H, d, **f32)
+        checkpoints = ceil(ceil(T, K), group)
+        weights, saved = 0.02 * torch.randn(B, H, S, **f32), torch.empty(B * H * checkpoints, S, **f32)
+        dstate, partials = torch.zeros(B, H, S, **f32), torch.empty(B, H, K + 2 * d, **f32)
+        # One token a sequence is decoding: every phase, with rows.
+        phases = [b % K if T == 1 else 0 for b in range(B)]
+        table = torch.tensor([[b * T, T, b, phases[b], b * checkpoints] for b in range(B)], dtype=torch.int32, device="cuda")
+        rows = torch.randn(B, H, K - 1, R, **f32) * 0.01
+        self.held = [qkv, dqkv, dz, z, ghat, sums, lr, dlr, tok, gamma, beta, weights, saved, dstate, partials, table, rows]
+        self.tasks, self.f, self.b = B * H, Forward(), Backward()
+        for p in (self.f, self.b):
+            p.q, p.k, p.v = (qkv.data_ptr() + 2 * i * D for i in range(3))
+            p.q_stride = p.k_stride = p.v_stride = 3 * D
+            p.lr, p.tok, p.gamma, p.beta, p.segments = (x.data_ptr() for x in (lr, tok, gamma, beta, table))
+            p.lr_stride, p.heads, p.head_dim, p.mini_batch, p.group = H, H, d, K, group
+        self.f.z, self.f.z_stride, self.f.weights = z.data_ptr(), D, weights.data_ptr()
+        if T == 1:
+            self.f.rows = rows.data_ptr()
+        self.kept = (ghat.data_ptr(), sums.data_ptr(), saved.data_ptr())
+        b = self.b
+        (b.ghat, b.sums, b.checkpoints), b.dz, b.dz_stride = self.kept, dz.data_ptr(), D
+        b.dq, b.dk, b.dv = (dqkv.data_ptr() + 2 * i * D for i in range(3))
+        b.dq_stride = b.dk_stride = b.dv_stride = 3 * D
+        b.dlr, b.dlr_stride, b.dstate, b.partials = dlr.data_ptr(), H, dstate.data_ptr(), partials.data_ptr()
+        if plain:
+            self.held.append(torch.empty(self.tasks * (S + 8 * K * d + 10 * K * f + 4 * K * K + 3 * K), **f32))
+            self.f.scratch = self.b.scratch = self.held[-1].data_ptr()
+
+    def forward(self, keep):
+        self.f.ghat, self.f.sums, self.f.checkpoints = self.kept if keep else (0, 0, 0)
+        if self.plain:
+            self.dev.launch("ttt_mlp_forward_plain_bf16", self.f, self.tasks, 256, 0)
+        else:
+            launch_forward(self.dev, self.f, self.tasks, False)
+
+    def decode(self):
+        launch_forward(self.dev, self.f, self.tasks, True)
+
+    def backward(self):
+        if self.plain:
+            self.dev.launch("ttt_mlp_backward_plain_bf16", self.b, self.tasks, 256, 0)
+        else:
+            launch_backward(self.dev, self.b, self.tasks)
+
+    def both(self):
+        self.forward(True)
+        self.backward()
+
+
+def run_bench(args):
+    for shape in args.shape:
+        B, T, H, d = shape
+        device = Gpu(SOURCES, [f"HEAD_DIM={d}", *args.defines])
+        bench = Bench(device, *shape, plain=args.plain)
+        if args.once:
+            bench.decode() if T == 1 else (bench.forward(False), bench.both())
+            device.torch.cuda.synchronize()
+            continue
+        if T == 1:
+            ms = device.milliseconds(device.graph(bench.decode, 20)) / 20
+            print(json.dumps(dict(bench="ttt_mlp", B=B, H=H, d=d, decode_ms=round(ms, 5),
+                                  weights_GBps=round(B * H * 4 * (8 * d * d + 5 * d) / ms / 1e6))), flush=True)
+            continue
+        times = [device.milliseconds(f, args.repeats) for f in (lambda: bench.forward(False), lambda: bench.forward(True), bench.backward, bench.both)]
+        names = ("forward", "forward_kept", "backward", "forward_backward")
+        line = dict(bench="ttt_mlp", plain=args.plain, defines=args.defines, B=B, T=T, H=H, d=d, device=device.torch.cuda.get_device_name())
+        line.update({n + "_ms": round(t, 4) for n, t in zip(names, times)})
+        line["registers"] = [device.registers.get(n) for n in ("ttt_mlp_forward", "ttt_mlp_backward")]
+        print(json.dumps(line), flush=True)
+    return True
 
 
 def main():
@@ -273,8 +369,15 @@ def main():
     p.add_argument("--k", type=int, nargs="+", default=[16])
     p.add_argument("--stop", action="store_true", help="at the first failure")
     p.add_argument("--seeds", type=int, default=1)
+    p = sub.add_parser("bench", help="time them on random inputs")
+    shape = lambda text: tuple(int(x) for x in text.split(","))
+    p.add_argument("--shape", type=shape, nargs="+", default=[(32, 2048, 12, 64), (1, 32768, 12, 64)], help="B,T,H,d")
+    p.add_argument("--plain", action="store_true", help="the plain kernels")
+    p.add_argument("--repeats", type=int, default=30)
+    p.add_argument("-D", dest="defines", action="append", default=[])
+    p.add_argument("--once", action="store_true", help="one launch of each and no times, for a profiler")
     args = parser.parse_args()
-    sys.exit(0 if run_checks(args) else 1)
+    sys.exit(0 if (run_checks if args.command == "check" else run_bench)(args) else 1)
 
 
 if __name__ == "__main__":

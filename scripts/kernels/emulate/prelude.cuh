@@ -292,6 +292,30 @@ DEVICE void store_cluster2(u32 at, float x, float y) {
     p[0] = x, p[1] = y;
 }
 DEVICE void store_cluster_u32(u32 at, u32 x) { *(u32*)emu::at(at, 4) = x; }
+// Barriers: bytes to come, threads to come, threads of a phase, phases past.
+struct EmuBarrier { i32 bytes; u8 pending, arrivals; u16 phase; };
+DEVICE void emu_count(EmuBarrier& b) {
+    if (b.bytes == 0 && b.pending == 0) b.phase++, b.pending = b.arrivals, emu::progress++;
+}
+DEVICE void barrier_init(u32 at, u32 arrivals) { *(EmuBarrier*)emu::at(at, 8) = {0, (u8)arrivals, (u8)arrivals, 0}; }
+DEVICE void barrier_publish() {}
+DEVICE void barrier_expect(u32 at, u32 bytes) {
+    EmuBarrier& b = *(EmuBarrier*)emu::at(at, 8);
+    if (b.pending == 0) emu::fail("a barrier that nobody waits at was armed");
+    b.bytes += bytes, b.pending--;
+    emu_count(b);
+}
+DEVICE void barrier_sleep(u32 at, u32 parity) {
+    while (((const EmuBarrier*)emu::at(at, 8))->phase % 2 == parity) emu::yield();
+}
+DEVICE void emu_arrived(u32 at, u32 bytes) {
+    EmuBarrier& b = *(EmuBarrier*)emu::at(at, 8);
+    b.bytes -= bytes;
+    emu_count(b);
+}
+DEVICE void store_async(u32 at, float x, u32 barrier) { store_cluster(at, x), emu_arrived(barrier, 4); }
+DEVICE void store_async_u32(u32 at, u32 x, u32 barrier) { store_cluster_u32(at, x), emu_arrived(barrier, 4); }
+DEVICE void store_async2(u32 at, float x, float y, u32 barrier) { store_cluster2(at, x, y), emu_arrived(barrier, 8); }
 DEVICE float load_shared(u32 at) { return *(const float*)emu::at(at, 4); }
 DEVICE u32 load_shared_u32(u32 at) { return *(const u32*)emu::at(at, 4); }
 DEVICE void load_shared2(float (&x)[2], u32 at) { memcpy(x, emu::at(at, 8), 8); }
@@ -313,6 +337,8 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     if ((u64)at % 16) emu::fail("a misaligned address");
     memcpy(at, x, 16);
 }
+
+DEVICE void prefetch(const void*) {}
 
 DEVICE void emu_copy(u32 to, const void* from, u32 bytes, bool present) {
     if (present && (u64)from % bytes) emu::fail("a misaligned address");

@@ -10,6 +10,10 @@ namespace forward_kernel {
 namespace backward_kernel {
 #include "../../../crates/ttt/src/ops/ttt_mlp/backward.cu"
 }
+namespace decode_kernel {
+#include "../../../crates/ttt/src/ops/ttt_mlp/decode.cu"
+}
+using namespace decode_kernel;
 using namespace forward_kernel;
 using namespace backward_kernel;
 #endif
@@ -25,5 +29,6 @@ EXPORT(ttt_mlp_backward_plain_bf16, MlpBackwardParams)
 EXPORT(ttt_mlp_backward_plain_f32, MlpBackwardParams)
 #else
 EXPORT(ttt_mlp_forward, MlpForwardParams)
+EXPORT(ttt_mlp_decode, MlpForwardParams)
 EXPORT(ttt_mlp_backward, MlpBackwardParams, 2)
 #endif

@@ -172,6 +172,9 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
+// Asks for a line of global memory to be brought into L2.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" :: "l"(at)); }
+
 // ---- asynchronous copies ----------------------------------------------------------------------------------------------------
 
 // 16 bytes into shared memory, or 16 zero bytes when `present` is false (`from` must be a valid address all the same).
@@ -231,6 +234,26 @@ DEVICE void store_cluster2(u32 at, float x, float y) {
     asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(at), "f"(x), "f"(y) : "memory");
 }
 DEVICE void store_cluster_u32(u32 at, u32 x) { asm volatile("st.shared::cluster.b32 [%0], %1;" :: "r"(at), "r"(x) : "memory"); }
+// The same without waiting; the bytes count at `barrier`, which lies in the shared memory that is written (both by `cluster_address`).
+DEVICE void store_async(u32 at, float x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" :: "r"(at), "f"(x), "r"(barrier) : "memory");
+}
+DEVICE void store_async_u32(u32 at, u32 x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" :: "r"(at), "r"(x), "r"(barrier) : "memory");
+}
+DEVICE void store_async2(u32 at, float x, float y, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 :: "r"(at), "f"(x), "f"(y), "r"(barrier)
+                 : "memory");
+}
+// Makes barriers that were just made known to the cluster, before its first `cluster_sync`.
+DEVICE void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// As `barrier_wait`, suspended instead of asking again and again.
+DEVICE void barrier_sleep(u32 barrier, u32 parity) {
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
+                 :: "r"(barrier), "r"(parity)
+                 : "memory");
+}
 // A barrier of all threads of the cluster, after which they see each other's writes of shared memory.
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -4,11 +4,14 @@
 // over hidden units: of the warps in shared memory, then of the two blocks through it. A block finishes half of the tokens.
 //
 // Steps of a mini-batch, numbered as in backward.md 4.2:
-//   before the 1st cluster barrier  tokens: G2, (a) dZ̄2. Units: W1 undone, Z1, X2, W1ᵀ qᵀ
-//   before the 2nd                  W2 undone, Z̄1, U; (b), (c), (d), (e), (f), dU; parts of dĜ2, dU W2, dq; sums of the block
-//   before the 3rd                  tokens: dlr, (h) dZ2, dv, dq
-//   before the 4th                  (i), (j), (k), parts of dk; sums of the block
-//   after it                        tokens: dk
+//   before the 1st exchange  tokens: G2, (a) dZ̄2. Units: W1 undone, Z1, X2, W1ᵀ qᵀ
+//   before the 2nd           W2 undone, Z̄1, U; (b), (c), (d), (e), (f), dU; parts of dĜ2, dU W2, dq; sums of the block
+//   before the 3rd           tokens: dlr, (h) dZ2, dv, dq
+//   before the 4th           (i), (j), (k), parts of dk; sums of the block
+//   after it                 tokens: dk
+//
+// An exchange is what a block writes into the other's shared memory, counted there by a barrier. Every exchange is written again only after
+// the other block's next one has come, which it sends when it has read this one.
 //
 // Launch: 2 * segments * heads blocks of 4 * HEAD_DIM threads, `Shared::BYTES` of dynamic shared memory. Needs clusters: Hopper.
 #include "mlp_tiles.cuh"
@@ -43,9 +46,11 @@ struct Shared {
     static constexpr u32 NEG_TAU = CAUSAL + 3 * 128;          // [TOKENS] f32: -tok
     static constexpr u32 MEAN_G2 = NEG_TAU + 4 * TOKENS;      // f32: mean of gamma²
     static constexpr u32 ROWS = MEAN_G2 + 16;                 // [OWN][8] f32: 1 / s and means of an own token
-    static constexpr u32 DGAMMA = ROWS + OWN * 32;            // [thread][4] f32: a lane's own sums of dgamma and dbeta
+    static constexpr u32 BARRIERS = ROWS + OWN * 32;          // of the four exchanges
+    static constexpr u32 DGAMMA = BARRIERS + 32;              // [thread][4] f32: a lane's own sums of dgamma and dbeta
     static constexpr u32 BYTES = DGAMMA + MLP_THREADS * 16;
 };
+enum Exchange { TILES_OF_TOKENS, SUMS_OF_UNITS, DZ2_OF_TOKENS, DK_OF_UNITS };
 
 KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __grid_constant__ MlpBackwardParams p) {
     DYNAMIC_SHARED(memory);
@@ -56,39 +61,36 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
     const u32 count = (seg.len + K - 1) / K;
 
     auto fetch = [&](u32 m) {
-        const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < 5 * TOKENS * (D / 8); i += MLP_THREADS) {
-            const u32 which = i / (TOKENS * (D / 8)), token = i / (D / 8) % TOKENS, chunk = i % (D / 8), position = m * K + token;
-            const bool present = token < K && position < seg.len;
-            const u32 row = present ? seg.first_row + position : 0, to = stage + which * TILE + token * PITCH + 16 * chunk;
-            if (which == 4) {
-                copy_async_16(to, (const u16*)p.ghat + ((u64)row * p.heads + head) * (F + D) + F + 8 * chunk, present);
-                continue;
+        const u32 stage = shared + m % Shared::STAGES * Shared::STAGE, tid = threadIdx.x;
+        auto row_of = [&](u32 token, bool& present) {
+            present = token < K && m * K + token < seg.len;
+            return present ? seg.first_row + m * K + token : 0;
+        };
+        bool present;
+        { // a half of the threads brings k, v and Ĝ2, the other q and dz
+            const u32 token = tid / (D / 8) % TOKENS, chunk = tid % (D / 8), row = row_of(token, present);
+            const u32 to = stage + token * PITCH + 16 * chunk, from = 2 * (head * D + 8 * chunk);
+            if (tid < MLP_THREADS / 2) {
+                copy_async_16(to + Shared::K, at_row(p.k, row, 2 * p.k_stride, from), present);
+                copy_async_16(to + Shared::V, at_row(p.v, row, 2 * p.v_stride, from), present);
+                copy_async_16(to + Shared::GHAT2, (const u16*)p.ghat + ((u64)row * p.heads + head) * (F + D) + F + 8 * chunk, present);
+            } else {
+                copy_async_16(to + Shared::Q, at_row(p.q, row, 2 * p.q_stride, from), present);
+                copy_async_16(to + Shared::DZ, at_row(p.dz, row, 2 * p.dz_stride, from), present);
             }
-            const void* from = which == 0 ? p.k : which == 1 ? p.q : which == 2 ? p.v : p.dz;
-            const u32 stride = which == 0 ? p.k_stride : which == 1 ? p.q_stride : which == 2 ? p.v_stride : p.dz_stride;
-            copy_async_16(to, at_row(from, row, 2 * stride, 2 * (head * D + 8 * chunk)), present);
         }
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < TOKENS * (UNITS / 8); i += MLP_THREADS) {
-            const u32 token = i / (UNITS / 8), chunk = i % (UNITS / 8), position = m * K + token;
-            const bool present = token < K && position < seg.len;
-            const u64 row = present ? seg.first_row + position : 0;
+        {
+            const u32 token = tid / (UNITS / 8), chunk = tid % (UNITS / 8), row = row_of(token, present);
             copy_async_16(stage + Shared::GHAT1 + token * UNITS_PITCH + 16 * chunk,
-                          (const u16*)p.ghat + (row * p.heads + head) * (F + D) + rank * UNITS + 8 * chunk, present);
+                          (const u16*)p.ghat + ((u64)row * p.heads + head) * (F + D) + rank * UNITS + 8 * chunk, present);
         }
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < OWN * (D / 2); i += MLP_THREADS) {
-            const u32 token = rank * OWN + i / (D / 2), chunk = i % (D / 2), position = m * K + token;
-            const bool present = token < K && position < seg.len;
-            const u64 row = present ? seg.first_row + position : 0;
-            copy_async_16(stage + Shared::SUMS + 16 * i, p.sums + (row * p.heads + head) * 2 * D + 4 * chunk, present);
+        {
+            const u32 token = rank * OWN + tid / (D / 2), chunk = tid % (D / 2), row = row_of(token, present);
+            copy_async_16(stage + Shared::SUMS + 16 * tid, p.sums + ((u64)row * p.heads + head) * 2 * D + 4 * chunk, present);
         }
-        if (threadIdx.x < TOKENS) {
-            const u32 at = m * K + threadIdx.x;
-            const bool here = threadIdx.x < K && at < seg.len;
-            copy_async_4(stage + Shared::LR + 4 * threadIdx.x, at_row(p.lr, here ? seg.first_row + at : 0, 4 * p.lr_stride, 4 * head), here);
+        if (tid < TOKENS) {
+            const u32 row = row_of(tid, present);
+            copy_async_4(stage + Shared::LR + 4 * tid, at_row(p.lr, row, 4 * p.lr_stride, 4 * head), present);
         }
     };
 #pragma unroll
@@ -125,7 +127,8 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
     float dtok[2] = {}, dtok_last = 0.0f;
 
     // Sums over the block's warps of PARTS[which]: of the token that this lane's block finishes; those of the other's go there.
-    auto block_sum = [&](float (&sum)[2], u32 which, u32 other) {
+    auto barrier = [&](Exchange which) { return shared + Shared::BARRIERS + 8 * which; };
+    auto block_sum = [&](float (&sum)[2], u32 which, u32 other, Exchange exchange) {
         const u32 from = shared + Shared::PARTS + which * MLP_WARPS * SUM + 4 * column;
         float theirs[2] = {};
         sum[0] = 0.0f, sum[1] = 0.0f;
@@ -137,7 +140,8 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
             load_shared2(part, from + w * SUM + 4 * (own + OWN * (1 - rank)) * SUM_PITCH);
             theirs[0] += part[0], theirs[1] += part[1];
         }
-        store_cluster2(cluster_address(shared + Shared::OTHER + ((other * OWN + own) * D + column) * 4, 1 - rank), theirs[0], theirs[1]);
+        store_async2(cluster_address(shared + Shared::OTHER + ((other * OWN + own) * D + column) * 4, 1 - rank), theirs[0], theirs[1],
+                     cluster_address(barrier(exchange), 1 - rank));
     };
     auto add_other = [&](float (&sum)[2], u32 other) {
         float part[2];
@@ -145,10 +149,10 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
         sum[0] += part[0], sum[1] += part[1];
     };
     // An own token's two columns of a tile that both blocks have.
-    auto put_both = [&](u32 tile, float x, float y) {
+    auto put_both = [&](u32 tile, float x, float y, Exchange exchange) {
         const u32 pair = pack_bf16(x, y), at = shared + tile + (own + OWN * rank) * PITCH + 2 * column;
         store_shared_u32(at, pair);
-        store_cluster_u32(cluster_address(at, 1 - rank), pair);
+        store_async_u32(cluster_address(at, 1 - rank), pair, cluster_address(barrier(exchange), 1 - rank));
     };
 
     auto add_dgamma = [&](float x, float y, float z, float w) {
@@ -157,12 +161,23 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
         store_shared4(dgamma_at, sum[0] + x, sum[1] + y, sum[2] + z, sum[3] + w);
     };
 
+    if (threadIdx.x == 0) {
+        for (u32 i = 0; i < 4; i++) barrier_init(shared + Shared::BARRIERS + 8 * i, 1);
+        barrier_publish();
+    }
     u32 checkpoint = count; // W is read where the mini-batches below this begin
     copy_async_wait<Shared::STAGES - 1>();
     cluster_sync();
     for (u32 m = count; m-- > 0;) {
         const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
         const u32 tile_k = stage + Shared::K, tile_q = stage + Shared::Q, tile_ghat1 = stage + Shared::GHAT1, tile_ghat2 = stage + Shared::GHAT2;
+        const u32 parity = (count - 1 - m) % 2;
+        if (threadIdx.x == 0) {
+            barrier_expect(barrier(TILES_OF_TOKENS), 4 * OWN * D);
+            barrier_expect(barrier(SUMS_OF_UNITS), 3 * 4 * OWN * D + 4 * OWN * MLP_WARPS);
+            barrier_expect(barrier(DZ2_OF_TOKENS), 2 * OWN * D);
+            barrier_expect(barrier(DK_OF_UNITS), 4 * OWN * D);
+        }
         const bool commits = (m + 1) * K <= seg.len;
         const float neg_tau_last = commits ? load_shared(shared + Shared::NEG_TAU + 4 * (K - 1)) : 0.0f;
         const u32 token = own + OWN * rank, own_tile = token * PITCH + 2 * column;
@@ -223,8 +238,8 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
             store_shared2(own_x, x[0], x[1]);
             store_shared2(own_e, e[0], e[1]);
             if (column == 0) store_shared4(rows, rs, mean_gx, mean_g, mean_g2x), store_shared(rows + 16, mean_g2x2);
-            put_both(Shared::G2, g2[0], g2[1]);
-            put_both(Shared::DZBAR2, dzbar[0], dzbar[1]);
+            put_both(Shared::G2, g2[0], g2[1], TILES_OF_TOKENS);
+            put_both(Shared::DZBAR2, dzbar[0], dzbar[1], TILES_OF_TOKENS);
         }
         // tok_last Ĝ2, as the forward rounded it; both blocks make all of it.
         for (u32 i = threadIdx.x; i < TOKENS * D / 2; i += MLP_THREADS) {
@@ -285,7 +300,8 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
             const u32 at = shared + Shared::CAUSAL + 4 * l.lane;
             store_shared_u32(at, causal.low), store_shared_u32(at + 128, causal.cross), store_shared_u32(at + 256, causal.high);
         }
-        cluster_sync();
+        __syncthreads();
+        barrier_sleep(barrier(TILES_OF_TOKENS), parity);
 
         // W2 undone; the part of (b) that W2 gives, Ĝ2 dW2'ᵀ, N2.
         if (commits) add_product(w2[0], x2, shared + Shared::UPDATE2, l);
@@ -456,7 +472,10 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
             float sum = (odd ? b : a) + __shfl_xor_sync(FULL_WARP, odd ? a : b, 8);
             sum += __shfl_xor_sync(FULL_WARP, sum, 4);
             const u32 at = shared + Shared::DLR + ((rank * MLP_WARPS + l.warp) * TOKENS + 8 * upper + 2 * l.c + odd) * 4;
-            if (l.g % 2 == 0) store_cluster(cluster_address(at, upper), sum);
+            if (l.g % 2 == 0) {
+                if (upper == rank) store_shared(at, sum);
+                else store_async(cluster_address(at, upper), sum, cluster_address(barrier(SUMS_OF_UNITS), upper));
+            }
         }
         {
             u32 x[4];
@@ -487,10 +506,10 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
         }
         __syncthreads();
         float dghat2[2], duw[2], dq[2];
-        block_sum(dghat2, 0, 0);
-        block_sum(duw, 1, 1);
-        block_sum(dq, 2, 2);
-        cluster_sync();
+        block_sum(dghat2, 0, 0, SUMS_OF_UNITS);
+        block_sum(duw, 1, 1, SUMS_OF_UNITS);
+        block_sum(dq, 2, 2, SUMS_OF_UNITS);
+        barrier_sleep(barrier(SUMS_OF_UNITS), parity);
 
         // Tokens: dlr, dG2, (h) dZ2, dv, dq
         {
@@ -533,7 +552,7 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
                 sums[i] = un * (gamma[i] * xhat[i] + e[i]);
             }
             add_dgamma(sums[0], sums[1], de[0], de[1]);
-            put_both(Shared::DZ2, dz2[0], dz2[1]);
+            put_both(Shared::DZ2, dz2[0], dz2[1], DZ2_OF_TOKENS);
             store_shared2(own_x, de[0], de[1]);
             if (present) {
                 const u32 at = 2 * (head * D + column);
@@ -541,7 +560,8 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
                 *at_row((u32*)p.dq, row, 2 * p.dq_stride, at) = pack_bf16(dq[0] + low_f32(dz), dq[1] + high_f32(dz));
             }
         }
-        cluster_sync();
+        __syncthreads();
+        barrier_sleep(barrier(DZ2_OF_TOKENS), parity);
 
         // (i), (j) dZ1
         u32 dz1[4], dz1_t[4];
@@ -607,17 +627,16 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
             const u32 at = shared + Shared::DB2 + bias;
             if (l.c == 0) store_shared(at, load_shared(at) + b[0]), store_shared(at + 32, load_shared(at + 32) + b[2]);
         }
-        __syncthreads();
-        float dk[2];
-        block_sum(dk, 0, 3);
-        float de[2]; // read before the next tiles may come
-        load_shared2(de, own_x);
+        float de[2], dk[2];
+        load_shared2(de, own_x); // before the next tiles may come
         copy_async_wait<Shared::STAGES - 2>();
-        cluster_sync();
-        add_other(dk, 3);
-        if (present) *at_row((u32*)p.dk, row, 2 * p.dk_stride, 2 * (head * D + column)) = pack_bf16(dk[0] + de[0], dk[1] + de[1]);
+        __syncthreads();
         if (m >= Shared::STAGES) fetch(m - Shared::STAGES);
         copy_async_commit();
+        block_sum(dk, 0, 3, DK_OF_UNITS);
+        barrier_sleep(barrier(DK_OF_UNITS), parity);
+        add_other(dk, 3);
+        if (present) *at_row((u32*)p.dk, row, 2 * p.dk_stride, 2 * (head * D + column)) = pack_bf16(dk[0] + de[0], dk[1] + de[1]);
     }
 
     store_units(dstate, dw1, dw2, unit, l);
@@ -626,6 +645,7 @@ KERNEL CLUSTER(2) __launch_bounds__(MLP_THREADS, 1) ttt_mlp_backward(const __gri
     // Sums of both blocks in the first, in a fixed order: [rank][dtok of each warp | dtok_last of each warp | dgamma, dbeta of each own token]
     constexpr u32 LEN = MLP_WARPS * TOKENS + MLP_WARPS + 2 * OWN * D;
     const u32 ends = cluster_address(shared + Shared::PARTS + rank * LEN * 4, 0);
+    cluster_sync(); // the last parts of dk were read
 #pragma unroll
     for (u32 step = 1; step < 32; step *= 2) {
         if (step < 4) {

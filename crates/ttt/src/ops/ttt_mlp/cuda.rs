@@ -2,8 +2,8 @@
 
 use crate::Result;
 use crate::config::Inner;
-use crate::device::cuda::Cuda;
-use crate::device::cuda::kernels::{Entry, Source};
+use crate::device::cuda::kernels::{Entry, HOPPER, Source, architecture};
+use crate::device::cuda::{Cuda, width};
 use crate::device::view::View;
 use crate::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::ops::ttt_linear::cuda::{MAX_MINI_BATCH, plain, reduce, stride, with_checkpoints};
@@ -24,6 +24,72 @@ pub(crate) static PLAIN: Source = Source {
         Entry { name: "ttt_mlp_backward_plain_f32", registers: 255 },
     ],
 };
+
+/// The forward for bf16, heads of 64 and mini-batches of up to 16.
+pub(crate) static FORWARD: Source = Source {
+    name: "ttt_mlp_forward_64",
+    file: "ops/ttt_mlp/forward.cu",
+    text: include_str!("forward.cu"),
+    defines: &["HEAD_DIM=64"],
+    untuned: &[],
+    types: &[DType::Bf16],
+    kernels: &[Entry { name: "ttt_mlp_forward", registers: 255 }],
+};
+
+/// One token a sequence, for bf16, heads of 64 and any mini-batch.
+pub(crate) static DECODE: Source = Source {
+    name: "ttt_mlp_decode_64",
+    file: "ops/ttt_mlp/decode.cu",
+    text: include_str!("decode.cu"),
+    defines: &["HEAD_DIM=64"],
+    untuned: &[],
+    types: &[DType::Bf16],
+    kernels: &[Entry { name: "ttt_mlp_decode", registers: 80 }],
+};
+
+/// Its backward, which needs clusters of blocks.
+pub(crate) static BACKWARD: Source = Source {
+    name: "ttt_mlp_backward_64",
+    file: "ops/ttt_mlp/backward.cu",
+    text: include_str!("backward.cu"),
+    defines: &["HEAD_DIM=64"],
+    untuned: &[],
+    types: &[DType::Bf16],
+    kernels: &[Entry { name: "ttt_mlp_backward", registers: 255 }],
+};
+
+/// Head size of the fast kernels.
+const HEAD_DIM: usize = 64;
+/// Bytes of shared memory of a block of the fast kernels: `Shared::BYTES` of their files.
+const FORWARD_SHARED: usize = shared()[0];
+/// As [`FORWARD_SHARED`].
+const BACKWARD_SHARED: usize = shared()[1];
+/// As [`FORWARD_SHARED`].
+const DECODE_SHARED: usize = shared()[2];
+/// Blocks of a cluster of the backward.
+const CLUSTER: usize = 2;
+
+const fn shared() -> [usize; 3] {
+    let (d, warps, tile) = (HEAD_DIM, HEAD_DIM / 8, 16 * (2 * HEAD_DIM + 16));
+    let copy = 4 * d * (2 * d + 16); // of W2
+    let sum = 64 * (d + 8);
+    let forward = 3 * (3 * tile + 64) + 3 * tile + copy + warps * (2 * sum + 2048) + 32 * d + 3 * 128 + 80;
+    let stage = 5 * tile + 16 * (4 * d + 16) + 64 * d + 64;
+    let backward = 2 * stage + 4 * tile + 3 * copy / 2 + 3 * warps * sum + 128 * d + 128 * warps + 92 * d + 3 * 128 + 368;
+    let decode = 4 * (4 * d * (d + 4) + warps * d + 12 * d + 128);
+    [forward, backward, decode]
+}
+
+/// Whether the kernels for one token, the fast forward and the fast backward cover type, sizes and layout, and this GPU can run them.
+fn fast(cuda: &Cuda, inputs: &Inputs, others: &[View]) -> [bool; 3] {
+    let (_, _, d, k) = inputs.sizes();
+    let aligned = width(&[inputs.q, inputs.k, inputs.v]) == 8 && width(others) == 8;
+    let sized = inputs.q.dtype() == DType::Bf16 && d == HEAD_DIM;
+    let covered = sized && k <= 16 && aligned;
+    let room = cuda.info().shared_bytes;
+    let hopper = architecture(cuda.info().compute) == HOPPER;
+    [sized && DECODE_SHARED <= room, covered && FORWARD_SHARED <= room, covered && BACKWARD_SHARED <= room && hopper]
+}
 
 /// Threads of a block of the plain kernels.
 const THREADS: usize = 256;
@@ -131,7 +197,10 @@ pub(crate) fn forward(
         None => None,
     };
     let blocks = list.len() * heads;
-    let scratch = Tensor::empty(device, &[blocks * scratch_lens(d, k)[0]], DType::F32)?;
+    let [decode, fast, _] = fast(cuda, inputs, &[]);
+    let decode = decode && keep.is_none() && segments.iter().all(|s| s.len == 1);
+    let scratch_len = if fast || decode { 0 } else { scratch_lens(d, k)[0] };
+    let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
     let start = if keep == Some(1) { Some(state.weights().copy()?) } else { None };
     let (weights, rows) = state.tensors_mut();
@@ -164,8 +233,16 @@ pub(crate) fn forward(
     // SAFETY: sizes and segments were checked above; what is written is owned or mutably borrowed; the plain kernel has scratch
     // for each block.
     unsafe {
-        let kernel = plain(dtype, ["ttt_mlp_forward_plain_bf16", "ttt_mlp_forward_plain_f32"]);
-        cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
+        if decode {
+            let kernel = (dtype, "ttt_mlp_decode");
+            cuda.launch_with(&DECODE, kernel, [blocks, 1, 1], 4 * d, DECODE_SHARED, &params);
+        } else if fast {
+            let kernel = (dtype, "ttt_mlp_forward");
+            cuda.launch_with(&FORWARD, kernel, [blocks, 1, 1], 4 * d, FORWARD_SHARED, &params);
+        } else {
+            let kernel = plain(dtype, ["ttt_mlp_forward_plain_bf16", "ttt_mlp_forward_plain_f32"]);
+            cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
+        }
     }
     let saved = kept.map(|(states, ghat, sums)| Saved {
         inner: Inner::Mlp,
@@ -198,7 +275,9 @@ pub(crate) fn backward(
     let (list, _) = with_checkpoints(segments, k, group);
     let blocks = list.len() * heads;
     let [dq, dk, dv, dlr] = [d.dq.as_view(), d.dk.as_view(), d.dv.as_view(), d.dlr.as_view()];
-    let scratch = Tensor::empty(device, &[blocks * scratch_lens(width, k)[1]], DType::F32)?;
+    let [_, _, fast] = fast(cuda, inputs, &[dz, dq, dk, dv]);
+    let scratch_len = if fast { 0 } else { scratch_lens(width, k)[1] };
+    let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
     let partials = Tensor::empty(device, &[blocks, k + 2 * width], DType::F32)?;
     let uploaded = cuda.upload(&list)?;
     let params = BackwardParams {
@@ -237,8 +316,13 @@ pub(crate) fn backward(
     };
     // SAFETY: as in `forward`; the gradients have the shapes of what they are gradients of (checked above).
     unsafe {
-        let kernel = plain(q.dtype(), ["ttt_mlp_backward_plain_bf16", "ttt_mlp_backward_plain_f32"]);
-        cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
+        if fast {
+            let kernel = (q.dtype(), "ttt_mlp_backward");
+            cuda.launch_with(&BACKWARD, kernel, [CLUSTER * blocks, 1, 1], 4 * width, BACKWARD_SHARED, &params);
+        } else {
+            let kernel = plain(q.dtype(), ["ttt_mlp_backward_plain_bf16", "ttt_mlp_backward_plain_f32"]);
+            cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
+        }
     }
     reduce(cuda, &partials, &p, [list.len(), heads, width, k, 1]);
     Ok(())
@@ -252,9 +336,9 @@ mod tests {
     use crate::device::cuda::compile::{compile, version};
     use crate::device::cuda::kernels::HEADERS;
 
-    /// Sizes and the last offsets are those that the compiler finds in the sources.
+    /// Sizes, the last offsets, and bytes of shared memory are those that the compiler finds in the sources.
     #[test]
-    fn layouts_are_those_of_the_kernels() {
+    fn layouts_and_shared_memory_are_those_of_the_kernels() {
         if version().is_none() {
             assert!(std::env::var_os("TTT_TEST_NVRTC").is_none(), "NVRTC was not found, though TTT_TEST_NVRTC is set");
             eprintln!("NVRTC was not found: nothing was compared");
@@ -274,5 +358,10 @@ mod tests {
             equal("__INTADDR__(&((MlpBackwardParams*)0)->group)", offset_of!(BackwardParams, group)),
         ];
         compile("layout", &format!("#include \"mlp_params.cuh\"\n{}", layout.concat()), &headers, &options).unwrap();
+        let options = [&options[..], &[format!("-DHEAD_DIM={HEAD_DIM}")]].concat();
+        for (source, bytes) in [(&FORWARD, FORWARD_SHARED), (&BACKWARD, BACKWARD_SHARED), (&DECODE, DECODE_SHARED)] {
+            let text = format!("{}\n{}", source.text, equal("Shared::BYTES", bytes));
+            compile(source.name, &text, &headers, &options).unwrap();
+        }
     }
 }

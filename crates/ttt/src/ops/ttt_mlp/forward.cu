@@ -49,28 +49,29 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
     auto rows_at = [&](u32 i) { return p.rows + (place() * (K - 1) + i) * ROW; };
 
     auto fetch = [&](u32 m) {
-        const u32 stage = shared + m % Shared::STAGES * Shared::STAGE;
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < 3 * TOKENS * (D / 8); i += MLP_THREADS) {
-            const u32 which = i / (TOKENS * (D / 8)), row = i / (D / 8) % TOKENS, chunk = i % (D / 8), position = m * K + row;
-            const u32 to = stage + which * TILE + row * PITCH + 16 * chunk;
-            if (which == 0 && row < K && position < phase) { // k of an earlier call
-                const float* from = rows_at(position) + 8 * chunk;
+        const u32 stage = shared + m % Shared::STAGES * Shared::STAGE, tid = threadIdx.x;
+        // A half of the threads brings k and v, the other q.
+        const u32 row = tid / (D / 8) % TOKENS, chunk = tid % (D / 8), position = m * K + row;
+        const bool present = row < K && position >= phase && position < end;
+        const u32 at = present ? seg.first_row + position - phase : 0, to = stage + row * PITCH + 16 * chunk, from = 2 * (head * D + 8 * chunk);
+        if (tid < MLP_THREADS / 2) {
+            copy_async_16(to + Shared::V, at_row(p.v, at, 2 * p.v_stride, from), present);
+            if (row < K && position < phase) { // k of an earlier call
+                const float* k = rows_at(position) + 8 * chunk;
                 u32 pairs[4];
 #pragma unroll
-                for (u32 j = 0; j < 4; j++) pairs[j] = pack_bf16(from[2 * j], from[2 * j + 1]);
-                store_shared4(to, pairs);
-                continue;
+                for (u32 j = 0; j < 4; j++) pairs[j] = pack_bf16(k[2 * j], k[2 * j + 1]);
+                store_shared4(to + Shared::K, pairs);
+            } else {
+                copy_async_16(to + Shared::K, at_row(p.k, at, 2 * p.k_stride, from), present);
             }
-            const bool present = row < K && position >= phase && position < end;
-            const void* from = which == 0 ? p.k : which == 1 ? p.q : p.v;
-            const u32 stride = which == 0 ? p.k_stride : which == 1 ? p.q_stride : p.v_stride;
-            copy_async_16(to, at_row(from, present ? seg.first_row + position - phase : 0, 2 * stride, 2 * (head * D + 8 * chunk)), present);
+        } else {
+            copy_async_16(to + Shared::Q, at_row(p.q, at, 2 * p.q_stride, from), present);
         }
-        if (threadIdx.x < TOKENS) {
-            const u32 at = m * K + threadIdx.x;
-            const bool here = threadIdx.x < K && at >= phase && at < end;
-            copy_async_4(stage + Shared::LR + 4 * threadIdx.x, at_row(p.lr, here ? seg.first_row + at - phase : 0, 4 * p.lr_stride, 4 * head), here);
+        if (tid < TOKENS) {
+            const u32 position = m * K + tid;
+            const bool here = tid < K && position >= phase && position < end;
+            copy_async_4(stage + Shared::LR + 4 * tid, at_row(p.lr, here ? seg.first_row + position - phase : 0, 4 * p.lr_stride, 4 * head), here);
         }
     };
 #pragma unroll
@@ -299,8 +300,8 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
                         ghat1[t][i] = pack_bf16(from[0], first + 1 < phase ? from[ROW] : high_f32(ghat1[t][i]));
                 }
         }
-        // Through a patch into rows: a lane then has 8 TILES units of a token.
-        const u32 patch = shared + Shared::FIRST + l.warp * SUM, mine = patch + l.token * UNITS_PITCH + 16 * TILES * l.half;
+        // Through a patch into rows: a lane then has 8 units of a token of each tile.
+        const u32 patch = shared + Shared::FIRST + l.warp * SUM, mine = patch + l.token * UNITS_PITCH + 16 * l.half;
         auto put_rows = [&](const u32(&x)[TILES][4]) {
             __syncwarp();
 #pragma unroll
@@ -315,22 +316,22 @@ KERNEL __launch_bounds__(MLP_THREADS, 1) ttt_mlp_forward(const __grid_constant__
         const bool here = l.token < K && at >= phase && at < end;
         if (p.ghat) {
             put_rows(ghat1);
-            u16* to = (u16*)p.ghat + ((u64)(seg.first_row + at - phase) * p.heads + head) * (F + D) + unit + 8 * TILES * l.half;
+            u16* to = (u16*)p.ghat + ((u64)(seg.first_row + at - phase) * p.heads + head) * (F + D) + unit + 8 * l.half;
 #pragma unroll
             for (u32 t = 0; t < TILES; t++) {
                 u32 x[4];
-                load_shared4(x, mine + 16 * t);
-                if (here) store_global4(to + 8 * t, x);
+                load_shared4(x, mine + 32 * t);
+                if (here) store_global4(to + 16 * t, x);
             }
         }
         if (p.rows && !complete) {
-            float* to = rows_at(l.token) + D + unit + 8 * TILES * l.half;
+            float* to = rows_at(l.token) + D + unit + 8 * l.half;
             auto open = [&](float* to) {
 #pragma unroll 1
                 for (u32 i = 0; i < 2 * TILES; i++) {
                     float x[4];
-                    load4(x, mine + 8 * i);
-                    if (here) store_global4(to + 4 * i, x);
+                    load4(x, mine + i / 2 * 32 + i % 2 * 8);
+                    if (here) store_global4(to + i / 2 * 16 + i % 2 * 4, x);
                 }
             };
             put_rows(ghat1);

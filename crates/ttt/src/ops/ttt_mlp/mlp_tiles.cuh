@@ -26,6 +26,8 @@ DEVICE void transpose(u32 (&t)[4], const u32 (&a)[4]) {
     t[0] = movmatrix(a[0]), t[1] = movmatrix(a[2]), t[2] = movmatrix(a[1]), t[3] = movmatrix(a[3]);
 }
 
+DEVICE u64 join(u32 low, u32 high) { return low | (u64)high << 32; }
+
 constexpr float GELU_C = 0.7978845608f, GELU_A = 0.044715f;
 // gelu (tanh form), its first and second derivative.
 DEVICE float fast_gelu(float x) {
@@ -64,7 +66,8 @@ DEVICE void store_units(float* state, const float (&w1)[TILES][D / 8][4], const 
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 at1[(8 * j + i % 2) * F + 16 * t + i / 2 * 8] = w1[t][j][i];
-                at2[(16 * t + i / 2 * 8) * D + 8 * j + i % 2] = w2[t][j][i];
+                if (i % 2 == 0)
+                    *(u64*)(at2 + (16 * t + i / 2 * 8) * D + 8 * j) = join(__float_as_uint(w2[t][j][i]), __float_as_uint(w2[t][j][i + 1]));
             }
 }
 
@@ -93,7 +96,6 @@ DEVICE void load4(float (&x)[4], u32 at) {
     load_shared2(pairs, at);
     x[0] = low_f32(pairs[0]), x[1] = high_f32(pairs[0]), x[2] = low_f32(pairs[1]), x[3] = high_f32(pairs[1]);
 }
-DEVICE u64 join(u32 low, u32 high) { return low | (u64)high << 32; }
 
 // Sum over N neighbouring lanes, to all of them.
 template <u32 N, u32 COUNT> DEVICE void lane_sums(float (&sums)[COUNT]) {
