@@ -44,7 +44,7 @@ pub(crate) static DECODE: Source = Source {
     defines: &["HEAD_DIM=64"],
     untuned: &[],
     types: &[DType::Bf16],
-    kernels: &[Entry { name: "ttt_mlp_decode", registers: 80 }],
+    kernels: &[Entry { name: "ttt_mlp_decode", registers: 128 }],
 };
 
 /// Its backward, which needs clusters of blocks.
@@ -244,14 +244,8 @@ pub(crate) fn forward(
             cuda.launch_with(&PLAIN, kernel, [blocks, 1, 1], THREADS, 0, &params);
         }
     }
-    let saved = kept.map(|(states, ghat, sums)| Saved {
-        inner: Inner::Mlp,
-        group,
-        states,
-        ghat: Some(ghat),
-        sums: Some(sums),
-        start,
-    });
+    let saved =
+        kept.map(|(states, ghat, sums)| Saved { inner: Inner::Mlp, group, states, ghat: Some(ghat), sums: Some(sums), start });
     Ok((z, saved))
 }
 

@@ -20,7 +20,10 @@ struct Shared { // floats
 
 DEVICE void columns_of_f32(float (&x)[4], const float* at) { x[0] = at[0], x[1] = at[1], x[2] = at[2], x[3] = at[3]; }
 
-KERNEL __launch_bounds__(MLP_THREADS, D <= 64 ? 3 : 1) ttt_mlp_decode(const __grid_constant__ MlpForwardParams p) {
+// Blocks an SM: as many as shared memory has room for.
+constexpr u32 DECODE_BLOCKS = D > 64 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : 2;
+
+KERNEL __launch_bounds__(MLP_THREADS, DECODE_BLOCKS) ttt_mlp_decode(const __grid_constant__ MlpForwardParams p) {
     DYNAMIC_SHARED(memory);
     float* const shared = (float*)memory;
     float *w2 = shared + Shared::W2, *parts = shared + Shared::PARTS, *k = shared + Shared::K, *q = shared + Shared::Q;
