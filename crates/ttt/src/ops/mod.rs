@@ -65,7 +65,13 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &ttt_linear::cuda::BACKWARD_96,
     &ttt_linear::cuda::CHAIN_96,
     &ttt_linear::cuda::DECODE_96,
+    &ttt_mlp::cuda::PLAIN,
+    &ttt_mlp::cuda::FORWARD,
+    &ttt_mlp::cuda::DECODE,
 ];
+
+/// Kernels that use what only Hopper has.
+pub(crate) static HOPPER_KERNELS: &[&crate::device::cuda::kernels::Source] = &[&ttt_mlp::cuda::BACKWARD];
 
 /// Whether the fast f32 version of an operation runs, not the reference.
 pub(crate) fn fast(device: &Device, dtype: DType) -> bool {

@@ -22,7 +22,7 @@ use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
 
 use crate::batch::Segment;
-use crate::config::{Config, Inner, Mixer};
+use crate::config::{Config, Mixer};
 use crate::device::memory::{Buffer, Pool};
 use crate::device::view::{View, ViewMut};
 use crate::device::{Device, Kernels};
@@ -47,9 +47,6 @@ pub fn supports(config: &Config) -> Result<()> {
         let message = "mini-batches as long as the sequence, linear attention, and inner models without LayerNorm or residual do not \
                        run on a GPU yet; use --device cpu";
         return Err(Error::Config(message.into()));
-    }
-    if config.ttt_layer_type == Inner::Mlp {
-        return Err(Error::Config("TTT-MLP does not run on a GPU yet; use --device cpu, or model.inner=linear".into()));
     }
     limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS)?;
     limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;
