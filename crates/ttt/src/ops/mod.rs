@@ -22,10 +22,12 @@ pub mod inner;
 pub mod inner_lr;
 pub mod layer_norm;
 pub mod linear;
+pub mod linear_attention;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 pub mod token_scale;
+pub mod ttt_batch;
 pub mod ttt_linear;
 pub mod ttt_mlp;
 
