@@ -194,8 +194,9 @@ impl RunResults {
     /// What kind of model it is, and its size.
     pub fn model(&self) -> String {
         let config = &self.config;
+        let learner = config.kind();
         let backbone = if config.inner().is_some() && config.use_gate && config.share_qk { ", Mamba backbone" } else { "" };
-        format!("{}{backbone}, {} x {}", config.kind(), config.num_hidden_layers, config.hidden_size)
+        format!("{learner}{backbone}, {} x {}", config.num_hidden_layers, config.hidden_size)
     }
 
     /// Number of parameters.

@@ -43,7 +43,6 @@ pub(crate) fn backward_weight(dy: Mat<f32>, x: Mat<f32>, dw: MatMut<f32>) {
 }
 
 /// A matrix, perhaps transposed: element (i, j) lies at `i · row_stride + j · col_stride`.
-#[derive(Clone, Copy)]
 pub(crate) struct Operand<'a> {
     mat: Mat<'a, f32>,
     shape: [usize; 2],
@@ -52,16 +51,22 @@ pub(crate) struct Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// The matrix itself.
     pub(crate) fn new(mat: Mat<'a, f32>) -> Self {
         Operand { mat, shape: [mat.rows(), mat.cols()], row_stride: mat.stride(), col_stride: 1 }
     }
 
-    /// Rows as columns.
     pub(crate) fn transposed(self) -> Self {
         let Operand { mat, shape: [rows, cols], row_stride, col_stride } = self;
         Operand { mat, shape: [cols, rows], row_stride: col_stride, col_stride: row_stride }
     }
+}
+
+/// `y = a b`, or `y += a b`, where the work around it is what threads share.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn product_here(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
+    product_on(a, b, y, add, Parallelism::None);
 }
 
 /// `y = a b`, or `y += a b`.
@@ -72,15 +77,10 @@ fn product(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
         1 => Parallelism::None,
         threads => Parallelism::Rayon(threads),
     };
-    product_with(a, b, y, add, parallelism);
+    product_on(a, b, y, add, parallelism);
 }
 
-/// `y = a b`, or `y += a b`, on this thread alone.
-pub(crate) fn product_here(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
-    product_with(a, b, y, add, Parallelism::None);
-}
-
-fn product_with(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool, parallelism: Parallelism) {
+fn product_on(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool, parallelism: Parallelism) {
     let ([m, k], [_, n]) = (a.shape, b.shape);
     assert!(b.shape[0] == k && [y.rows(), y.cols()] == [m, n], "{:?} x {:?} into {} x {}", a.shape, b.shape, y.rows(), y.cols());
     let stride = y.stride() as isize;
