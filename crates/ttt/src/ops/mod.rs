@@ -24,6 +24,8 @@ pub mod layer_norm;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;
+pub mod selective_scan;
+pub mod silu;
 pub mod swiglu;
 pub mod token_scale;
 pub mod ttt_linear;
