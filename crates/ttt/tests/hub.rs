@@ -345,7 +345,7 @@ fn a_wrong_config_is_refused_by_field() {
     let model = Model::new(small(Inner::Linear, Backbone::Mamba));
     let path = model.config_with(|_| ());
     let cases = [
-        ("model_type", json!("llama"), "model_type is \"llama\""),
+        ("model_type", json!("gpt2"), "model_type is \"gpt2\"; this program reads models of type \"ttt\", \"llama\", \"mamba\""),
         ("ttt_layer_type", json!("conv"), "ttt_layer_type is \"conv\": unknown variant `conv`, expected `linear` or `mlp`"),
         ("hidden_size", json!(-1), "hidden_size is -1"),
         ("hidden_size", json!("32"), "hidden_size is \"32\""),

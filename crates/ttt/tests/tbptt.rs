@@ -145,7 +145,7 @@ fn segments(model: &Lm, draw: &Draw, keep: Keep, across: bool) -> (Vec<Vec<f64>>
     }
     if let Some(dstates) = dstates {
         // Every document has started from the initial weights: they have all of the gradient, and nothing is left.
-        let all = (0..2).flat_map(|i| dstates.layer(i).tensors()).flat_map(|t| t.to_f64_vec());
+        let all = (0..2).flat_map(|i| dstates.layer(i).tensors()).flat_map(|(_, t)| t.to_f64_vec());
         assert!(all.into_iter().all(|x| x == 0.0));
     }
     (likelihoods, grads, states)

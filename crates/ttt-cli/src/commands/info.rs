@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 use ttt::Storage;
 use ttt::data::Tokenizer;
-use ttt::hub::{ModelFolder, Skill, SkillInfo, base_hash, model_hash};
+use ttt::hub::{config_json, ModelFolder, Skill, SkillInfo, base_hash, model_hash};
 use ttt::params::Entry;
 use ttt::plan;
 use ttt::train::checkpoint::{STATE, TrainerState};
@@ -45,7 +45,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
         });
         let parts: serde_json::Map<_, _> = by_part.values().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
         let mut object = json!({
-            "folder": path, "config": config, "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype, "weight_bytes": lm.weights().bytes(),
+            "folder": path, "config": config_json::fields(config), "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype, "weight_bytes": lm.weights().bytes(),
             "hash": hash, "base": base, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "training": trainer,
         });
         if args.tensors {
@@ -116,6 +116,10 @@ fn part(entry: &Entry) -> (usize, &'static str) {
         (2, "initial fast weights")
     } else if name.contains(".seq_modeling_block.") {
         (1, "TTT layers")
+    } else if name.contains(".self_attn.") {
+        (1, "attention")
+    } else if name.contains(".mixer.") {
+        (1, "Mamba layers")
     } else if name.contains(".mlp.") {
         (3, "feed-forward")
     } else if name.contains(".conv.") {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 use ttt::Storage;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Mixer};
 use ttt::layer::Keep;
 use ttt::params::ParamTable;
 use ttt::plan::{Memory, Segments, flops, inference_memory, segmented_memory, training_memory, weight_bytes};
@@ -91,20 +91,27 @@ type Part = fn(&Memory) -> usize;
 
 /// A model in a line.
 pub fn describe(config: &Config) -> String {
-    let backbone = if config.use_gate && config.share_qk { "Mamba" } else { "Transformer" };
-    let inner = match config.ttt_layer_type {
-        Inner::Linear => "TTT-Linear",
-        Inner::Mlp => "TTT-MLP",
+    let what = match config.mixer {
+        Mixer::Ttt => {
+            let backbone = if config.use_gate && config.share_qk { "Mamba" } else { "Transformer" };
+            let convolutions = if config.pre_conv { " with convolutions" } else { "" };
+            format!("{}, {backbone} backbone{convolutions}", config.kind())
+        }
+        Mixer::Attention | Mixer::Mamba => config.kind().to_owned(),
+    };
+    let (ffn, k) = (config.intermediate_size, config.mini_batch_size);
+    let heads = format!("{} heads", config.num_attention_heads);
+    let (before, after) = match config.mixer {
+        Mixer::Ttt => (format!("{heads}, feed-forward {ffn}"), format!(", mini-batch {k}")),
+        Mixer::Attention if config.key_value_heads() < config.num_attention_heads => {
+            (format!("{heads}, {} of keys and values, feed-forward {ffn}", config.key_value_heads()), String::new())
+        }
+        Mixer::Attention => (format!("{heads}, feed-forward {ffn}"), String::new()),
+        Mixer::Mamba => (format!("{} channels with {} states", config.inner_size(), config.state_size), String::new()),
     };
     format!(
-        "{inner}, {backbone} backbone{}: {} layers of {}, {} heads, feed-forward {}, {} token ids, mini-batch {}",
-        if config.pre_conv { " with convolutions" } else { "" },
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.intermediate_size,
-        config.vocab_size,
-        config.mini_batch_size
+        "{what}: {} layers of {}, {before}, {} token ids{after}",
+        config.num_hidden_layers, config.hidden_size, config.vocab_size
     )
 }
 

@@ -22,7 +22,7 @@ use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
 
 use crate::batch::Segment;
-use crate::config::{Config, Inner};
+use crate::config::{Config, Inner, Mixer};
 use crate::device::memory::{Buffer, Pool};
 use crate::device::view::{View, ViewMut};
 use crate::device::{Device, Kernels};
@@ -38,6 +38,11 @@ pub fn supports(config: &Config) -> Result<()> {
         true => Err(Error::Config(format!("{what} is {is}; on a GPU it is at most {most}; use --device cpu"))),
         false => Ok(()),
     };
+    match config.mixer {
+        Mixer::Ttt => {}
+        Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
+        Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
+    }
     if config.ttt_layer_type == Inner::Mlp {
         return Err(Error::Config("TTT-MLP does not run on a GPU yet; use --device cpu, or model.inner=linear".into()));
     }
