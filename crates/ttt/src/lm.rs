@@ -425,7 +425,7 @@ impl Lm {
 /// Checks that a model can be made on a device.
 fn check(config: &Config, device: &Device, storage: Storage) -> Result<()> {
     config.validate()?;
-    if config.mixer != Mixer::Ttt {
+    if config.mixer == Mixer::Attention {
         return Err(Error::Config("models of this type are described, but not computed yet".into()));
     }
     match (device, storage) {

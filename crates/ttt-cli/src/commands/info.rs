@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 use ttt::Storage;
 use ttt::data::Tokenizer;
-use ttt::hub::{config_json, ModelFolder, Skill, SkillInfo, base_hash, model_hash};
+use ttt::hub::{ModelFolder, Skill, SkillInfo, base_hash, config_json, model_hash};
 use ttt::params::Entry;
 use ttt::plan;
 use ttt::train::checkpoint::{STATE, TrainerState};

@@ -58,8 +58,7 @@ fn shape(name: &str) -> Result<Config> {
         "1.3b" | "1b" => (2048, 5504, 24, 32, 32_000),
         _ => return Err(unknown(name, &PRESETS)),
     };
-    let sizes =
-        Config { hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size, ..Config::default() };
+    let sizes = Config { hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size, ..Config::default() };
     Ok(match name {
         // Bytes, and the two ids behind them.
         "tiny" => Config { bos_token_id: Some(256), eos_token_id: Some(257), ..sizes },

@@ -140,9 +140,10 @@ pub fn read(path: &Path) -> Result<(Config, Map<String, Value>)> {
     let wrong = |message: String| Error::format(path, message);
     let known = DIALECTS.iter().map(|d| format!("\"{}\"", d.model_type)).collect::<Vec<_>>().join(", ");
     let dialect = match extra.shift_remove("model_type") {
-        Some(kind) => DIALECTS.iter().find(|d| kind == d.model_type).ok_or_else(|| {
-            wrong(format!("model_type is {kind}; this program reads models of type {known}"))
-        })?,
+        Some(kind) => DIALECTS
+            .iter()
+            .find(|d| kind == d.model_type)
+            .ok_or_else(|| wrong(format!("model_type is {kind}; this program reads models of type {known}")))?,
         None => return Err(wrong(format!("there is no model_type; this program reads models of type {known}"))),
     };
     if dialect.mixer == Mixer::Attention {
@@ -151,7 +152,10 @@ pub fn read(path: &Path) -> Result<(Config, Map<String, Value>)> {
     for (name, fixed) in dialect.fixed {
         let only = fixed.value();
         if extra.shift_remove(*name).is_some_and(|value| value != only && !value.is_null()) {
-            return Err(wrong(format!("{name} is set; this program computes {} models with {name} {only} alone", dialect.model_type)));
+            return Err(wrong(format!(
+                "{name} is set; this program computes {} models with {name} {only} alone",
+                dialect.model_type
+            )));
         }
     }
     let Ok(Value::Object(mut values)) = serde_json::to_value(dialect.defaults()) else { unreachable!("a Config is an object") };
@@ -200,7 +204,9 @@ fn settle_rope(extra: &mut Map<String, Value>) -> std::result::Result<(), String
     match kind {
         None if scaling.is_empty() => {}
         Some(kind) if kind == "default" => {}
-        _ => return Err(format!("rope_scaling is {}; this program turns by plain positions alone", Value::Object(scaling.clone()))),
+        _ => {
+            return Err(format!("rope_scaling is {}; this program turns by plain positions alone", Value::Object(scaling.clone())));
+        }
     }
     extra.shift_remove("rope_scaling");
     Ok(())
@@ -210,7 +216,9 @@ fn settle_rope(extra: &mut Map<String, Value>) -> std::result::Result<(), String
 fn check_derived(config: &Config, extra: &mut Map<String, Value>) -> std::result::Result<(), String> {
     let derived = match config.mixer {
         Mixer::Ttt => return Ok(()),
-        Mixer::Attention => ("head_dim", config.hidden_size / config.num_attention_heads.max(1), "hidden_size / num_attention_heads"),
+        Mixer::Attention => {
+            ("head_dim", config.hidden_size / config.num_attention_heads.max(1), "hidden_size / num_attention_heads")
+        }
         Mixer::Mamba => ("intermediate_size", config.expand.saturating_mul(config.hidden_size), "expand times hidden_size"),
     };
     let (name, should, what) = derived;

@@ -304,8 +304,9 @@ fn resolve_tied_head(found: &mut BTreeMap<String, TensorRef<'_>>, embedding: &st
     if equal {
         return Ok(());
     }
-    let message =
-        format!("`{HEAD}` differs from `{embedding}`, but config.json ties them; set \"tie_word_embeddings\": false there to use both");
+    let message = format!(
+        "`{HEAD}` differs from `{embedding}`, but config.json ties them; set \"tie_word_embeddings\": false there to use both"
+    );
     Err(Error::format(path, message))
 }
 

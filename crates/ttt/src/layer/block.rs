@@ -143,7 +143,9 @@ impl Block {
     ) -> Result<LayerState> {
         let mut own = self.mixer.state(pass.weights, routes.len())?;
         // As large as the slots, so that copies of slots fit.
-        own.reserve(slots.clone().filter(|(name, _)| Extent::of(name) == Extent::Tokens).map(|(_, t)| t.shape()[1]).max().unwrap_or(0))?;
+        own.reserve(
+            slots.clone().filter(|(name, _)| Extent::of(name) == Extent::Tokens).map(|(_, t)| t.shape()[1]).max().unwrap_or(0),
+        )?;
         for (i, route) in routes.iter().enumerate() {
             match route.from {
                 Some(slot) => own.take(slots.clone(), slot, i),
@@ -246,8 +248,7 @@ impl Block {
         let normed = rms_norm::forward(mixer_input.view(), norm, self.eps)?;
         let dnormed = self.mixer.backward(pass, normed.view(), mixer, dffn_input.view(), own.as_mut(), grads)?;
         drop(normed);
-        let mut dmixer_input =
-            rms_norm::backward(dnormed.view(), mixer_input.view(), norm, self.eps, grads.view_mut(self.norm))?;
+        let mut dmixer_input = rms_norm::backward(dnormed.view(), mixer_input.view(), norm, self.eps, grads.view_mut(self.norm))?;
         drop((dnormed, mixer_input));
         add::add_to(dmixer_input.view_mut(), dffn_input.view());
         let dx = match (&self.pre_conv, input) {

@@ -107,8 +107,8 @@ impl MambaLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn forward_rows(&self, pass: &Pass<'_>, x: View<'_>, rows: &[usize], state: Option<&mut MambaState>) -> Result<Tensor> {
-        let Mixed { projected, y, .. } = self.mix(pass, x, state)?;
+    pub fn forward_rows(&self, pass: &Pass<'_>, x: View<'_>, rows: &[usize], state: &mut MambaState) -> Result<Tensor> {
+        let Mixed { projected, y, .. } = self.mix(pass, x, Some(state))?;
         let (gate, y) = (add::gather(self.gate(&projected), rows)?, add::gather(y.view(), rows)?);
         linear::forward(silu::gate(gate.view(), y.view())?.view(), pass.weights.matrix(self.ids.out_proj))
     }

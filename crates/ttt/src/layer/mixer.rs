@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::config::Config;
 use crate::device::view::View;
+use crate::layer::mamba::{MambaLayer, MambaSaved};
 use crate::layer::ttt::{TttLayer, TttSaved};
 use crate::layer::{Carried, LayerState, Pass};
 use crate::params::{MixerIds, Params};
@@ -14,6 +15,8 @@ use crate::weights::Weights;
 pub enum MixerLayer {
     /// A TTT layer.
     Ttt(TttLayer),
+    /// A Mamba layer.
+    Mamba(MambaLayer),
 }
 
 /// What a mixer's backward pass needs.
@@ -21,6 +24,8 @@ pub enum MixerLayer {
 pub enum MixerSaved {
     /// Of a TTT layer.
     Ttt(TttSaved),
+    /// Of a Mamba layer.
+    Mamba(MambaSaved),
 }
 
 impl MixerSaved {
@@ -28,6 +33,7 @@ impl MixerSaved {
     pub fn bytes(&self) -> usize {
         match self {
             MixerSaved::Ttt(saved) => saved.bytes(),
+            MixerSaved::Mamba(saved) => saved.bytes(),
         }
     }
 
@@ -35,6 +41,7 @@ impl MixerSaved {
     pub fn fast_weight_bytes(&self) -> usize {
         match self {
             MixerSaved::Ttt(saved) => saved.fast_weight_bytes(),
+            MixerSaved::Mamba(_) => 0,
         }
     }
 }
@@ -44,7 +51,8 @@ impl MixerLayer {
     pub fn new(config: &Config, ids: &MixerIds) -> MixerLayer {
         match ids {
             MixerIds::Ttt(ids) => MixerLayer::Ttt(TttLayer::new(config, ids)),
-            MixerIds::Attention(_) | MixerIds::Mamba(_) => unreachable!("refused before a model is made"),
+            MixerIds::Mamba(ids) => MixerLayer::Mamba(MambaLayer::new(config, ids)),
+            MixerIds::Attention(_) => unreachable!("refused before a model is made"),
         }
     }
 
@@ -52,6 +60,7 @@ impl MixerLayer {
     pub fn ttt(&self) -> Option<&TttLayer> {
         match self {
             MixerLayer::Ttt(layer) => Some(layer),
+            MixerLayer::Mamba(_) => None,
         }
     }
 
@@ -62,6 +71,7 @@ impl MixerLayer {
     pub fn state(&self, weights: &Weights, slots: usize) -> Result<LayerState> {
         match self {
             MixerLayer::Ttt(layer) => Ok(LayerState::Ttt(layer.state(weights, slots)?)),
+            MixerLayer::Mamba(layer) => Ok(LayerState::Mamba(layer.state(weights, slots)?)),
         }
     }
 
@@ -72,6 +82,9 @@ impl MixerLayer {
     pub fn start(&self, weights: &Weights, state: &mut LayerState, slot: usize) {
         match (self, state) {
             (MixerLayer::Ttt(layer), LayerState::Ttt(state)) => layer.start(weights, &mut state.fast, slot),
+            // A sequence begins with zeros.
+            (MixerLayer::Mamba(_), LayerState::Mamba(_)) => {}
+            _ => panic!("a state of another layer"),
         }
     }
 
@@ -82,16 +95,15 @@ impl MixerLayer {
     ///
     /// # Panics
     /// When the state is another layer's.
-    pub fn forward(
-        &self,
-        pass: &Pass<'_>,
-        x: View<'_>,
-        state: Option<&mut LayerState>,
-    ) -> Result<(Tensor, Option<MixerSaved>)> {
+    pub fn forward(&self, pass: &Pass<'_>, x: View<'_>, state: Option<&mut LayerState>) -> Result<(Tensor, Option<MixerSaved>)> {
         match self {
             MixerLayer::Ttt(layer) => {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::ttt_mut))?;
                 Ok((y, saved.map(MixerSaved::Ttt)))
+            }
+            MixerLayer::Mamba(layer) => {
+                let (y, saved) = layer.forward(pass, x, state.map(LayerState::mamba_mut))?;
+                Ok((y, saved.map(MixerSaved::Mamba)))
             }
         }
     }
@@ -107,6 +119,7 @@ impl MixerLayer {
     pub fn forward_rows(&self, pass: &Pass<'_>, x: View<'_>, rows: &[usize], state: &mut LayerState) -> Result<Tensor> {
         match self {
             MixerLayer::Ttt(layer) => layer.forward_rows(pass, x, rows, Some(state.ttt_mut())),
+            MixerLayer::Mamba(layer) => layer.forward_rows(pass, x, rows, state.mamba_mut()),
         }
     }
 
@@ -130,6 +143,8 @@ impl MixerLayer {
     ) -> Result<Tensor> {
         match (self, saved) {
             (MixerLayer::Ttt(layer), MixerSaved::Ttt(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
+            (MixerLayer::Mamba(layer), MixerSaved::Mamba(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
+            _ => panic!("what another layer kept"),
         }
     }
 }

@@ -7,6 +7,7 @@
 mod block;
 mod carry;
 mod ffn;
+mod mamba;
 mod mixer;
 mod pre_conv;
 pub mod state;
@@ -15,6 +16,7 @@ mod ttt;
 pub use block::{Block, BlockSaved};
 pub(crate) use carry::routes;
 pub use carry::{Carried, Route};
+pub use mamba::{MambaLayer, MambaSaved, MambaState};
 pub use mixer::{MixerLayer, MixerSaved};
 pub use state::{LayerState, TttState};
 pub use ttt::{InnerStatistics, TttLayer, TttSaved};

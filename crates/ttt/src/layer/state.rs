@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::Result;
 use crate::device::Device;
-use crate::layer::carry;
+use crate::layer::{MambaState, carry};
 use crate::ops::inner::FastWeights;
 use crate::tensor::Tensor;
 
@@ -23,7 +23,7 @@ pub const KEYS: &str = "keys";
 pub const VALUES: &str = "values";
 /// Name of the window of a Mamba layer's convolution, `[slots, taps - 1, inner]`.
 pub const CONV_WINDOW: &str = "conv_window";
-/// Name of the state of a Mamba layer's recurrence, `[slots, inner, state]`.
+/// Name of the state of a Mamba layer's recurrence, `[slots, state, inner]`.
 pub const RECURRENT: &str = "recurrent";
 
 /// How much of a slot's part of a state tensor there is.
@@ -80,6 +80,8 @@ impl Extent {
 pub enum LayerState {
     /// Of a TTT layer.
     Ttt(TttState),
+    /// Of a Mamba layer.
+    Mamba(MambaState),
 }
 
 /// What a block with a TTT layer carries.
@@ -101,6 +103,7 @@ impl LayerState {
     pub fn ttt(&self) -> &TttState {
         match self {
             LayerState::Ttt(state) => state,
+            _ => panic!("the state of another layer"),
         }
     }
 
@@ -111,6 +114,18 @@ impl LayerState {
     pub fn ttt_mut(&mut self) -> &mut TttState {
         match self {
             LayerState::Ttt(state) => state,
+            _ => panic!("the state of another layer"),
+        }
+    }
+
+    /// That of a Mamba layer, to write.
+    ///
+    /// # Panics
+    /// When the layer is another.
+    pub fn mamba_mut(&mut self) -> &mut MambaState {
+        match self {
+            LayerState::Mamba(state) => state,
+            _ => panic!("the state of another layer"),
         }
     }
 
@@ -118,6 +133,7 @@ impl LayerState {
     pub(super) fn pre_conv_mut(&mut self) -> Option<&mut Tensor> {
         match self {
             LayerState::Ttt(state) => state.pre_conv.as_mut(),
+            LayerState::Mamba(_) => None,
         }
     }
 
@@ -130,6 +146,9 @@ impl LayerState {
                 (PRE_CONV, pre_conv.as_ref()),
                 (QK_CONV, qk_conv.as_ref()),
             ],
+            LayerState::Mamba(MambaState { window, recurrent }) => {
+                [(CONV_WINDOW, Some(window)), (RECURRENT, Some(recurrent)), ("", None), ("", None)]
+            }
         };
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))
     }
@@ -139,12 +158,10 @@ impl LayerState {
         let all = match self {
             LayerState::Ttt(TttState { fast, pre_conv, qk_conv }) => {
                 let (weights, rows) = fast.tensors_mut();
-                [
-                    (FAST_WEIGHTS, Some(weights)),
-                    (OPEN_ROWS, Some(rows)),
-                    (PRE_CONV, pre_conv.as_mut()),
-                    (QK_CONV, qk_conv.as_mut()),
-                ]
+                [(FAST_WEIGHTS, Some(weights)), (OPEN_ROWS, Some(rows)), (PRE_CONV, pre_conv.as_mut()), (QK_CONV, qk_conv.as_mut())]
+            }
+            LayerState::Mamba(MambaState { window, recurrent }) => {
+                [(CONV_WINDOW, Some(window)), (RECURRENT, Some(recurrent)), ("", None), ("", None)]
             }
         };
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))

@@ -182,13 +182,7 @@ impl TttLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn forward_rows(
-        &self,
-        pass: &Pass<'_>,
-        x: View<'_>,
-        rows: &[usize],
-        state: Option<&mut TttState>,
-    ) -> Result<Tensor> {
+    pub fn forward_rows(&self, pass: &Pass<'_>, x: View<'_>, rows: &[usize], state: Option<&mut TttState>) -> Result<Tensor> {
         let learned = self.learn(pass, x, self.ids.v_proj, state)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
@@ -200,13 +194,7 @@ impl TttLayer {
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
-    fn learn(
-        &self,
-        pass: &Pass<'_>,
-        x: View<'_>,
-        last: ParamId,
-        state: Option<&mut TttState>,
-    ) -> Result<Learned> {
+    fn learn(&self, pass: &Pass<'_>, x: View<'_>, last: ParamId, state: Option<&mut TttState>) -> Result<Learned> {
         let (w, ids, rope) = (pass.weights, &self.ids, pass.rope());
         let (fast, window) = match state {
             Some(state) => (Some(&mut state.fast), state.qk_conv.as_mut()),

@@ -38,7 +38,8 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         assert!(batch.seqs.iter().all(|s| !s.fresh), "a measured pass starts a sequence afresh");
         self.device.install(|| {
-            let of = |layer: &TttLayer, pass: &Pass<'_>, saved: &TttSaved, end: &TttState| layer.inner_errors(pass, saved, &end.fast);
+            let of =
+                |layer: &TttLayer, pass: &Pass<'_>, saved: &TttSaved, end: &TttState| layer.inner_errors(pass, saved, &end.fast);
             let (x, errors) = self.measure(batch, states, of)?;
             let hidden = rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)?;
             Ok((hidden, errors))

@@ -277,7 +277,9 @@ impl StateFile {
             )));
         }
         let Some(name) = ours.learner.memory() else {
-            return Err(Error::Invalid("states of attention are lists of keys and values, between which there is no distance".into()));
+            return Err(Error::Invalid(
+                "states of attention are lists of keys and values, between which there is no distance".into(),
+            ));
         };
         let weights = |state: &StateFile, layer: usize| state.file.tensor(&full_name(layer, name))?.to_vec::<f64>();
         (0..ours.layers)

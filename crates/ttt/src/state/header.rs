@@ -142,7 +142,8 @@ impl StateHeader {
         };
         let learner = text("learner")?;
         let learner = Learner::ALL.into_iter().find(|known| known.name() == learner);
-        let learner = learner.ok_or_else(|| damaged("`learner` in its metadata is none of linear, mlp, attention and mamba".into()))?;
+        let learner =
+            learner.ok_or_else(|| damaged("`learner` in its metadata is none of linear, mlp, attention and mamba".into()))?;
         let mini_batch = number("mini_batch_size", 1, 1 << 32)? as usize;
         // A position that counts on would overflow.
         let tokens = number("tokens", 0, i64::MAX as u64)?;

@@ -132,7 +132,7 @@ pub struct Optimizer {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay, multiplied by the learning rate.
+    /// Decoupled weight decay, multiplied by the learning rate; of all parameters but Mamba's A and D.
     pub weight_decay: f64,
     /// Largest norm of the gradient; 0 for no clipping.
     pub clip: f64,
@@ -563,7 +563,8 @@ impl Settings {
         if let Some((key, _)) = at_least_one.iter().find(|(_, value)| *value == 0) {
             return wrong(format!("{key} is 0; it must be at least 1"));
         }
-        let (length, mini_batch, batch) = (train.sequence_length as u64, config.mini_batch().unwrap_or(1) as u64, train.batch_tokens);
+        let (length, mini_batch, batch) =
+            (train.sequence_length as u64, config.mini_batch().unwrap_or(1) as u64, train.batch_tokens);
         if !length.is_multiple_of(mini_batch) {
             return wrong(format!(
                 "train.sequence_length {length} is not a multiple of the mini-batch size {mini_batch}; {} is",
