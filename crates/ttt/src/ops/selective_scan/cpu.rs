@@ -32,10 +32,9 @@ const MAX_LANES: usize = 16;
 /// Moves `state` on, writes `y` and, when it has rows, `kept`.
 pub(super) fn forward(device: &Device, m: Mats<f32>, state: MatMut<f32>, kept: MatMut<f32>, y: MatMut<f32>) -> Result<()> {
     let (rows, channels, n) = (m.x.rows(), m.x.cols(), m.a_log.cols());
-    let block = if rows < MANY_ROWS { WIDE_BLOCK } else { BLOCK };
+    let block = forward_block(rows);
     let units = channels.div_ceil(block);
-    // Of a block A and h.
-    let mut scratch = Tensor::empty(device, &[units, 2 * n * block], DType::F32)?;
+    let mut scratch = Tensor::empty(device, &[units, forward_scratch(rows, channels, n) / units.max(1)], DType::F32)?;
     let cols = |mat| ColsPerUnit { mat, cols: block };
     let parts = (cols(y), cols(state), cols(kept), RowsPerUnit { mat: scratch.view_mut().into_mat(), rows: 1 });
     type Part<'a> =
@@ -62,10 +61,8 @@ pub(super) fn backward(
     let InputGradMats { dx, ddt, db, dc } = activations;
     let ParamGradMats { mut da_log, mut dd, mut ddt_bias } = parameters;
     let units = channels.div_ceil(BLOCK);
-    let mut scratch = Tensor::empty(device, &[units, scratch_len(n)], DType::F32)?;
-    // dA_log of each state, dD and ddt_bias.
+    let mut scratch = Tensor::empty(device, &[units, backward_scratch(rows, channels, n)[0] / units.max(1)], DType::F32)?;
     let mut of_channels = Tensor::empty(device, &[n + 2, channels], DType::F32)?;
-    // Of each block and row [dB | dC].
     let mut sums = Tensor::empty(device, &[units * rows, 2 * n], DType::F32)?;
     let cols = |mat| ColsPerUnit { mat, cols: BLOCK };
     let parts = (
@@ -115,10 +112,23 @@ pub(super) fn backward(
     Ok(())
 }
 
-/// Numbers that a unit of the backward pass remembers: A, g and dA of its channels, dD and ddt_bias; of a chunk and a vector of
-/// channels the states before and after each token, decays, dB and dC, and δ, x and the slope of the softplus.
-fn scratch_len(n: usize) -> usize {
-    (3 * n + 2) * BLOCK + ((4 * CHUNK + 1) * n + 3 * CHUNK) * MAX_LANES
+fn forward_block(rows: usize) -> usize {
+    if rows < MANY_ROWS { WIDE_BLOCK } else { BLOCK }
+}
+
+/// Numbers that the forward pass allocates for a moment: of every block of channels A and h.
+pub(crate) fn forward_scratch(rows: usize, channels: usize, n: usize) -> usize {
+    let block = forward_block(rows);
+    channels.div_ceil(block) * 2 * n * block
+}
+
+/// Numbers that the backward pass allocates for a moment, tensor by tensor. What a unit remembers: A, g and dA of its channels, dD
+/// and ddt_bias; of a chunk and a vector of channels the states before and after each token, decays, dB and dC, and δ, x and the
+/// slope of the softplus. Of all channels dA_log of each state, dD and ddt_bias. Of each block and row `[dB | dC]`.
+pub(crate) fn backward_scratch(rows: usize, channels: usize, n: usize) -> [usize; 3] {
+    let units = channels.div_ceil(BLOCK);
+    let of_unit = (3 * n + 2) * BLOCK + ((4 * CHUNK + 1) * n + 3 * CHUNK) * MAX_LANES;
+    [units * of_unit, (n + 2) * channels, units * rows * 2 * n]
 }
 
 /// The lanes of some channels of a row.

@@ -15,6 +15,8 @@ mod cpu;
 mod math;
 pub(crate) mod reference;
 
+pub(crate) use cpu::{backward_scratch, forward_scratch};
+
 use crate::Result;
 use crate::batch::Segment;
 use crate::device::view::{Mat, MatMut, View, ViewMut};
