@@ -7,6 +7,7 @@ mod chat;
 mod commands;
 mod evaluate;
 mod flow;
+mod mamba;
 mod quantize;
 mod skills;
 mod state;
