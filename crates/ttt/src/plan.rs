@@ -3,9 +3,7 @@
 //! The memory plan replays, with sizes only, the allocations that [`crate::lm`] and [`crate::layer`] make in one training step or
 //! one prefill; a test holds it against the measured peak.
 
-mod mamba;
-
-use crate::config::{Config, Inner, Mixer};
+use crate::config::{Config, Inner};
 use crate::device::memory::size_class;
 use crate::generate::PREFILL_CHUNK;
 use crate::layer::Keep;
@@ -21,7 +19,7 @@ const LOGITS: usize = 4 << 20;
 pub struct Flops {
     /// Matrix products of the forward pass, the output matrix included.
     pub matmul: f64,
-    /// What remembers along time in the forward pass: the inner loop, or Mamba's scan.
+    /// The inner loop of the forward pass.
     pub inner_loop: f64,
     /// Forward and backward together, nothing recomputed: what "model FLOPs utilisation" counts.
     pub training: f64,
@@ -42,9 +40,6 @@ impl Flops {
 
 /// Floating-point operations per token of a model.
 pub fn flops(config: &Config) -> Flops {
-    if config.mixer == Mixer::Mamba {
-        return mamba::flops(config);
-    }
     let (d, i, v) = (config.hidden_size as f64, config.intermediate_size as f64, config.vocab_size as f64);
     let (h, hd, k) = (config.num_attention_heads as f64, config.head_dim() as f64, config.mini_batch_size as f64);
     let projections = 2.0 + f64::from(u8::from(!config.share_qk)) + f64::from(u8::from(config.use_gate));
@@ -163,7 +158,7 @@ struct Kept {
     qk: usize,
     z: usize,
     gate_up: usize,
-    mixer_input: usize,
+    ttt_input: usize,
     ffn_input: usize,
     input: usize,
     small: usize,
@@ -195,9 +190,6 @@ impl Shape<'_> {
 
     /// Fast weights and windows of `slots` sequences of a layer, or their gradients.
     fn take_carried(&self, l: &mut Ledger, slots: usize) -> usize {
-        if self.config.mixer == Mixer::Mamba {
-            return self.take_mamba_state(l, slots);
-        }
         l.take(slots * self.state_len()) + self.take_windows(l, slots)
     }
 
@@ -208,9 +200,6 @@ impl Shape<'_> {
 
     /// States of `slots` sequences of a layer.
     fn take_states(&self, l: &mut Ledger, slots: usize) -> usize {
-        if self.config.mixer == Mixer::Mamba {
-            return self.take_mamba_state(l, slots);
-        }
         self.take_carried(l, slots) + l.take(slots * self.open_rows())
     }
 
@@ -221,9 +210,6 @@ impl Shape<'_> {
 
     /// A block's forward pass; its input is already counted. Returns its output and what it keeps.
     fn forward(&self, l: &mut Ledger, x: usize, keep: Option<usize>, of: Of) -> (usize, Kept) {
-        if self.config.mixer == Mixer::Mamba {
-            return self.mamba_forward(l, x, keep.is_some(), of);
-        }
         let (config, rows) = (self.config, self.rows());
         let mut kept = Kept::default();
         let copies = match of {
@@ -233,7 +219,7 @@ impl Shape<'_> {
         if let (Of::Copies(_), Some(_)) = (of, keep) {
             kept.start = self.take_windows(l, self.lens.len());
         }
-        let mixer_input = if config.pre_conv {
+        let ttt_input = if config.pre_conv {
             let normed = l.take(rows);
             let y = l.take(rows);
             l.free(normed);
@@ -242,7 +228,7 @@ impl Shape<'_> {
         } else {
             x
         };
-        kept.mixer_input = mixer_input;
+        kept.ttt_input = ttt_input;
         let normed = l.take(rows);
         kept.projected = l.take(rows * self.projections());
         if config.share_qk {
@@ -275,11 +261,11 @@ impl Shape<'_> {
         let y = l.take(rows);
         l.free(hidden);
         if keep.is_none() {
-            l.free(kept.gate_up + kept.ffn_input + kept.mixer_input + kept.input);
+            l.free(kept.gate_up + kept.ffn_input + kept.ttt_input + kept.input);
         }
         l.free(copies);
         kept.activations = kept.input
-            + kept.mixer_input
+            + kept.ttt_input
             + kept.projected
             + kept.qk
             + kept.small
@@ -293,9 +279,6 @@ impl Shape<'_> {
     /// A block's backward pass: gives back what it kept, turns the gradient of its output into that of its input.
     /// With `dstates` the gradient of its states is handed on.
     fn backward(&self, l: &mut Ledger, kept: Kept, dy: usize, dstates: bool) -> usize {
-        if self.config.mixer == Mixer::Mamba {
-            return self.mamba_backward(l, kept, dy, dstates);
-        }
         let (config, rows) = (self.config, self.rows());
         let wide = self.n * config.intermediate_size;
         let own = if dstates { self.take_carried(l, self.lens.len()) } else { 0 };
@@ -338,16 +321,16 @@ impl Shape<'_> {
         let dx = l.take(rows);
         l.touch(rows);
         l.free(dlr + kept.projected + kept.small + dprojected + normed);
-        let dmixer_input = l.take(rows);
-        l.free(dx + kept.mixer_input + dffn_input);
+        let dttt_input = l.take(rows);
+        l.free(dx + kept.ttt_input + dffn_input);
         if !config.pre_conv {
             l.free(own + kept.start);
-            return dmixer_input;
+            return dttt_input;
         }
         let normed = l.take(rows);
         let dnormed = l.take(rows);
         let dx = l.take(rows);
-        l.free(normed + dnormed + dmixer_input + kept.input + own + kept.start);
+        l.free(normed + dnormed + dttt_input + kept.input + own + kept.start);
         dx
     }
 }
