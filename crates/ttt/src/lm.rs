@@ -407,8 +407,12 @@ impl Lm {
     }
 
     /// The rotary angles of a pass.
-    fn rope(&self, _: &[Segment]) -> Result<Option<rope::Table>> {
-        Ok(self.rope.clone())
+    fn rope(&self, segments: &[Segment]) -> Result<Option<rope::Table>> {
+        if self.config.mixer != Mixer::Attention {
+            return Ok(self.rope.clone());
+        }
+        let (head_dim, theta) = (self.config.head_dim(), self.config.rope_theta);
+        Ok(Some(rope::Table::of_batch(&self.device, self.dtype(), segments, head_dim, theta)?))
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -425,9 +429,6 @@ impl Lm {
 /// Checks that a model can be made on a device.
 fn check(config: &Config, device: &Device, storage: Storage) -> Result<()> {
     config.validate()?;
-    if config.mixer == Mixer::Attention {
-        return Err(Error::Config("models of this type are described, but not computed yet".into()));
-    }
     match (device, storage) {
         (Device::Cuda(_), Storage::F64) => Err(Error::Config("f64 needs a CPU; use --device cpu, or bf16 or f32 on a GPU".into())),
         (Device::Cuda(_), Storage::Int8) => {

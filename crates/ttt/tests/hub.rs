@@ -109,7 +109,7 @@ impl Model {
     }
 
     fn config_with(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) -> PathBuf {
-        let mut config = serde_json::to_value(&self.config).unwrap().as_object().unwrap().clone();
+        let mut config = config_json::fields(&self.config);
         change(&mut config);
         let path = self.dir.path().join("config.json");
         fs::write(&path, Value::Object(config).to_string()).unwrap();

@@ -36,13 +36,13 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
         ("inference", inference_memory(&config, batch, length)),
     ];
     let parameters = ParamTable::new(&config).0.parameters();
-    let flops = flops(&config);
+    let flops = flops(&config, length);
     let stored = [Storage::F32, Storage::Bf16, Storage::Int8].map(|storage| (storage.to_string(), weight_bytes(&config, storage)));
     if args.json {
         let mut object = json!({
             "parameters": parameters, "batch": batch, "length": length,
             "flops_per_token": {
-                "forward": flops.forward(), "forward_matmul": flops.matmul, "forward_inner_loop": flops.inner_loop,
+                "forward": flops.forward(), "forward_matmul": flops.matmul, "forward_mixing": flops.mixing,
                 "training": flops.training,
             },
         });
@@ -57,9 +57,14 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "\narithmetic per token (a multiply-add is two operations)")?;
     writeln!(
         out,
-        "  forward   {}FLOP, of which the inner loop {}FLOP",
+        "  forward   {}FLOP, of which {} {}FLOP",
         units::count(flops.forward()),
-        units::count(flops.inner_loop)
+        match config.mixer {
+            Mixer::Ttt => "the inner loop",
+            Mixer::Attention => "the attention, a mean over this length,",
+            Mixer::Mamba => "the scan",
+        },
+        units::count(flops.mixing)
     )?;
     writeln!(out, "  training  {}FLOP", units::count(flops.training))?;
     writeln!(out, "\nmemory in f32 for {batch} x {length} tokens at once")?;

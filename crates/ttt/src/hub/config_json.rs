@@ -194,8 +194,8 @@ pub fn read(path: &Path) -> Result<(Config, Map<String, Value>)> {
 /// rotation may be spelled out in either.
 fn settle_rope(extra: &mut Map<String, Value>) -> std::result::Result<(), String> {
     if let Some(Value::Object(mut parameters)) = extra.shift_remove("rope_parameters") {
-        if let Some(theta) = parameters.shift_remove("rope_theta") {
-            extra.entry("rope_theta").or_insert(theta);
+        if let Some(theta) = parameters.shift_remove("rope_theta").filter(|_| extra.get("rope_theta").is_none_or(Value::is_null)) {
+            extra.insert("rope_theta".to_owned(), theta);
         }
         extra.insert("rope_scaling".to_owned(), Value::Object(parameters));
     }

@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::config::Config;
 use crate::device::view::View;
+use crate::layer::attention::{AttentionLayer, AttentionSaved};
 use crate::layer::mamba::{MambaLayer, MambaSaved};
 use crate::layer::ttt::{TttLayer, TttSaved};
 use crate::layer::{Carried, LayerState, Pass};
@@ -15,6 +16,8 @@ use crate::weights::Weights;
 pub enum MixerLayer {
     /// A TTT layer.
     Ttt(TttLayer),
+    /// An attention layer.
+    Attention(AttentionLayer),
     /// A Mamba layer.
     Mamba(MambaLayer),
 }
@@ -24,6 +27,8 @@ pub enum MixerLayer {
 pub enum MixerSaved {
     /// Of a TTT layer.
     Ttt(TttSaved),
+    /// Of an attention layer.
+    Attention(AttentionSaved),
     /// Of a Mamba layer.
     Mamba(MambaSaved),
 }
@@ -33,6 +38,7 @@ impl MixerSaved {
     pub fn bytes(&self) -> usize {
         match self {
             MixerSaved::Ttt(saved) => saved.bytes(),
+            MixerSaved::Attention(saved) => saved.bytes(),
             MixerSaved::Mamba(saved) => saved.bytes(),
         }
     }
@@ -41,6 +47,7 @@ impl MixerSaved {
     pub fn fast_weight_bytes(&self) -> usize {
         match self {
             MixerSaved::Ttt(saved) => saved.fast_weight_bytes(),
+            MixerSaved::Attention(_) => 0,
             MixerSaved::Mamba(_) => 0,
         }
     }
@@ -51,8 +58,8 @@ impl MixerLayer {
     pub fn new(config: &Config, ids: &MixerIds) -> MixerLayer {
         match ids {
             MixerIds::Ttt(ids) => MixerLayer::Ttt(TttLayer::new(config, ids)),
+            MixerIds::Attention(ids) => MixerLayer::Attention(AttentionLayer::new(config, ids)),
             MixerIds::Mamba(ids) => MixerLayer::Mamba(MambaLayer::new(config, ids)),
-            MixerIds::Attention(_) => unreachable!("refused before a model is made"),
         }
     }
 
@@ -60,6 +67,7 @@ impl MixerLayer {
     pub fn ttt(&self) -> Option<&TttLayer> {
         match self {
             MixerLayer::Ttt(layer) => Some(layer),
+            MixerLayer::Attention(_) => None,
             MixerLayer::Mamba(_) => None,
         }
     }
@@ -71,6 +79,7 @@ impl MixerLayer {
     pub fn state(&self, weights: &Weights, slots: usize) -> Result<LayerState> {
         match self {
             MixerLayer::Ttt(layer) => Ok(LayerState::Ttt(layer.state(weights, slots)?)),
+            MixerLayer::Attention(layer) => Ok(LayerState::Attention(layer.cache(weights, slots)?)),
             MixerLayer::Mamba(layer) => Ok(LayerState::Mamba(layer.state(weights, slots)?)),
         }
     }
@@ -82,9 +91,10 @@ impl MixerLayer {
     pub fn start(&self, weights: &Weights, state: &mut LayerState, slot: usize) {
         match (self, state) {
             (MixerLayer::Ttt(layer), LayerState::Ttt(state)) => layer.start(weights, &mut state.fast, slot),
+            (MixerLayer::Attention(_), LayerState::Attention(_)) => {}
             // A sequence begins with zeros.
             (MixerLayer::Mamba(_), LayerState::Mamba(_)) => {}
-            _ => panic!("a state of another layer"),
+            (layer, state) => panic!("a state {state:?} of another layer than {layer:?}"),
         }
     }
 
@@ -100,6 +110,10 @@ impl MixerLayer {
             MixerLayer::Ttt(layer) => {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::ttt_mut))?;
                 Ok((y, saved.map(MixerSaved::Ttt)))
+            }
+            MixerLayer::Attention(layer) => {
+                let (y, saved) = layer.forward(pass, x, state.map(LayerState::attention_mut))?;
+                Ok((y, saved.map(MixerSaved::Attention)))
             }
             MixerLayer::Mamba(layer) => {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::mamba_mut))?;
@@ -119,6 +133,7 @@ impl MixerLayer {
     pub fn forward_rows(&self, pass: &Pass<'_>, x: View<'_>, rows: &[usize], state: &mut LayerState) -> Result<Tensor> {
         match self {
             MixerLayer::Ttt(layer) => layer.forward_rows(pass, x, rows, Some(state.ttt_mut())),
+            MixerLayer::Attention(layer) => layer.forward_rows(pass, x, rows, state.attention_mut()),
             MixerLayer::Mamba(layer) => layer.forward_rows(pass, x, rows, state.mamba_mut()),
         }
     }
@@ -143,8 +158,9 @@ impl MixerLayer {
     ) -> Result<Tensor> {
         match (self, saved) {
             (MixerLayer::Ttt(layer), MixerSaved::Ttt(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
+            (MixerLayer::Attention(layer), MixerSaved::Attention(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
             (MixerLayer::Mamba(layer), MixerSaved::Mamba(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
-            _ => panic!("what another layer kept"),
+            (layer, _) => panic!("what another layer than {layer:?} has kept"),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! `backward` needs; `backward` adds parameter gradients to a flat [`Params`](crate::params::Params) and returns the gradient of its input. Sums over
 //! the several uses of one value (the residual stream, the input of q, k, v and the gates) are written out here, never in `ops/`.
 
+mod attention;
 mod block;
 mod carry;
 mod ffn;
@@ -13,6 +14,7 @@ mod pre_conv;
 pub mod state;
 mod ttt;
 
+pub use attention::{AttentionLayer, AttentionSaved};
 pub use block::{Block, BlockSaved};
 pub(crate) use carry::routes;
 pub use carry::{Carried, Route};
@@ -66,5 +68,12 @@ impl<'a> Pass<'a> {
     /// When the mixer has no heads.
     pub(crate) fn rope(&self) -> &'a rope::Table {
         self.rope.expect("rotary angles of a mixer with heads")
+    }
+
+    /// Row `row` of the batch as a sequence of one token in row `to`, which has read all that came before it.
+    pub(crate) fn alone(&self, row: usize, to: usize) -> Segment {
+        let of = self.segments.iter().find(|s| s.rows().contains(&row));
+        let segment = of.unwrap_or_else(|| panic!("row {row} of no segment"));
+        Segment { first_row: to, len: 1, slot: segment.slot, phase: segment.phase + row - segment.first_row }
     }
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::Result;
 use crate::device::Device;
 use crate::layer::{MambaState, carry};
+use crate::ops::attention::Cache;
 use crate::ops::inner::FastWeights;
 use crate::tensor::Tensor;
 
@@ -80,6 +81,8 @@ impl Extent {
 pub enum LayerState {
     /// Of a TTT layer.
     Ttt(TttState),
+    /// Of an attention layer: keys and values.
+    Attention(Cache),
     /// Of a Mamba layer.
     Mamba(MambaState),
 }
@@ -103,7 +106,7 @@ impl LayerState {
     pub fn ttt(&self) -> &TttState {
         match self {
             LayerState::Ttt(state) => state,
-            _ => panic!("the state of another layer"),
+            other => panic!("{other:?} where a TTT layer's state was expected"),
         }
     }
 
@@ -114,7 +117,18 @@ impl LayerState {
     pub fn ttt_mut(&mut self) -> &mut TttState {
         match self {
             LayerState::Ttt(state) => state,
-            _ => panic!("the state of another layer"),
+            other => panic!("{other:?} where a TTT layer's state was expected"),
+        }
+    }
+
+    /// Keys and values of an attention layer, to write.
+    ///
+    /// # Panics
+    /// When the layer is another.
+    pub fn attention_mut(&mut self) -> &mut Cache {
+        match self {
+            LayerState::Attention(cache) => cache,
+            other => panic!("{other:?} where keys and values were expected"),
         }
     }
 
@@ -125,7 +139,7 @@ impl LayerState {
     pub fn mamba_mut(&mut self) -> &mut MambaState {
         match self {
             LayerState::Mamba(state) => state,
-            _ => panic!("the state of another layer"),
+            other => panic!("{other:?} where a Mamba layer's state was expected"),
         }
     }
 
@@ -133,6 +147,7 @@ impl LayerState {
     pub(super) fn pre_conv_mut(&mut self) -> Option<&mut Tensor> {
         match self {
             LayerState::Ttt(state) => state.pre_conv.as_mut(),
+            LayerState::Attention(_) => None,
             LayerState::Mamba(_) => None,
         }
     }
@@ -146,6 +161,7 @@ impl LayerState {
                 (PRE_CONV, pre_conv.as_ref()),
                 (QK_CONV, qk_conv.as_ref()),
             ],
+            LayerState::Attention(Cache { keys, values }) => [(KEYS, Some(keys)), (VALUES, Some(values)), ("", None), ("", None)],
             LayerState::Mamba(MambaState { window, recurrent }) => {
                 [(CONV_WINDOW, Some(window)), (RECURRENT, Some(recurrent)), ("", None), ("", None)]
             }
@@ -163,6 +179,7 @@ impl LayerState {
             LayerState::Mamba(MambaState { window, recurrent }) => {
                 [(CONV_WINDOW, Some(window)), (RECURRENT, Some(recurrent)), ("", None), ("", None)]
             }
+            LayerState::Attention(Cache { keys, values }) => [(KEYS, Some(keys)), (VALUES, Some(values)), ("", None), ("", None)],
         };
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))
     }

@@ -414,7 +414,7 @@ impl<'j> Run<'j> {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
-        let flops = plan::flops(&self.config);
+        let flops = plan::flops(&self.config, self.job.settings.train.sequence_length);
         let per_token = if self.job.settings.train.only_initial_state { flops.training_initial_state() } else { flops.training };
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {

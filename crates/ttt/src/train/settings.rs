@@ -414,6 +414,7 @@ impl Settings {
         self.carries().then(|| plan::Segments {
             slots: self.sequences_per_step(),
             per_step: self.train.segments_per_step,
+            sequence: self.train.sequence_length,
             gradient: self.train.carry == Carry::Gradient,
             recompute: self.train.recompute == Recompute::Segment,
         })
