@@ -9,6 +9,7 @@ mod evaluate;
 mod flow;
 mod mamba;
 mod quantize;
+mod serve;
 mod skills;
 mod state;
 #[cfg(unix)]

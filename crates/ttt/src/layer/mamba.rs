@@ -158,7 +158,7 @@ impl MambaLayer {
         let start = window.as_deref().filter(|_| kept).map(Tensor::copy).transpose()?;
         let projected = linear::forward(x, pass.weights.matrix(self.ids.in_proj))?;
         let convolved = self.convolve(pass, &projected, window.as_deref())?;
-        if let Some(window) = window.as_deref_mut() {
+        if let Some(window) = &mut window {
             conv::advance(self.input(&projected), pass.segments, window);
         }
         let u = silu::forward(convolved.view())?;

@@ -7,6 +7,9 @@
 //! remembers them and their decays (64 KiB each for 16 lanes and 16 states), and walks back over them. The sums over channels, dB
 //! and dC, stay in lanes until all channels of the block are through the chunk.
 
+// Loops over indices: iterators that are not inlined would be compiled without the instructions of the vectors.
+#![allow(clippy::needless_range_loop)]
+
 use pulp::{Simd, WithSimd};
 
 use super::math::{decay, sigmoid, softplus};

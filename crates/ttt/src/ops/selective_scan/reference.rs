@@ -116,7 +116,7 @@ pub(crate) fn backward<E: Element>(
                     db.row_mut(row)[s] += *g * delta * x;
                     dinput += *g * b[s];
                     let a = m.a(c, s);
-                    *g = *g * (delta * a).exp();
+                    *g *= (delta * a).exp();
                     let w = *g * before;
                     ddelta += w * a;
                     // A = −exp(A_log) is its own derivative.
