@@ -26,11 +26,11 @@ pub enum MixerLayer {
 #[derive(Debug)]
 pub enum MixerSaved {
     /// Of a TTT layer.
-    Ttt(TttSaved),
+    Ttt(Box<TttSaved>),
     /// Of an attention layer.
-    Attention(AttentionSaved),
+    Attention(Box<AttentionSaved>),
     /// Of a Mamba layer.
-    Mamba(MambaSaved),
+    Mamba(Box<MambaSaved>),
 }
 
 impl MixerSaved {
@@ -109,15 +109,15 @@ impl MixerLayer {
         match self {
             MixerLayer::Ttt(layer) => {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::ttt_mut))?;
-                Ok((y, saved.map(MixerSaved::Ttt)))
+                Ok((y, saved.map(|saved| MixerSaved::Ttt(Box::new(saved)))))
             }
             MixerLayer::Attention(layer) => {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::attention_mut))?;
-                Ok((y, saved.map(MixerSaved::Attention)))
+                Ok((y, saved.map(|saved| MixerSaved::Attention(Box::new(saved)))))
             }
             MixerLayer::Mamba(layer) => {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::mamba_mut))?;
-                Ok((y, saved.map(MixerSaved::Mamba)))
+                Ok((y, saved.map(|saved| MixerSaved::Mamba(Box::new(saved)))))
             }
         }
     }
@@ -157,9 +157,9 @@ impl MixerLayer {
         grads: &mut Params,
     ) -> Result<Tensor> {
         match (self, saved) {
-            (MixerLayer::Ttt(layer), MixerSaved::Ttt(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
-            (MixerLayer::Attention(layer), MixerSaved::Attention(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
-            (MixerLayer::Mamba(layer), MixerSaved::Mamba(saved)) => layer.backward(pass, x, saved, dout, dstate, grads),
+            (MixerLayer::Ttt(layer), MixerSaved::Ttt(saved)) => layer.backward(pass, x, *saved, dout, dstate, grads),
+            (MixerLayer::Attention(layer), MixerSaved::Attention(saved)) => layer.backward(pass, x, *saved, dout, dstate, grads),
+            (MixerLayer::Mamba(layer), MixerSaved::Mamba(saved)) => layer.backward(pass, x, *saved, dout, dstate, grads),
             (layer, _) => panic!("what another layer than {layer:?} has kept"),
         }
     }

@@ -65,13 +65,13 @@ impl Extent {
     pub fn ranges(self, shape: &[usize], tokens: usize, phase: usize) -> Vec<Range<usize>> {
         let all: usize = shape.iter().product();
         match self {
-            Extent::Whole => vec![0..all],
+            Extent::Whole => std::iter::once(0..all).collect(),
             Extent::OpenRows if phase == 0 => Vec::new(),
             Extent::OpenRows => {
                 let per_head = shape[1] * shape[2];
                 (0..shape[0]).map(|head| head * per_head..head * per_head + phase * shape[2]).collect()
             }
-            Extent::Tokens => vec![0..tokens * shape[1]],
+            Extent::Tokens => std::iter::once(0..tokens * shape[1]).collect(),
         }
     }
 }

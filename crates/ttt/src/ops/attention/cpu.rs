@@ -176,7 +176,7 @@ pub(super) fn backward(
 
 /// The rows of each slot.
 fn by_slot(mut all: MatMut<'_, f32>, capacity: usize) -> Vec<Option<MatMut<'_, f32>>> {
-    let slots = if capacity == 0 { 0 } else { all.rows() / capacity };
+    let slots = all.rows().checked_div(capacity).unwrap_or(0);
     let mut of_slots = Vec::with_capacity(slots);
     for _ in 0..slots {
         let own;

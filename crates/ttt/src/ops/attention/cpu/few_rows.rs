@@ -140,8 +140,7 @@ vectorise! {
                 let rows = [v.row(s), v.row(s + 1), v.row(s + 2), v.row(s + 3)];
                 simd::map(values, rows, |x, sum| sum + (x[0] * p[0] + x[1] * p[1]) + (x[2] * p[2] + x[3] * p[3]));
             }
-            for s in whole..row.len() {
-                let p = row[s];
+            for (s, p) in row.iter().enumerate().skip(whole) {
                 simd::map(values, [v.row(s)], |[x], sum| sum + x * p);
             }
         }
