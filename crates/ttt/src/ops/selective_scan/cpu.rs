@@ -12,14 +12,13 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::math::{decay, sigmoid, softplus};
+use super::math::{bounded_exp, decay, sigmoid, softplus};
 use super::{CHUNK, InputGradMats, Mats, ParamGradMats};
 use crate::Result;
 use crate::batch::Segment;
 use crate::device::Device;
 use crate::device::par::{self, ColsPerUnit, RowsPerUnit};
 use crate::device::view::{Mat, MatMut};
-use crate::ops::simd;
 use crate::tensor::{DType, Tensor};
 
 /// Channels of a unit of work: rows of four cache lines are read, and 24 units of a 130m model fill many cores. The backward pass
@@ -149,7 +148,7 @@ fn store<S: Simd>(simd: S, row: &mut [f32], at: usize, len: usize, x: S::f32s) {
     }
 }
 
-/// A of a block of channels, `[vectors, N]`; lanes without a channel have 0.
+/// A of a block of channels, `[vectors, N]`; lanes without a channel, whose x and gradients are 0, have −1.
 #[inline(always)]
 fn load_a<S: Simd>(simd: S, m: &Mats<f32>, first: usize, width: usize, a: &mut [S::f32s]) {
     let n = m.a_log.cols();
@@ -159,9 +158,10 @@ fn load_a<S: Simd>(simd: S, m: &Mats<f32>, first: usize, width: usize, a: &mut [
         let len = (width - at).min(S::F32_LANES);
         for s in 0..n {
             for l in 0..len {
-                lanes[l] = -simd::exp(m.a_log.row(first + at + l)[s]);
+                lanes[l] = m.a_log.row(first + at + l)[s];
             }
-            a[s] = simd.partial_load_f32s(&lanes[..len]);
+            let minus_a = bounded_exp(simd, simd.partial_load_f32s(&lanes[..len]));
+            a[s] = simd.sub_f32s(simd.splat_f32s(0.0), minus_a);
         }
     }
 }
