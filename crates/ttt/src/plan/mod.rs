@@ -145,9 +145,11 @@ fn step_memory(config: &Config, lens: &[usize], keep: Keep, segments: Option<Seg
     let across = segments.filter(|s| s.gradient);
     // Of the segments before the last, what their backward passes need.
     let mut earlier = Vec::new();
-    for _ in 1..across.map_or(1, |s| s.per_step) {
+    for left in (2..=across.map_or(1, |s| s.per_step)).rev() {
         if across.is_some_and(|s| s.recompute) {
-            let start = shape.take_all(l, slots, Shape::take_states);
+            // States that grow, as they were before the last segments of their sequences.
+            let read = tokens.saturating_sub(left * lens.iter().copied().max().unwrap_or(0));
+            let start = Shape { tokens: read, ..shape }.take_all(l, slots, Shape::take_states);
             states += start;
             let pass = shape.forward_all(l, Keep::Nothing, of);
             l.free(pass.x + pass.hidden);
