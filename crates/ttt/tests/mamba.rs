@@ -382,7 +382,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
         device.memory().reset_peak();
         let carry = Carry { states: &mut states, gradient, recompute };
         optimizer.step_segments(&mut model, &groups, carry, &step_settings(keep)).unwrap();
-        let segments = plan::Segments { slots: 4, per_step: 3, gradient, recompute };
+        let segments = plan::Segments { slots: 4, per_step: 3, sequence: 192, gradient, recompute };
         let planned = plan::segmented_memory(&config, &[64; 4], keep, segments);
         near(&format!("{keep:?} {gradient} {recompute}"), planned.total(), device.memory().usage().peak);
     }
