@@ -3,10 +3,11 @@
 
     pip install torch "transformers<5"
     cargo build --release
-    python ci/bench_llama.py                        # 125M, both in f32, after 64 tokens
+    python ci/bench_llama.py                        # 125M, both in f32
     python ci/bench_llama.py --preset 350m --rounds 3
+    python ci/bench_llama.py --dtype int8           # ours with int8 matrices, Hugging Face in f32
 
-Both sides have random weights, one sequence, all cores, and go on token by token after 64 tokens with their cache; Hugging Face's
+Both sides have random weights, one sequence and all cores, and go on token by token after 64 tokens with their cache; Hugging Face's
 loop is `model(token, past_key_values=...)` without the overhead of `generate`.
 """
 
@@ -27,8 +28,9 @@ SIZES = {
 BEFORE, DECODED = 64, 16
 
 
-def ours(preset, repeat):
+def ours(preset, dtype, repeat):
     command = [ROOT / "target/release/ttt", "bench", "decode", "--mixer", "attention", "--preset", preset, "--device", "cpu"]
+    command += ["--dtype", dtype]
     out = subprocess.run([*command, "--repeat", str(repeat), "--json"], check=True, capture_output=True, text=True).stdout
     return json.loads(out)["results"][0]["tokens_per_second"]["median"]
 
@@ -61,13 +63,14 @@ def theirs(preset, repeat):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SIZES, default="125m")
+    parser.add_argument("--dtype", choices=["f32", "bf16", "int8"], default="f32", help="how ttt holds its matrices")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         sys.exit(measure(args.preset, args.repeat))
-    rounds = [(ours(args.preset, args.repeat), theirs(args.preset, args.repeat)) for _ in range(args.rounds)]
+    rounds = [(ours(args.preset, args.dtype, args.repeat), theirs(args.preset, args.repeat)) for _ in range(args.rounds)]
     for here, there in rounds:
-        print(f"decode {args.preset}: ttt {here:.1f} tok/s, Hugging Face {there:.1f} tok/s, ratio {here / there:.2f}")
+        print(f"decode {args.preset}: ttt {args.dtype} {here:.1f} tok/s, Hugging Face {there:.1f} tok/s, ratio {here / there:.2f}")
     print(f"median ratio {statistics.median(here / there for here, there in rounds):.2f}")

@@ -65,7 +65,9 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     }
     writeln!(out, "stored as   {dtype}; {} in memory", units::bytes(lm.weights().bytes() as u64))?;
     writeln!(out, "hash        {hash}")?;
-    writeln!(out, "base        {base}, the same with every skill")?;
+    if config.inner().is_some() {
+        writeln!(out, "base        {base}, the same with every skill")?;
+    }
     match &tokenizer {
         Some(t) => writeln!(out, "tokenizer   {}, {} ids, BOS {}, EOS {}", kind(t), t.vocab_size(), id(t.bos()), id(t.eos()))?,
         None => writeln!(out, "tokenizer   none; name one with --tokenizer")?,

@@ -68,7 +68,11 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
 
 fn diff(args: &StateDiff, out: &mut dyn Write) -> Result<()> {
     let (a, b) = (StateFile::open(&args.a)?, StateFile::open(&args.b)?);
-    let distances = a.distances(&b)?;
+    // Lists of keys and values have no distance.
+    let distances = match a.header().learner {
+        Learner::Attention => Vec::new(),
+        _ => a.distances(&b)?,
+    };
     let (equal, tokens) = (a.same_state(&b), [a.header().tokens, b.header().tokens]);
     if args.json {
         let object = json!({
@@ -78,7 +82,9 @@ fn diff(args: &StateDiff, out: &mut dyn Write) -> Result<()> {
     }
     writeln!(out, "{}", if equal { "the states are equal" } else { "the states differ" })?;
     writeln!(out, "tokens read: {} and {}", units::grouped(tokens[0]), units::grouped(tokens[1]))?;
-    writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?;
+    if !distances.is_empty() {
+        writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?;
+    }
     write_layers(&distances, out)
 }
 

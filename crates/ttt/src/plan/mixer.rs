@@ -228,6 +228,16 @@ impl Shape<'_> {
         }
     }
 
+    /// What a block that keeps its input alone also keeps of the states it began with.
+    pub(super) fn take_whole_start(&self, l: &mut Ledger, of: Of) -> usize {
+        match of {
+            // What begins here has no keys and values yet.
+            Of::Copies(_) if self.config.mixer == Mixer::Attention && self.lens.iter().all(|len| *len >= self.tokens) => 0,
+            Of::Copies(slots) => self.take_carried(l, slots),
+            Of::Slots | Of::None => 0,
+        }
+    }
+
     /// Angles of a pass.
     pub(super) fn take_rope(&self, l: &mut Ledger) -> usize {
         match self.config.mixer {

@@ -142,20 +142,21 @@ fn step_memory(config: &Config, lens: &[usize], keep: Keep, segments: Option<Seg
     let of = if segments.is_some() { Of::Copies(slots) } else { Of::None };
     let mut states = shape.take_all(l, slots, Shape::take_states);
     let (mut activations, mut fast_weights) = (0, 0);
+    // States that grow, when so many segments of a step are still to be read.
+    let len = lens.iter().copied().max().unwrap_or(0);
+    let at = |left: usize| Shape { tokens: tokens.saturating_sub(left * len), ..shape };
     let across = segments.filter(|s| s.gradient);
     // Of the segments before the last, what their backward passes need.
     let mut earlier = Vec::new();
     for left in (2..=across.map_or(1, |s| s.per_step)).rev() {
         if across.is_some_and(|s| s.recompute) {
-            // States that grow, as they were before the last segments of their sequences.
-            let read = tokens.saturating_sub(left * lens.iter().copied().max().unwrap_or(0));
-            let start = Shape { tokens: read, ..shape }.take_all(l, slots, Shape::take_states);
+            let start = at(left).take_all(l, slots, Shape::take_states);
             states += start;
-            let pass = shape.forward_all(l, Keep::Nothing, of);
+            let pass = at(left - 1).forward_all(l, Keep::Nothing, of);
             l.free(pass.x + pass.hidden);
             earlier.push((start, None));
         } else {
-            let pass = shape.forward_all(l, keep, of);
+            let pass = at(left - 1).forward_all(l, keep, of);
             activations += pass.held().0 + pass.hidden;
             fast_weights += pass.held().1;
             earlier.push((0, Some(pass)));
@@ -168,9 +169,9 @@ fn step_memory(config: &Config, lens: &[usize], keep: Keep, segments: Option<Seg
         states += shape.take_all(l, slots, Shape::take_carried);
     }
     shape.backward_all(l, last, keep, of, across.is_some());
-    for (start, pass) in earlier.into_iter().rev() {
-        let pass = pass.unwrap_or_else(|| shape.forward_all(l, keep, of));
-        shape.backward_all(l, pass, keep, of, across.is_some());
+    for (i, (start, pass)) in earlier.into_iter().rev().enumerate() {
+        let pass = pass.unwrap_or_else(|| at(i + 1).forward_all(l, keep, of));
+        at(i + 1).backward_all(l, pass, keep, of, across.is_some());
         l.free(start);
     }
     let transient = l.peak.saturating_sub(activations + fast_weights + states);

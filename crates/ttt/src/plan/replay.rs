@@ -45,6 +45,7 @@ pub(super) enum Of {
 }
 
 /// Sizes of one pass.
+#[derive(Clone, Copy)]
 pub(super) struct Shape<'c> {
     pub(super) config: &'c Config,
     /// Tokens in all sequences.
@@ -204,7 +205,7 @@ impl Shape<'_> {
                     let input = x;
                     // The block frees its own handle of the input, but the saved one keeps it alive.
                     l.now += input;
-                    let start = if let Of::Copies(slots) = of { self.take_carried(l, slots) } else { 0 };
+                    let start = self.take_whole_start(l, of);
                     let (y, _) = self.forward(l, input, None, of);
                     blocks.push(Kept { input, start, activations: input + start, ..Kept::default() });
                     x = y;
