@@ -22,7 +22,7 @@ use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
 
 use crate::batch::Segment;
-use crate::config::{Config, Inner, Mixer};
+use crate::config::{Config, Mixer};
 use crate::device::memory::{Buffer, Pool};
 use crate::device::view::{View, ViewMut};
 use crate::device::{Device, Kernels};
@@ -42,9 +42,6 @@ pub fn supports(config: &Config) -> Result<()> {
         Mixer::Ttt => {}
         Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
         Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
-    }
-    if config.ttt_layer_type == Inner::Mlp {
-        return Err(Error::Config("TTT-MLP does not run on a GPU yet; use --device cpu, or model.inner=linear".into()));
     }
     limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS)?;
     limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;

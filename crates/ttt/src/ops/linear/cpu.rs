@@ -64,6 +64,14 @@ impl<'a> Operand<'a> {
     }
 }
 
+/// `y = a b`, or `y += a b`, where the work around it is what threads share.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn product_here(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
+    product_on(a, b, y, add, Parallelism::None);
+}
+
 /// `y = a b`, or `y += a b`.
 fn product(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
     // The number of threads only says how blocks of `y` are dealt out; each element's sum is the same for any. Products below
@@ -72,15 +80,10 @@ fn product(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
         1 => Parallelism::None,
         threads => Parallelism::Rayon(threads),
     };
-    product_with(a, b, y, add, parallelism);
+    product_on(a, b, y, add, parallelism);
 }
 
-/// `y = a b`, or `y += a b`, on this thread alone.
-pub(crate) fn product_here(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
-    product_with(a, b, y, add, Parallelism::None);
-}
-
-fn product_with(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool, parallelism: Parallelism) {
+fn product_on(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool, parallelism: Parallelism) {
     let ([m, k], [_, n]) = (a.shape, b.shape);
     assert!(b.shape[0] == k && [y.rows(), y.cols()] == [m, n], "{:?} x {:?} into {} x {}", a.shape, b.shape, y.rows(), y.cols());
     let stride = y.stride() as isize;

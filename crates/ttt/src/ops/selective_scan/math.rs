@@ -102,7 +102,8 @@ mod tests {
             assert!(y[1][0].is_nan(), "NaN became {}", y[1][0]);
             for y in &y {
                 assert!(y[0].is_nan() || lanes == 1, "NaN became {}", y[0]);
-                assert!(y[1..].iter().all(|y| y.is_finite() && *y >= 0.0), "{y:?}");
+                let numbers = x.iter().zip(y.iter()).filter(|(x, _)| !x.is_nan());
+                assert!(numbers.into_iter().all(|(_, y)| y.is_finite() && *y >= 0.0), "{y:?}");
             }
             assert_eq!((y[1][2], y[1][4], y[2][2]), (1e30, 200.0, 1.0));
         }
