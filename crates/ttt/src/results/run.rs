@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::FOLDER;
-use crate::config::{Config, Mixer};
+use crate::config::Config;
 use crate::eval::{InnerRow, LossRow};
 use crate::params::ParamTable;
 use crate::plan;
@@ -194,8 +194,8 @@ impl RunResults {
     /// What kind of model it is, and its size.
     pub fn model(&self) -> String {
         let config = &self.config;
-        let mamba = config.mixer == Mixer::Ttt && config.use_gate && config.share_qk;
-        let (learner, backbone) = (config.kind(), if mamba { ", Mamba backbone" } else { "" });
+        let learner = config.kind();
+        let backbone = if config.inner().is_some() && config.use_gate && config.share_qk { ", Mamba backbone" } else { "" };
         format!("{learner}{backbone}, {} x {}", config.num_hidden_layers, config.hidden_size)
     }
 

@@ -149,7 +149,7 @@ pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Meas
         learn(&lm, &mut states, 0, &ids(after.saturating_sub(read) as usize, config.vocab_size))?;
         (1..slots).for_each(|slot| states.copy_slot(0, slot));
         // All weights once a step; each slot's state once a token.
-        let cost = [flops(config, 2 * after as usize).forward(), (weights + states.bytes() as f64) / slots as f64];
+        let cost = [flops(config, after as usize + DECODED).forward(), (weights + states.bytes() as f64) / slots as f64];
         let name = format!("decode {slots}, after {after} tokens");
         let mut measured = measure(name, device, args.repeat, (slots * DECODED) as f64, cost, || {
             for _ in 0..DECODED {

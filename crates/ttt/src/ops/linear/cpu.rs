@@ -43,7 +43,6 @@ pub(crate) fn backward_weight(dy: Mat<f32>, x: Mat<f32>, dw: MatMut<f32>) {
 }
 
 /// A matrix, perhaps transposed: element (i, j) lies at `i · row_stride + j · col_stride`.
-#[derive(Clone, Copy)]
 pub(crate) struct Operand<'a> {
     mat: Mat<'a, f32>,
     shape: [usize; 2],
@@ -52,12 +51,10 @@ pub(crate) struct Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// The matrix itself.
     pub(crate) fn new(mat: Mat<'a, f32>) -> Self {
         Operand { mat, shape: [mat.rows(), mat.cols()], row_stride: mat.stride(), col_stride: 1 }
     }
 
-    /// Rows as columns.
     pub(crate) fn transposed(self) -> Self {
         let Operand { mat, shape: [rows, cols], row_stride, col_stride } = self;
         Operand { mat, shape: [cols, rows], row_stride: col_stride, col_stride: row_stride }
