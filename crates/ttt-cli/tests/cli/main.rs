@@ -16,6 +16,7 @@ mod state;
 mod stop;
 #[cfg(unix)]
 mod terminal;
+mod transformer;
 mod verify;
 
 use std::path::{Path, PathBuf};

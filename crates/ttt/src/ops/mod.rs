@@ -13,6 +13,7 @@
 
 pub mod adamw;
 pub mod add;
+pub mod attention;
 pub mod conv;
 pub mod cross_entropy;
 pub mod embedding;

@@ -1,6 +1,7 @@
 //! Every operation: gradients against finite differences in f64; the fast f32 version against the f64 reference in outputs and
 //! every gradient, at odd sizes; the same bits on one thread and on two.
 
+mod attention;
 #[allow(dead_code)] // what only the test of GPUs calls
 mod case;
 mod cases;

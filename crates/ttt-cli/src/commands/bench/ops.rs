@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use ttt::batch::Segment;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Inner, Mixer};
 use ttt::device::Device;
 use ttt::device::view::View;
 use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
@@ -83,7 +83,11 @@ pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measure
     })?;
     time("gelu_gate", [10.0 * d as f64, 3.0 * row], &mut || Ok(gelu_gate::forward(x.view(), dy.view()).map(drop)?))?;
 
-    inner(config, &make, &segments, n, &mut time)?;
+    match config.mixer {
+        Mixer::Ttt => inner(config, &make, &segments, n, &mut time)?,
+        Mixer::Attention => attention(config, &make, &segments, n, &mut time)?,
+        Mixer::Mamba => {}
+    }
 
     let head = make.numbers(&[config.vocab_size, d])?;
     let mut dhead = make.zeros(&[config.vocab_size, d])?;
@@ -109,6 +113,24 @@ pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measure
 
 /// Measures one operation: its name, its cost per token and its work.
 type Time<'t> = dyn FnMut(&str, [f64; 2], &mut (dyn FnMut() -> Result<()> + Send)) -> Result<()> + 't;
+
+/// The attention of one layer.
+fn attention(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
+    let (d, kv, head_dim) = (config.hidden_size, config.key_value_size(), config.head_dim());
+    let [q, dout] = [make.numbers(&[n, d])?, make.numbers(&[n, d])?];
+    let [k, v] = [make.numbers(&[n, kv])?, make.numbers(&[n, kv])?];
+    let inputs = ttt::ops::attention::Inputs { q: q.view(), k: k.view(), v: v.view(), head_dim, past: None, segments };
+    let cost = flops(config, n / segments.len()).mixing / config.num_hidden_layers as f64;
+    let row = (4 * (2 * d + 2 * kv)) as f64;
+    time("attention", [cost, row], &mut || Ok(ttt::ops::attention::forward(&inputs).map(drop)?))?;
+    let [o, log_sum] = ttt::ops::attention::forward(&inputs)?;
+    let [mut dq, mut dk, mut dv] = [make.zeros(&[n, d])?, make.zeros(&[n, kv])?, make.zeros(&[n, kv])?];
+    // Scores are computed again: five products where the forward pass has two.
+    time("attention, backward", [2.5 * cost, 2.0 * row], &mut || {
+        let grads = ttt::ops::attention::Grads { dq: dq.view_mut(), dk: dk.view_mut(), dv: dv.view_mut() };
+        Ok(ttt::ops::attention::backward(&inputs, [&o, &log_sum], dout.view(), None, grads)?)
+    })
+}
 
 /// The inner loop of one layer.
 fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
@@ -148,7 +170,7 @@ fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
     };
     let initial: Vec<View<'_>> = start.iter().map(Tensor::view).collect();
     let mut state = FastWeights::zeros(make.0, DType::F32, kind, slots, heads, width, k)?;
-    let cost = flops(config).inner_loop / config.num_hidden_layers as f64;
+    let cost = flops(config, n).mixing / config.num_hidden_layers as f64;
     let row = (4 * d) as f64;
     let group = config.checkpoint_group();
     let forward = match kind {
