@@ -8,6 +8,7 @@ mod commands;
 mod compare;
 mod evaluate;
 mod flow;
+mod mamba;
 mod quantize;
 mod serve;
 mod skills;
