@@ -650,7 +650,7 @@ pub struct Bench {
     /// Settings file (.toml), and settings as key=value, whose model is measured instead of a preset
     #[arg(value_name = "CONFIG.toml | key=value")]
     pub settings: Vec<String>,
-    /// Size: tiny, small (hidden 256, 4 layers, 256 ids), 125m, 350m, 760m or 1.3b; of ttt with the Mamba backbone and convolutions [default: 125m]
+    /// Size: tiny, small (hidden 256, 4 layers, 256 ids), 125m, 350m, 760m or 1.3b; of ttt with the Mamba backbone and convolutions; of mamba also 130m, 370m, 790m or 1.4b [default: 125m]
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
     /// What mixes tokens: ttt, attention (a Transformer) or mamba [default: ttt]

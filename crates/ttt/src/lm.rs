@@ -433,9 +433,6 @@ impl Lm {
 /// Checks that a model can be made on a device.
 fn check(config: &Config, device: &Device, storage: Storage) -> Result<()> {
     config.validate()?;
-    if config.mixer == Mixer::Mamba {
-        return Err(Error::Config("Mamba models are described, but not computed yet".into()));
-    }
     match (device, storage) {
         (Device::Cuda(_), Storage::F64) => Err(Error::Config("f64 needs a CPU; use --device cpu, or bf16 or f32 on a GPU".into())),
         (Device::Cuda(_), Storage::Int8) => {

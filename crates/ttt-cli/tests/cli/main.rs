@@ -9,6 +9,7 @@ mod compare;
 mod evaluate;
 mod flow;
 mod ladder;
+mod mamba;
 mod quantize;
 mod serve;
 mod skills;

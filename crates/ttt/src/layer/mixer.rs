@@ -4,6 +4,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::device::view::View;
 use crate::layer::attention::{AttentionLayer, AttentionSaved};
+use crate::layer::mamba::{MambaLayer, MambaSaved};
 use crate::layer::ttt::{TttLayer, TttSaved};
 use crate::layer::{Carried, LayerState, Pass};
 use crate::params::{MixerIds, Params};
@@ -17,6 +18,8 @@ pub enum MixerLayer {
     Ttt(TttLayer),
     /// An attention layer.
     Attention(AttentionLayer),
+    /// A Mamba layer.
+    Mamba(MambaLayer),
 }
 
 /// What a mixer's backward pass needs.
@@ -26,6 +29,8 @@ pub enum MixerSaved {
     Ttt(Box<TttSaved>),
     /// Of an attention layer.
     Attention(Box<AttentionSaved>),
+    /// Of a Mamba layer.
+    Mamba(Box<MambaSaved>),
 }
 
 impl MixerSaved {
@@ -34,6 +39,7 @@ impl MixerSaved {
         match self {
             MixerSaved::Ttt(saved) => saved.bytes(),
             MixerSaved::Attention(saved) => saved.bytes(),
+            MixerSaved::Mamba(saved) => saved.bytes(),
         }
     }
 
@@ -42,6 +48,7 @@ impl MixerSaved {
         match self {
             MixerSaved::Ttt(saved) => saved.fast_weight_bytes(),
             MixerSaved::Attention(_) => 0,
+            MixerSaved::Mamba(_) => 0,
         }
     }
 }
@@ -52,7 +59,7 @@ impl MixerLayer {
         match ids {
             MixerIds::Ttt(ids) => MixerLayer::Ttt(TttLayer::new(config, ids)),
             MixerIds::Attention(ids) => MixerLayer::Attention(AttentionLayer::new(config, ids)),
-            MixerIds::Mamba(_) => unreachable!("refused before a model is made"),
+            MixerIds::Mamba(ids) => MixerLayer::Mamba(MambaLayer::new(config, ids)),
         }
     }
 
@@ -61,6 +68,7 @@ impl MixerLayer {
         match self {
             MixerLayer::Ttt(layer) => Some(layer),
             MixerLayer::Attention(_) => None,
+            MixerLayer::Mamba(_) => None,
         }
     }
 
@@ -72,6 +80,7 @@ impl MixerLayer {
         match self {
             MixerLayer::Ttt(layer) => Ok(LayerState::Ttt(layer.state(weights, slots)?)),
             MixerLayer::Attention(layer) => Ok(LayerState::Attention(layer.cache(weights, slots)?)),
+            MixerLayer::Mamba(layer) => Ok(LayerState::Mamba(layer.state(weights, slots)?)),
         }
     }
 
@@ -83,6 +92,8 @@ impl MixerLayer {
         match (self, state) {
             (MixerLayer::Ttt(layer), LayerState::Ttt(state)) => layer.start(weights, &mut state.fast, slot),
             (MixerLayer::Attention(_), LayerState::Attention(_)) => {}
+            // A sequence begins with zeros.
+            (MixerLayer::Mamba(_), LayerState::Mamba(_)) => {}
             (layer, state) => panic!("a state {state:?} of another layer than {layer:?}"),
         }
     }
@@ -104,6 +115,10 @@ impl MixerLayer {
                 let (y, saved) = layer.forward(pass, x, state.map(LayerState::attention_mut))?;
                 Ok((y, saved.map(|saved| MixerSaved::Attention(Box::new(saved)))))
             }
+            MixerLayer::Mamba(layer) => {
+                let (y, saved) = layer.forward(pass, x, state.map(LayerState::mamba_mut))?;
+                Ok((y, saved.map(|saved| MixerSaved::Mamba(Box::new(saved)))))
+            }
         }
     }
 
@@ -119,6 +134,7 @@ impl MixerLayer {
         match self {
             MixerLayer::Ttt(layer) => layer.forward_rows(pass, x, rows, Some(state.ttt_mut())),
             MixerLayer::Attention(layer) => layer.forward_rows(pass, x, rows, state.attention_mut()),
+            MixerLayer::Mamba(layer) => layer.forward_rows(pass, x, rows, state.mamba_mut()),
         }
     }
 
@@ -143,6 +159,7 @@ impl MixerLayer {
         match (self, saved) {
             (MixerLayer::Ttt(layer), MixerSaved::Ttt(saved)) => layer.backward(pass, x, *saved, dout, dstate, grads),
             (MixerLayer::Attention(layer), MixerSaved::Attention(saved)) => layer.backward(pass, x, *saved, dout, dstate, grads),
+            (MixerLayer::Mamba(layer), MixerSaved::Mamba(saved)) => layer.backward(pass, x, *saved, dout, dstate, grads),
             (layer, _) => panic!("what another layer than {layer:?} has kept"),
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::Result;
 use crate::device::Device;
-use crate::layer::carry;
+use crate::layer::{MambaState, carry};
 use crate::ops::attention::Cache;
 use crate::ops::inner::FastWeights;
 use crate::tensor::Tensor;
@@ -24,7 +24,7 @@ pub const KEYS: &str = "keys";
 pub const VALUES: &str = "values";
 /// Name of the window of a Mamba layer's convolution, `[slots, taps - 1, inner]`.
 pub const CONV_WINDOW: &str = "conv_window";
-/// Name of the state of a Mamba layer's recurrence, `[slots, inner, state]`.
+/// Name of the state of a Mamba layer's recurrence, `[slots, state, inner]`.
 pub const RECURRENT: &str = "recurrent";
 
 /// How much of a slot's part of a state tensor there is.
@@ -83,6 +83,8 @@ pub enum LayerState {
     Ttt(TttState),
     /// Of an attention layer: keys and values.
     Attention(Cache),
+    /// Of a Mamba layer.
+    Mamba(MambaState),
 }
 
 /// What a block with a TTT layer carries.
@@ -130,11 +132,23 @@ impl LayerState {
         }
     }
 
+    /// That of a Mamba layer, to write.
+    ///
+    /// # Panics
+    /// When the layer is another.
+    pub fn mamba_mut(&mut self) -> &mut MambaState {
+        match self {
+            LayerState::Mamba(state) => state,
+            other => panic!("{other:?} where a Mamba layer's state was expected"),
+        }
+    }
+
     /// Window of the convolution before the mixer, when the block has one.
     pub(super) fn pre_conv_mut(&mut self) -> Option<&mut Tensor> {
         match self {
             LayerState::Ttt(state) => state.pre_conv.as_mut(),
             LayerState::Attention(_) => None,
+            LayerState::Mamba(_) => None,
         }
     }
 
@@ -148,6 +162,9 @@ impl LayerState {
                 (QK_CONV, qk_conv.as_ref()),
             ],
             LayerState::Attention(Cache { keys, values }) => [(KEYS, Some(keys)), (VALUES, Some(values)), ("", None), ("", None)],
+            LayerState::Mamba(MambaState { window, recurrent }) => {
+                [(CONV_WINDOW, Some(window)), (RECURRENT, Some(recurrent)), ("", None), ("", None)]
+            }
         };
         all.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)))
     }
@@ -158,6 +175,9 @@ impl LayerState {
             LayerState::Ttt(TttState { fast, pre_conv, qk_conv }) => {
                 let (weights, rows) = fast.tensors_mut();
                 [(FAST_WEIGHTS, Some(weights)), (OPEN_ROWS, Some(rows)), (PRE_CONV, pre_conv.as_mut()), (QK_CONV, qk_conv.as_mut())]
+            }
+            LayerState::Mamba(MambaState { window, recurrent }) => {
+                [(CONV_WINDOW, Some(window)), (RECURRENT, Some(recurrent)), ("", None), ("", None)]
             }
             LayerState::Attention(Cache { keys, values }) => [(KEYS, Some(keys)), (VALUES, Some(values)), ("", None), ("", None)],
         };

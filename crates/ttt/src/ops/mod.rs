@@ -26,6 +26,8 @@ pub mod linear;
 pub mod linear_attention;
 pub mod rms_norm;
 pub mod rope;
+pub mod selective_scan;
+pub mod silu;
 pub mod swiglu;
 pub mod token_scale;
 pub mod ttt_batch;

@@ -228,26 +228,30 @@ fn attention_block(t: &mut ParamTable, config: &Config, p: &str) -> BlockIds {
     BlockIds { pre_conv: None, norm, mixer, feed_forward }
 }
 
-/// A block of Hugging Face's Mamba.
+/// A block of Hugging Face's Mamba, which starts as in the authors' code (`mamba_ssm`): matrices and convolutions as PyTorch starts
+/// them, uniform within 1/√(fan-in), the output projection divided by √(number of blocks). A and D do not decay.
 fn mamba_block(t: &mut ParamTable, config: &Config, p: &str) -> BlockIds {
     let (d, inner, taps) = (config.hidden_size, config.inner_size(), config.conv_kernel);
     let (n, rank) = (config.state_size, config.step_rank());
-    let normal = Init::Normal(config.initializer_range);
+    let uniform = |fan_in: usize| Init::Uniform((fan_in as f64).powf(-0.5));
     let norm = t.add(&format!("{p}norm.weight"), &[d], Init::Ones);
     let s = format!("{p}mixer.");
     let a_log = t.add(&format!("{s}A_log"), &[inner, n], Init::LogCount);
     let skip = t.add(&format!("{s}D"), &[inner], Init::Ones);
-    let in_proj = t.add(&format!("{s}in_proj.weight"), &[2 * inner, d], normal);
+    for id in [a_log, skip] {
+        t.mark_without_decay(id);
+    }
+    let in_proj = t.add(&format!("{s}in_proj.weight"), &[2 * inner, d], uniform(d));
     let conv = (
-        t.add(&format!("{s}conv1d.weight"), &[inner, 1, taps], Init::Uniform((taps as f64).powf(-0.5))),
-        t.add(&format!("{s}conv1d.bias"), &[inner], Init::Zeros),
+        t.add(&format!("{s}conv1d.weight"), &[inner, 1, taps], uniform(taps)),
+        t.add(&format!("{s}conv1d.bias"), &[inner], uniform(taps)),
     );
-    let x_proj = t.add(&format!("{s}x_proj.weight"), &[rank + 2 * n, inner], normal);
+    let x_proj = t.add(&format!("{s}x_proj.weight"), &[rank + 2 * n, inner], uniform(inner));
     let dt_proj = (
-        t.add(&format!("{s}dt_proj.weight"), &[inner, rank], Init::Uniform((rank as f64).powf(-0.5))),
+        t.add(&format!("{s}dt_proj.weight"), &[inner, rank], uniform(rank)),
         t.add(&format!("{s}dt_proj.bias"), &[inner], Init::StepBias),
     );
-    let out_proj = t.add(&format!("{s}out_proj.weight"), &[d, inner], normal);
+    let out_proj = t.add(&format!("{s}out_proj.weight"), &[d, inner], uniform(inner * config.num_hidden_layers));
     let mixer = MixerIds::Mamba(MambaIds { in_proj, conv, x_proj, dt_proj, a_log, d: skip, out_proj });
     BlockIds { pre_conv: None, norm, mixer, feed_forward: None }
 }

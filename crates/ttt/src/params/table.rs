@@ -23,6 +23,8 @@ pub struct Entry {
     pub init: Init,
     /// Whether it is part of the initial fast weights, W0.
     pub initial_state: bool,
+    /// Whether weight decay pulls it to zero.
+    pub decays: bool,
 }
 
 impl Entry {
@@ -100,7 +102,8 @@ impl ParamTable {
     /// Adds a parameter directly behind the previous one.
     pub(super) fn join(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
         let id = ParamId(self.entries.len());
-        let entry = Entry { name: name.to_owned(), shape: shape.to_vec(), offset: self.len, init, initial_state: false };
+        let entry =
+            Entry { name: name.to_owned(), shape: shape.to_vec(), offset: self.len, init, initial_state: false, decays: true };
         self.len += entry.elements();
         self.by_name.insert(name.to_owned(), id);
         self.entries.push(entry);
@@ -110,6 +113,24 @@ impl ParamTable {
     /// Says that a parameter is part of the initial fast weights.
     pub(super) fn mark_initial_state(&mut self, id: ParamId) {
         self.entries[id.0].initial_state = true;
+    }
+
+    /// Says that weight decay leaves a parameter alone.
+    pub(super) fn mark_without_decay(&mut self, id: ParamId) {
+        self.entries[id.0].decays = false;
+    }
+
+    /// The flat buffers cut where weight decay begins or ends, and whether it acts on each piece: from end to end, gaps included.
+    pub fn decay_pieces(&self) -> Vec<(Range<usize>, bool)> {
+        let mut pieces: Vec<(Range<usize>, bool)> = Vec::new();
+        let ends = self.entries.iter().skip(1).map(|next| next.offset).chain([self.len]);
+        for (entry, end) in self.entries.iter().zip(ends) {
+            match pieces.last_mut() {
+                Some((range, decays)) if *decays == entry.decays => range.end = end,
+                _ => pieces.push((entry.offset..end, entry.decays)),
+            }
+        }
+        pieces
     }
 
     /// The table, once all parameters are in it.

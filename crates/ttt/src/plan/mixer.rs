@@ -4,6 +4,7 @@ use super::replay::{Kept, Ledger, Of, Shape};
 use crate::config::Mixer;
 use crate::layer::Learner;
 use crate::ops::inner::FastWeights;
+use crate::ops::{partials, selective_scan};
 
 impl Shape<'_> {
     /// The mixer's forward pass, from the normed input to its output.
@@ -134,6 +135,7 @@ impl Shape<'_> {
         let dt = l.take(inner);
         kept.z = l.take(inner);
         kept.small = keep.map_or(0, |_| l.take(self.scan_states()));
+        l.touch(selective_scan::forward_scratch(self.n, self.config.inner_size(), self.config.state_size));
         l.free(u + dt);
         let gated = l.take(inner);
         let out = l.take(self.rows());
@@ -144,9 +146,9 @@ impl Shape<'_> {
         out
     }
 
-    /// States that a scan keeps, one every 64 tokens.
+    /// States that a scan keeps.
     fn scan_states(&self) -> usize {
-        let kept: usize = self.lens.iter().map(|len| len.div_ceil(64)).sum();
+        let kept: usize = self.lens.iter().map(|len| len.div_ceil(selective_scan::CHUNK)).sum();
         kept * self.config.inner_size() * self.config.state_size
     }
 
@@ -163,7 +165,9 @@ impl Shape<'_> {
         let du = l.take(inner);
         let ddt = l.take(inner);
         let dselected = l.take(selected);
-        l.free(kept.small + dy + dt);
+        let scratch = selective_scan::backward_scratch(self.n, self.config.inner_size(), self.config.state_size);
+        let scratch: usize = scratch.into_iter().map(|floats| l.take(floats)).sum();
+        l.free(scratch + kept.small + dy + dt);
         l.touch(self.n * self.config.step_rank());
         l.free(ddt);
         l.touch(inner);
@@ -171,6 +175,9 @@ impl Shape<'_> {
         let dconvolved = l.take(inner);
         l.free(du + convolved);
         let dinput = l.take(inner);
+        // Partial sums of the convolution's gradient.
+        let blocks = self.n.div_ceil(partials::block_rows(self.n, self.config.inner_size()));
+        l.touch(blocks * (self.config.conv_kernel + 1) * self.config.inner_size());
         l.free(dconvolved + dinput + kept.projected);
         let dx = l.take(self.rows());
         l.free(dprojected);
@@ -228,7 +235,7 @@ impl Shape<'_> {
             Mixer::Ttt => (self.take_windows(l, self.lens.len()), copies),
             // The copies themselves, from which the backward pass reads keys and values.
             Mixer::Attention => (copies, 0),
-            Mixer::Mamba => (self.take_carried(l, self.lens.len()), copies),
+            Mixer::Mamba => (l.take(self.lens.len() * (self.config.conv_kernel - 1) * self.config.inner_size()), copies),
         }
     }
 

@@ -132,7 +132,7 @@ pub struct Optimizer {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay, multiplied by the learning rate.
+    /// Decoupled weight decay, multiplied by the learning rate; of all parameters but Mamba's A and D.
     pub weight_decay: f64,
     /// Largest norm of the gradient; 0 for no clipping.
     pub clip: f64,

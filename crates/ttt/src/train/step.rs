@@ -170,8 +170,16 @@ impl Optimizer {
         let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
         let (m, v, made) = (self.m.data_mut(), self.v.data_mut(), self.step);
         let mut update = |weights: &mut Params, grads: &Params| {
-            let (data, copies) = weights.data_and_operands_mut();
-            device.install(|| adamw::step_with_copies(data, copies, grads.data(), m, v, made, settings.lr, scale, &settings.adamw));
+            let pieces = weights.table().decay_pieces();
+            let (data, mut copies) = weights.data_and_operands_mut();
+            device.install(|| {
+                for (piece, decays) in pieces {
+                    let decay = if decays { settings.adamw.weight_decay } else { 0.0 };
+                    let adamw = Settings { weight_decay: decay, ..settings.adamw };
+                    let copies = copies.as_deref_mut();
+                    adamw::step_part(data, copies, grads.data(), m, v, piece, made, settings.lr, scale, &adamw);
+                }
+            });
         };
         match &mut self.part {
             Some(Part { weights, grads }) => {
