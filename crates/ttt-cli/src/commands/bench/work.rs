@@ -5,6 +5,7 @@ use ttt::Storage;
 use ttt::batch::Batch;
 use ttt::config::Config;
 use ttt::device::Device;
+use ttt::generate::learn;
 use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::ops::adamw;
@@ -16,8 +17,8 @@ use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 use super::{Measured, measure};
 use crate::args::{Bench, Recompute};
 
-/// Tokens read before decoding is measured.
-const DECODE_AFTER: usize = 64;
+/// Tokens read before decoding is measured, unless --after says otherwise.
+const DECODE_AFTER: u64 = 64;
 /// Tokens decoded for one measurement.
 const DECODED: usize = 16;
 /// Seed of the weights.
@@ -125,23 +126,35 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     })
 }
 
-/// Writing token by token in every slot at once.
-pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
+/// Writing token by token in every slot at once, after each number of tokens that is wanted.
+pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measured>> {
     let lm = model(config, device, args.dtype)?;
     let slots = args.batch as usize;
-    let mut states = lm.states(slots)?;
-    let prompt = ids(slots * DECODE_AFTER, config.vocab_size);
-    lm.forward(&Batch::packed(&prompt.chunks(DECODE_AFTER).collect::<Vec<_>>()), Some(&mut states), Keep::Nothing, 1.0)?;
-    let one: Vec<[u32; 1]> = prompt[..slots].iter().map(|id| [*id]).collect();
+    let mut wanted = if args.after.is_empty() { vec![DECODE_AFTER] } else { args.after.clone() };
+    wanted.sort_unstable();
+    wanted.dedup();
+    let one: Vec<[u32; 1]> = ids(slots, config.vocab_size).into_iter().map(|id| [id]).collect();
     let (step, rows) = (Batch::packed(&one), (0..slots).collect::<Vec<_>>());
-    // All weights once a step; each slot's state once a token.
     let weights = lm.weights().bytes() as f64;
-    let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
-    measure(format!("decode {slots}, after {DECODE_AFTER} tokens"), device, args.repeat, (slots * DECODED) as f64, cost, || {
-        for _ in 0..DECODED {
-            let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
-            lm.logits(&hidden, &rows)?;
-        }
-        Ok(())
-    })
+    let mut states = lm.states(slots)?;
+    let mut all = Vec::new();
+    for after in wanted {
+        // What was decoded before has been read too.
+        let read = states.position(0);
+        learn(&lm, &mut states, 0, &ids(after.saturating_sub(read) as usize, config.vocab_size))?;
+        (1..slots).for_each(|slot| states.copy_slot(0, slot));
+        // All weights once a step; each slot's state once a token.
+        let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
+        let name = format!("decode {slots}, after {after} tokens");
+        let mut measured = measure(name, device, args.repeat, (slots * DECODED) as f64, cost, || {
+            for _ in 0..DECODED {
+                let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
+                lm.logits(&hidden, &rows)?;
+            }
+            Ok(())
+        })?;
+        measured.decoded = Some([after, states.bytes() as u64]);
+        all.push(measured);
+    }
+    Ok(all)
 }
