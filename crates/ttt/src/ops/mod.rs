@@ -13,6 +13,7 @@
 
 pub mod adamw;
 pub mod add;
+pub mod attention;
 pub mod conv;
 pub mod cross_entropy;
 pub mod embedding;
@@ -25,6 +26,8 @@ pub mod linear;
 pub mod linear_attention;
 pub mod rms_norm;
 pub mod rope;
+pub mod selective_scan;
+pub mod silu;
 pub mod swiglu;
 pub mod token_scale;
 pub mod ttt_batch;
