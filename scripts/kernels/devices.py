@@ -17,13 +17,14 @@ class Emulator:
 
     kind = "emulator"
 
-    def __init__(self, define):
+    def __init__(self, define, source="ttt_linear.cpp"):
         self.launches = 0
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "kernels.so")
         flags = ["g++", "-O2", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-D{define}"]
-        flags += [f"-I{os.path.join(HERE, 'emulate')}", f"-I{INCLUDES[1]}"]
-        subprocess.run([*flags, os.path.join(HERE, "emulate", "ttt_linear.cpp"), "-o", path], check=True)
+        flags += [f"-I{os.path.join(HERE, 'emulate')}", f"-I{INCLUDES[1]}", f"-I{INCLUDES[2]}",
+                  f"-I{os.path.join(ROOT, 'ops')}"]
+        subprocess.run([*flags, os.path.join(HERE, "emulate", source), "-o", path], check=True)
         self.library = ctypes.CDLL(path)
 
     def upload(self, array):

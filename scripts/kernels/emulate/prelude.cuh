@@ -168,6 +168,20 @@ template <class P> static void launch(void (*kernel)(P), const P* params, u32 bl
 }
 }  // namespace emu
 
+#define __shared__ static
+struct uint4 { u32 x, y, z, w; };
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float emu_exp(float x) { return expf(x); }
+#define __expf emu_exp
+static inline float __fmul_rn(float x, float y) { return x * y; }
+static inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+static inline u64 __umul64hi(u64 x, u64 y) { return (u64)((unsigned __int128)x * y >> 64); }
+template <class T> static T atomicAdd(T* at, T x) {
+    const T old = *at;
+    *at += x;
+    return old;
+}
+
 static inline void __syncthreads() { emu::meet(emu::block, blockDim.x); }
 static inline void __syncwarp() { emu::meet(emu::warp(), 32); }
 template <class T> static T __shfl_sync(u32, T x, u32 lane) { return emu::exchange(x)[lane & 31]; }
@@ -282,6 +296,14 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     if ((u64)at % 16) emu::fail("a misaligned address");
     memcpy(at, x, 16);
 }
+
+DEVICE void load_constant4(u32 (&x)[4], const void* at) {
+    if ((u64)at % 16) emu::fail("a misaligned address");
+    memcpy(x, at, 16);
+}
+DEVICE void load_global4(u32 (&x)[4], const void* at) { load_constant4(x, at); }
+DEVICE void overlap_next() {}
+DEVICE void overlap_wait() {}
 
 DEVICE void emu_copy(u32 to, const void* from, u32 bytes, bool present) {
     if (present && (u64)from % bytes) emu::fail("a misaligned address");

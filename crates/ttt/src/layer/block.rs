@@ -18,6 +18,8 @@ pub struct Block {
     pre_conv: Option<PreConv>,
     seq_norm: ParamId,
     eps: f64,
+    /// Taps of its convolutions.
+    taps: usize,
     ttt: TttLayer,
     ffn: FeedForward,
 }
@@ -83,6 +85,7 @@ impl Block {
             pre_conv: ids.pre_conv.map(|ids| PreConv::new(config, ids)),
             seq_norm: ids.seq_norm,
             eps: config.rms_norm_eps,
+            taps: config.conv_kernel,
             ttt: TttLayer::new(config, &ids.ttt),
             ffn: FeedForward::new(config, ids),
         }
@@ -126,7 +129,10 @@ impl Block {
     }
 
     /// [`Block::forward`] with every sequence in the slot that its segment names.
-    fn run(&self, pass: &Pass<'_>, x: Tensor, state: Option<&mut LayerState>) -> Result<(Tensor, Option<BlockSaved>)> {
+    fn run(&self, pass: &Pass<'_>, x: Tensor, mut state: Option<&mut LayerState>) -> Result<(Tensor, Option<BlockSaved>)> {
+        if let Some(state) = state.as_deref_mut().filter(|_| self.decodes(pass, &x)) {
+            return Ok((self.decode(pass, x, state)?, None));
+        }
         let (fast, pre_window, qk_window) = parts(state);
         let kept = matches!(pass.keep, Keep::Saved { .. });
         let window = pre_window.as_deref().filter(|_| kept).map(Tensor::copy).transpose()?;
@@ -144,6 +150,23 @@ impl Block {
         let (y, gate_up) = self.ffn.forward(pass, &ffn_input)?;
         let saved = ttt.map(|ttt| BlockSaved::Whole(Box::new(Activations { input, window, ttt_input, ttt, ffn_input, gate_up })));
         Ok((y, saved))
+    }
+
+    /// Whether a pass is a step of one token for each sequence on a GPU that has kernels for it.
+    fn decodes(&self, pass: &Pass<'_>, x: &Tensor) -> bool {
+        let one_each = pass.keep == Keep::Nothing && !pass.segments.is_empty() && pass.segments.iter().all(|s| s.len == 1);
+        one_each && self.ttt.decodes(x, self.taps)
+    }
+
+    /// [`Block::run`] of such a pass, in few launches. Works in `x`.
+    fn decode(&self, pass: &Pass<'_>, mut x: Tensor, state: &mut LayerState) -> Result<Tensor> {
+        let LayerState { fast, pre_conv, qk_conv } = state;
+        if let (Some(conv), Some(window)) = (&self.pre_conv, pre_conv) {
+            conv.decode(pass, &mut x, window)?;
+        }
+        self.ttt.decode(pass, &mut x, (self.seq_norm, self.eps), fast, qk_conv.as_mut())?;
+        self.ffn.decode(pass, &mut x)?;
+        Ok(x)
     }
 
     /// [`Block::forward`] of which only some rows are wanted, as of the last block when a prompt is read. Keeps nothing.

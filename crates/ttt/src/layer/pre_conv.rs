@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::config::Config;
 use crate::layer::{Pass, carry};
-use crate::ops::{add, conv, rms_norm};
+use crate::ops::{add, conv, rms_norm, step};
 use crate::params::{ParamId, Params};
 use crate::tensor::Tensor;
 
@@ -31,6 +31,12 @@ impl PreConv {
         }
         add::add_to(y.view_mut(), x.view());
         Ok(y)
+    }
+
+    /// `x [n, D]` becomes the sub-block's output for one token of each sequence, in one launch on a GPU; `window` is moved on.
+    pub(super) fn decode(&self, pass: &Pass<'_>, x: &mut Tensor, window: &mut Tensor) -> Result<()> {
+        let w = |id| pass.weights.view(id);
+        step::add_conv(x, w(self.norm), self.eps, [w(self.weight), w(self.bias)], pass.segments, window)
     }
 
     /// Gradient of `x` from the gradient of the output, for sequences that began with `window`, or with an empty one. `dwindow`

@@ -24,6 +24,8 @@ pub mod layer_norm;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;
+pub mod sample;
+pub mod step;
 pub mod swiglu;
 pub mod token_scale;
 pub mod ttt_linear;
@@ -48,6 +50,9 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &layer_norm::cuda::SOURCE,
     &rms_norm::cuda::SOURCE,
     &rope::cuda::SOURCE,
+    &sample::cuda::SOURCE,
+    &step::cuda::PRODUCTS,
+    &step::cuda::ROWS,
     &swiglu::cuda::SOURCE,
     &ttt_linear::cuda::PLAIN,
     &ttt_linear::cuda::FORWARD_48,

@@ -1,0 +1,115 @@
+// What the kernels of a decoding step are launched with; `repr(C)` twins are in `cuda.rs`. Activations are bf16, strides are in
+// elements, rows of every matrix start 16-byte aligned. A row is one token of one sequence.
+#pragma once
+#include "prelude.cuh"
+
+// y = e(p(x) wᵀ) for up to 64 rows: what p and e are says the kernel's name.
+struct Product {
+    const void* x;      // [rows, k]; of a gated product z
+    const void* w;      // [n, k]; of swiglu [2 n, k]: gate, then up
+    void* y;            // [rows, n]: bf16, or f32; of an adding product also read
+    const float* scale; // [k]: weight of the norm
+    const float* shift; // [k]: bias of the LayerNorm
+    const void* gate;   // [rows, k], or null
+    void* normed;       // [rows, k], written: p(x). Null: not wanted
+    u32 x_stride, y_stride, gate_stride;
+    u32 rows, n, k; // k a multiple of 8
+    float eps;
+};
+
+// x + conv(norm(x)) in place, moving the windows on.
+struct PreConv {
+    void* x;             // [rows, cols]
+    const float* scale;  // [cols]
+    const float* weight; // [cols, taps]
+    const float* bias;   // [cols]
+    void* window;        // [slots, taps - 1, cols]
+    const u32* segments; // [rows][first row, length, slot, phase]; length 0: nothing is done
+    u32 cols, taps;      // taps <= 8
+    float eps;
+};
+
+DEVICE void unpack(float (&x)[8], const u32 (&pairs)[4]) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) x[2 * i] = low_f32(pairs[i]), x[2 * i + 1] = high_f32(pairs[i]);
+}
+DEVICE void pack(u32 (&pairs)[4], const float (&x)[8]) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) pairs[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+}
+DEVICE void load_row(float (&x)[8], const u16* at) {
+    u32 pairs[4];
+    load_global4(pairs, at);
+    unpack(x, pairs);
+}
+DEVICE void load_floats(float (&x)[8], const float* at) {
+    float part[4];
+#pragma unroll
+    for (u32 h = 0; h < 2; h++) {
+        load_global4(part, at + 4 * h);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) x[4 * h + i] = part[i];
+    }
+}
+DEVICE float all_lanes(float x) {
+#pragma unroll
+    for (u32 lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_WARP, x, lane);
+    return x;
+}
+
+// A row through a norm into `to`, 8 columns a lane, sums as rms_norm/kernel.cu and layer_norm/kernel.cu make them.
+DEVICE void rms_norm_row(u16* to, const u16* x, const float* scale, u32 cols, float eps) {
+    float sum = 0.0f, v[8], u[8];
+    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
+        load_row(v, x + c);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) sum += v[i] * v[i];
+    }
+    const float r = rsqrtf(all_lanes(sum) / cols + eps);
+    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
+        u32 pairs[4];
+        load_row(v, x + c);
+        load_floats(u, scale + c);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) v[i] *= r * u[i];
+        pack(pairs, v);
+        *(uint4*)(to + c) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
+// gelu(gate) * LayerNorm(x), or LayerNorm(x) without a gate.
+DEVICE void gated_norm_row(u16* to, const u16* x, const float* scale, const float* shift, const u16* gate, u32 cols, float eps) {
+    float sum = 0.0f, v[8], u[8], b[8];
+    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
+        load_row(v, x + c);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) sum += v[i];
+    }
+    const float mean = all_lanes(sum) / cols;
+    float squares = 0.0f;
+    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
+        load_row(v, x + c);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) squares += (v[i] - mean) * (v[i] - mean);
+    }
+    const float r = rsqrtf(all_lanes(squares) / cols + eps);
+    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
+        u32 pairs[4];
+        load_row(v, x + c);
+        load_floats(u, scale + c);
+        load_floats(b, shift + c);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) v[i] = (v[i] - mean) * r * u[i] + b[i];
+        if (gate) {
+            float a[8];
+            load_row(a, gate + c);
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                const float e = 0.7978845608028654f * (a[i] + 0.044715f * a[i] * a[i] * a[i]);
+                const float tanh_of = 1.0f - 2.0f / (1.0f + __expf(2.0f * e));
+                v[i] = round_bf16(v[i]) * (0.5f * a[i] * (1.0f + tanh_of));
+            }
+        }
+        pack(pairs, v);
+        *(uint4*)(to + c) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
