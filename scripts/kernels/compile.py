@@ -66,7 +66,8 @@ def compile_source(path, arch, defines=(), max_registers=None):
 
 def kernels(path):
     """Entry points of a source."""
-    return re.findall(r"^KERNEL.*?\b(\w+)\(const __grid_constant__", open(path).read(), re.M)
+    text = open(path).read()
+    return re.findall(r"^KERNEL.*?\b(\w+)\(const __grid_constant__", text, re.M) + re.findall(r"^PRODUCT\((\w+), \d", text, re.M)
 
 
 def report(log):

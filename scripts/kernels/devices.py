@@ -62,7 +62,7 @@ class Gpu:
         arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
         self.functions, self.registers = {}, {}
         for source in sources:
-            path = os.path.join(ROOT, "ops", "ttt_linear", source)
+            path = os.path.join(ROOT, "ops", source if "/" in source else os.path.join("ttt_linear", source))
             cubin, _ = compile_source(path, arch, defines)
             module = ctypes.c_void_p()
             self._ok(self.driver.cuModuleLoadData(ctypes.byref(module), cubin))

@@ -1,4 +1,7 @@
-"""Checks the kernels of a decoding step on the CPU, through emulate/ (needs g++ and NumPy): python scripts/kernels/step.py [--d 64]
+"""Checks the kernels of a decoding step on the CPU, through emulate/, and times its products on a GPU.
+
+    python scripts/kernels/step.py check [--d 64]   # needs g++ and NumPy
+    python scripts/kernels/step.py bench            # beside cuBLAS; needs PyTorch and NVRTC
 
 Products with what stands before and behind them, the convolution before a layer, a token of TTT-Linear made from projections against
 `ttt_linear_decode` on what they make, and the sampler against plain loops. Prints a JSON line an item; exit status 1 when one fails.
@@ -56,7 +59,8 @@ def products(dev, rng):
     a = dev.address
     for name, rows, k, n in [("norm_product", 3, 72, 40), ("norm_product", 8, 520, 16), ("norm_product_swiglu", 5, 264, 24),
                              ("gated_product_add", 2, 768, 48), ("product_bf16_8", 7, 344, 21), ("product_f32_16", 13, 96, 64),
-                             ("product_add_32", 30, 256, 33), ("product_swiglu_64", 61, 128, 20)]:
+                             ("product_add_8", 5, 72, 19), ("product_add_16", 16, 256, 33),
+                             ("product_swiglu_16", 11, 128, 20)]:
         swiglu = "swiglu" in name
         x, w, gate = (bf16(rng.normal(size=s)) for s in ((rows, k), (n * (1 + swiglu), k), (rows, k)))
         y = bf16(rng.normal(size=(rows, n)))
@@ -67,7 +71,7 @@ def products(dev, rng):
         normed = dev.upload(to_bits(np.full((rows, k), np.nan)))
         p = Product(a(wide), a(held[0]), a(out), a(held[1]), a(held[2]), a(wide) + 2 * k, a(normed), 2 * k, n, 2 * k, rows, n, k, 1e-6)
         tokens = int(name.rsplit("_", 1)[1]) if name[-1].isdigit() else 8
-        dev.launch(name, p, 3, 256, 640 * tokens + rows * (-(-2 * k // 128) * 128 + 64))
+        dev.launch(name, p, 3, 256, 640 * tokens + 64 + rows * (-(-2 * k // 128) * 128 + 64))
         before = bf16(norm(x, scale)) if name.startswith("norm") else bf16(gated_norm(x, scale, shift, gate)) if "gated" in name else x
         want = before @ w.T
         if swiglu:
@@ -83,6 +87,13 @@ def products(dev, rng):
 
 def row_kernels(dev, rng):
     a = dev.address
+    for name, rows, k in [("gated_norm", 3, 96), ("gated_norm", 2, 2056), ("rms_norm", 3, 776)]:
+        x, gate = bf16(rng.normal(size=(rows, k)) + 0.5), bf16(rng.normal(size=(rows, k)))
+        scale, shift = (rng.normal(size=k).astype(np.float32) for _ in range(2))
+        held = [dev.upload(v) for v in (to_bits(x), to_bits(np.full((rows, k), np.nan)), scale, shift, to_bits(gate))]
+        at = [a(v) for v in held]
+        dev.launch(name, Product(at[0], 0, at[1], at[2], at[3], at[4], 0, k, k, k, rows, k, k, 1e-6), rows, 256, 64)
+        say(name, dict(y=error(from_bits(held[1]), norm(x, scale) if name == "rms_norm" else gated_norm(x, scale, shift, gate))), 3e-3, rows=rows, k=k)
     for rows, cols, taps in [(3, 96, 4), (2, 264, 8), (2, 64, 1)]:
         x, window = bf16(rng.normal(size=(rows, cols))), bf16(rng.normal(size=(rows + 1, taps - 1, cols)))
         scale, weight, bias = (rng.normal(size=s).astype(np.float32) for s in (cols, (cols, taps), cols))
@@ -189,10 +200,45 @@ def sampler(dev, rng):
         say("sample", wrong, 1e-5, vocab=vocab)
 
 
+def bench():
+    """Microseconds of a product in a graph of 20, weights of 20 matrices in turn so that they come from memory: ours and cuBLAS's."""
+    from devices import Gpu
+
+    dev = Gpu(["step/product.cu"])
+    torch = dev.torch
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for k, n in [(768, 2304), (768, 768), (768, 4096), (2048, 768), (768, 32000), (2048, 11008)]:
+        copies = 20 if n < 10000 else 4
+        w = torch.randn(copies, n, k, device="cuda", dtype=torch.bfloat16)
+        for rows, kernel in [(1, "product_bf16_8"), (8, "product_bf16_8"), (16, "product_bf16_16")]:
+            x, y = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16), torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+            tokens, at = int(kernel.rsplit("_", 1)[1]), [0, 0]
+
+            def ours():
+                at[0] = (at[0] + 1) % copies
+                p = Product(x.data_ptr(), w[at[0]].data_ptr(), y.data_ptr(), 0, 0, 0, 0, k, n, 0, rows, n, k, 0)
+                dev.launch(kernel, p, min(-(-n // 16), 3 * processors), 256, 640 * tokens)
+
+            def theirs():
+                at[1] = (at[1] + 1) % copies
+                torch.matmul(x, w[at[1]].T, out=y)
+
+            ours()
+            worst = error(y.float().cpu().numpy(), (x.float() @ w[at[0]].float().T).cpu().numpy())
+            times = [dev.milliseconds(dev.graph(f, 20)) / 20 * 1000 for f in (ours, theirs)]
+            print(json.dumps(dict(bench="product", rows=rows, k=k, n=n, us=[round(t, 2) for t in times], floor_us=round(2 * n * k / 2.97e6, 2),
+                                  error=float(f"{worst:.1g}"))), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--d", type=int, default=64)
+    sub = parser.add_subparsers(dest="command", required=True)
+    check = sub.add_parser("check", help="compare with NumPy")
+    check.add_argument("--d", type=int, default=64)
+    sub.add_parser("bench", help="time the products")
     args = parser.parse_args()
+    if args.command == "bench":
+        return bench()
     dev, rng = Emulator(f"HEAD_DIM={args.d}", "step.cpp"), np.random.default_rng(0)
     products(dev, rng)
     row_kernels(dev, rng)

@@ -78,7 +78,12 @@ fn products_of_few_rows() {
                 let names =
                     ["norm_linear", "its norm", "linear", "linear to f32", "norm_swiglu", "add_linear", "gated", "not gated"];
                 for ((name, ours), want) in names.iter().zip(&ours).zip(&want) {
-                    let limit = if *name == "linear to f32" { 2e-6 } else { 8e-3 };
+                    // One rounding of operands and of the result, or several one behind the other.
+                    let limit = match *name {
+                        "linear to f32" => 2e-6,
+                        "norm_swiglu" | "gated" => 2e-2,
+                        _ => 8e-3,
+                    };
                     let error = relative(ours, want);
                     assert!(error < limit, "{name}, {rows} rows, {k} to {n}: {error:.1e}");
                 }

@@ -32,8 +32,9 @@ struct SampleParams {
     u32 read; // 1: a token of each row was read before
 };
 
-constexpr u32 THREADS = 1024, WARPS = 32, BINS = 2048;
-constexpr float LOG2_E = 1.4426950408889634f;
+constexpr u32 THREADS = 1024, WARPS = 32;
+// Bits of a key that sort it into bins, the first, then the next, then the last; bins of each.
+constexpr u32 FIRST_BITS = 10, BITS = 11, FIRST_BINS = 1 << FIRST_BITS, BINS = 1 << BITS;
 
 // Orders as f32::total_cmp does.
 DEVICE u32 key_of(float x) {
@@ -64,10 +65,16 @@ DEVICE u64 all_lanes(u64 x) {
     return x;
 }
 
+// Of the keys that were sorted into a bin, the sum of weights and the number.
+template <u32 N> struct Bins {
+    u64 weights[N];
+    u32 counts[N];
+};
 struct Shared {
     u64 of_warp[WARPS];
-    u64 weights[BINS];
-    u32 counts[BINS];
+    float exponentials[WARPS];
+    Bins<FIRST_BINS> first; // of all keys
+    Bins<BINS> next;
     u64 found[3];
     u64 bits;
 };
@@ -111,14 +118,16 @@ template <class F> DEVICE u32 first_reaching(Shared& s, u32 n, u64 bound, const 
     return (u32)s.found[0];
 }
 
-// The bin, counted from the last, whose sum from the last down to and with it reaches `bound`; leaves the sum of those above it.
-DEVICE u32 last_reaching(Shared& s, u64 bound, bool by_weight, u64& above) {
-    const u32 per = BINS / THREADS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// The bin, counted from the last, whose sum from the last down to and with it reaches `bound`; leaves the sum of those above it, and
+// the sum of their weights.
+template <u32 N> DEVICE u32 last_reaching(Shared& s, const Bins<N>& of, u64 bound, bool by_weight, u64& above, u64& above_weight) {
+    constexpr u32 per = N / THREADS;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u64 bins[per], sum = 0;
 #pragma unroll
     for (u32 i = 0; i < per; i++) {
-        const u32 bin = BINS - 1 - (per * threadIdx.x + i);
-        bins[i] = by_weight ? s.weights[bin] : s.counts[bin];
+        const u32 bin = N - 1 - (per * threadIdx.x + i);
+        bins[i] = by_weight ? of.weights[bin] : of.counts[bin];
         sum += bins[i];
     }
     u64 upto = sum;
@@ -134,25 +143,38 @@ DEVICE u32 last_reaching(Shared& s, u64 bound, bool by_weight, u64& above) {
     u64 before = upto - sum;
 #pragma unroll
     for (u32 i = 0; i < per; i++) {
-        if (before < bound && before + bins[i] >= bound) s.found[1] = BINS - 1 - (per * threadIdx.x + i), s.found[2] = before;
+        if (before < bound && before + bins[i] >= bound) s.found[1] = N - 1 - (per * threadIdx.x + i), s.found[2] = before;
         before += bins[i];
     }
     __syncthreads();
-    above = s.found[2];
-    return (u32)s.found[1];
+    const u32 bin = (u32)s.found[1];
+    above = above_weight = s.found[2];
+    if (!by_weight) {
+        sum = 0;
+        for (u32 i = threadIdx.x; i < N; i += THREADS) sum += i > bin ? of.weights[i] : 0;
+        sum = all_lanes(sum);
+        __syncthreads();
+        if (lane == 0) s.of_warp[warp] = sum;
+        __syncthreads();
+        above_weight = 0;
+        for (u32 w = 0; w < WARPS; w++) above_weight += s.of_warp[w];
+    }
+    return bin;
 }
 
-// Keys with the same first `bits` bits as `prefix` (of `known` bits) into bins of the 11 (or the last 10) bits behind it.
-DEVICE void fill_bins(Shared& s, const float* logits, u32 n, float top, float scale, u32 prefix, u32 known) {
+// Keys whose first `known` bits are `prefix` into bins of the bits behind them.
+template <u32 N> DEVICE void fill(Bins<N>& bins, const float* logits, u32 n, float top, float scale, u32 prefix, u32 known) {
     __syncthreads();
-    for (u32 i = threadIdx.x; i < BINS; i += THREADS) s.weights[i] = 0, s.counts[i] = 0;
+    for (u32 i = threadIdx.x; i < N; i += THREADS) bins.weights[i] = 0, bins.counts[i] = 0;
     __syncthreads();
-    const u32 shift = known == 22 ? 0 : 21 - known, mask = known == 22 ? 1023 : 2047;
+    const u32 shift = 32 - known - (known ? BITS : FIRST_BITS);
     for (u32 i = threadIdx.x; i < n; i += THREADS) {
-        const u32 key = key_of(logits[i]);
+        const float x = logits[i];
+        const u32 key = key_of(x);
         if (known && key >> (32 - known) != prefix) continue;
-        atomicAdd(&s.counts[key >> shift & mask], 1u);
-        atomicAdd(&s.weights[key >> shift & mask], weight_of(logits[i], top, scale));
+        const u64 weight = weight_of(x, top, scale);
+        atomicAdd(&bins.counts[key >> shift & (N - 1)], 1u);
+        if (weight) atomicAdd(&bins.weights[key >> shift & (N - 1)], weight);
     }
     __syncthreads();
 }
@@ -163,27 +185,18 @@ struct Place {
     u32 key;
     u64 rank, weight;
 };
-// Where the sum of weights (or the number of tokens) reaches `bound`.
+// Where the sum of weights (or the number of tokens) reaches `bound`. The first bins are filled.
 DEVICE Place place_reaching(Shared& s, const float* logits, u32 n, float top, float scale, u64 bound, bool by_weight) {
-    u32 prefix = 0;
-    u64 above_weight = 0, left = bound;
-    for (u32 known = 0; known < 32; known += known == 22 ? 10 : 11) {
-        fill_bins(s, logits, n, top, scale, prefix, known);
-        u64 above;
-        const u32 bin = last_reaching(s, left, by_weight, above);
-        left -= above;
-        // The weight above the bin, also when tokens are counted.
-        u64 sum = 0;
-        for (u32 i = threadIdx.x; i < BINS; i += THREADS) sum += i > bin ? s.weights[i] : 0;
-        sum = all_lanes(sum);
-        __syncthreads();
-        if (threadIdx.x % 32 == 0) s.of_warp[threadIdx.x / 32] = sum;
-        __syncthreads();
-        for (u32 w = 0; w < WARPS; w++) above_weight += s.of_warp[w];
-        prefix = known == 22 ? prefix << 10 | bin : prefix << 11 | bin;
+    u64 above, weight, above_weight = 0;
+    u32 prefix = last_reaching(s, s.first, bound, by_weight, above, above_weight);
+    bound -= above;
+    for (u32 known = FIRST_BITS; known < 32; known += BITS) {
+        fill(s.next, logits, n, top, scale, prefix, known);
+        prefix = prefix << BITS | last_reaching(s, s.next, bound, by_weight, above, weight);
+        bound -= above, above_weight += weight;
     }
     const u64 each = weight_of(of_key(prefix), top, scale);
-    const u64 rank = by_weight ? (each ? (left + each - 1) / each : 1) : left;
+    const u64 rank = by_weight ? (each ? (bound + each - 1) / each : 1) : bound;
     return {prefix, rank, above_weight + rank * each};
 }
 
@@ -222,12 +235,13 @@ KERNEL __launch_bounds__(1024) sample(const __grid_constant__ SampleParams p) {
     if (d.ended) return;
     const float* logits = p.logits + (u64)row * n;
     const bool greedy = d.scale == 0.0f;
-    const float scale = greedy ? LOG2_E : d.scale;
+    const float scale = d.scale;
     const u64 drawn = d.drawn;
     if (tid == THREADS - 1 && !greedy) s.bits = chacha8(d, drawn) & ~2047ull;
 
     // The largest key, and of equal ones the first.
     u64 best = 0;
+#pragma unroll 8
     for (u32 i = tid; i < n; i += THREADS) {
         const u64 own = (u64)key_of(logits[i]) << 32 | (0xffffffffu - i);
         best = own > best ? own : best;
@@ -242,26 +256,30 @@ KERNEL __launch_bounds__(1024) sample(const __grid_constant__ SampleParams p) {
     const float top = of_key((u32)(best >> 32));
     u32 token = 0xffffffffu - (u32)best;
 
-    // All weights: at temperature 1 for the probability, at the temperature asked for to choose by.
-    u64 sums[2] = {};
-    for (u32 i = tid; i < n; i += THREADS) {
-        sums[0] += weight_of(logits[i], top, LOG2_E);
-        if (scale != LOG2_E) sums[1] += weight_of(logits[i], top, scale);
+    // The sum of exponentials for the probability, in an order of its own; all weights, to choose by.
+    float exponentials = 0.0f;
+    u64 total = 0;
+    if (greedy) {
+#pragma unroll 8
+        for (u32 i = tid; i < n; i += THREADS) exponentials += __expf(logits[i] - top);
+    } else {
+#pragma unroll 4
+        for (u32 i = tid; i < n; i += THREADS) {
+            const float x = logits[i];
+            exponentials += __expf(x - top), total += weight_of(x, top, scale);
+        }
     }
+    for (u32 step = 16; step > 0; step /= 2) exponentials += __shfl_xor_sync(FULL_WARP, exponentials, step);
+    total = all_lanes(total);
     __syncthreads();
-#pragma unroll
-    for (u32 j = 0; j < 2; j++) {
-        const u64 sum = all_lanes(sums[j]);
-        if (lane == 0) s.of_warp[tid / 32] = sum;
-        __syncthreads();
-        sums[j] = 0;
-        for (u32 w = 0; w < WARPS; w++) sums[j] += s.of_warp[w];
-        __syncthreads();
-    }
-    u64 total = scale != LOG2_E ? sums[1] : sums[0];
+    if (lane == 0) s.of_warp[tid / 32] = total, s.exponentials[tid / 32] = exponentials;
+    __syncthreads();
+    total = 0, exponentials = 0.0f;
+    for (u32 w = 0; w < WARPS; w++) total += s.of_warp[w], exponentials += s.exponentials[w];
 
     if (!greedy && total > 0) {
         const u32 k = d.top_k > 0 && d.top_k < n ? d.top_k : 0;
+        if (k || d.top_p < 1.0) fill(s.first, logits, n, top, scale, 0, 0);
         if (k) total = place_reaching(s, logits, n, top, scale, k, false).weight;
         if (d.top_p < 1.0) {
             const u64 bound = (u64)ceil((double)total * d.top_p);
@@ -277,7 +295,7 @@ KERNEL __launch_bounds__(1024) sample(const __grid_constant__ SampleParams p) {
     }
 
     if (tid == 0) {
-        const float logprob = (logits[token] - top) - logf((float)sums[0] * (1.0f / 1099511627776.0f));
+        const float logprob = (logits[token] - top) - logf(exponentials);
         p.chosen[((u32)drawn - d.first) % p.ring * gridDim.x + row] = {token, logprob};
         if (p.tokens) p.tokens[row] = token;
         d.drawn = drawn + 1;

@@ -37,11 +37,8 @@ pub(crate) fn choose(logits: &[f32], draw: &Draw) -> Choice {
     let descending = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
     let likeliest = order.iter().copied().min_by(descending).expect("logits");
     let top = logits[likeliest];
-    let all: u64 = logits.iter().map(|x| weight(*x, top, std::f32::consts::LOG2_E)).sum();
-    let choice = |token: usize| {
-        let log_sum = (all as f32 * (1.0 / (1u64 << 40) as f32)).ln();
-        Choice { token: token as u32, logprob: f64::from((logits[token] - top) - log_sum) }
-    };
+    let log_sum = logits.iter().map(|x| f64::from(x - top).exp()).sum::<f64>().ln();
+    let choice = |token: usize| Choice { token: token as u32, logprob: f64::from(logits[token] - top) - log_sum };
     let (sampling, scale) = (&draw.sampling, draw.sampling.scale());
     let weight = |i: usize| weight(logits[i], top, scale);
     let mut total: u64 = order.iter().map(|i| weight(*i)).sum();

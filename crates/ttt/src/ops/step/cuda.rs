@@ -18,9 +18,9 @@ pub(crate) static PRODUCTS: Source = Source {
     untuned: &[],
     types: &[DType::Bf16],
     kernels: &[
-        Entry { name: "norm_product", registers: 80 },
-        Entry { name: "norm_product_swiglu", registers: 80 },
-        Entry { name: "gated_product_add", registers: 96 },
+        Entry { name: "norm_product", registers: 104 },
+        Entry { name: "norm_product_swiglu", registers: 104 },
+        Entry { name: "gated_product_add", registers: 128 },
         Entry { name: "product_bf16_8", registers: 80 },
         Entry { name: "product_f32_8", registers: 80 },
         Entry { name: "product_add_8", registers: 80 },
@@ -28,14 +28,6 @@ pub(crate) static PRODUCTS: Source = Source {
         Entry { name: "product_f32_16", registers: 96 },
         Entry { name: "product_add_16", registers: 96 },
         Entry { name: "product_swiglu_16", registers: 96 },
-        Entry { name: "product_bf16_32", registers: 112 },
-        Entry { name: "product_f32_32", registers: 112 },
-        Entry { name: "product_add_32", registers: 112 },
-        Entry { name: "product_swiglu_32", registers: 112 },
-        Entry { name: "product_bf16_64", registers: 128 },
-        Entry { name: "product_f32_64", registers: 128 },
-        Entry { name: "product_add_64", registers: 128 },
-        Entry { name: "product_swiglu_64", registers: 128 },
     ],
 };
 
@@ -48,18 +40,19 @@ pub(crate) static ROWS: Source = Source {
     untuned: &[],
     types: &[DType::Bf16],
     kernels: &[
-        Entry { name: "pre_conv", registers: 48 },
-        Entry { name: "gated_norm", registers: 48 },
-        Entry { name: "rms_norm", registers: 48 },
+        Entry { name: "pre_conv", registers: 96 },
+        Entry { name: "gated_norm", registers: 80 },
+        Entry { name: "rms_norm", registers: 64 },
     ],
 };
 
 /// The most rows that a norm is fused with a product for: every block computes it again.
 const FUSED_ROWS: usize = 8;
-/// The most rows of a product of our own: with more, cuBLASLt is faster (docs/kernels.md).
-const OWN_ROWS: usize = 64;
-/// Outputs that a block makes at a time, and blocks on a multiprocessor.
-const TILE: usize = 16;
+/// The most rows of a product of our own, and of one with more outputs than `MANY`: with more, cuBLASLt is faster (docs/kernels.md).
+const OWN_ROWS: usize = 16;
+const OWN_ROWS_OF_MANY: usize = 8;
+const MANY: usize = 8192;
+/// Blocks on a multiprocessor.
 const BLOCKS_PER_SM: usize = 3;
 
 /// `Product` of step.cuh.
@@ -136,7 +129,7 @@ impl Product {
     /// Bytes of shared memory: of the sums of `tokens` rows, and of rows that something is done to first.
     fn shared(&self, tokens: usize, before: bool) -> usize {
         let pitch = (2 * self.k as usize).next_multiple_of(128) + 64;
-        640 * tokens + usize::from(before) * self.rows as usize * pitch
+        640 * tokens + usize::from(before) * (64 + self.rows as usize * pitch)
     }
 
     /// Queues a product.
@@ -144,8 +137,9 @@ impl Product {
     /// # Safety
     /// The matrices are as large as they say, and `y` is mutably borrowed.
     unsafe fn launch(&self, cuda: &Cuda, kernel: &'static str, tokens: usize, before: bool, overlap: bool) {
-        let outputs = if kernel.contains("swiglu") { TILE / 2 } else { TILE };
-        let blocks = (self.n as usize).div_ceil(outputs).min(BLOCKS_PER_SM * cuda.info().multiprocessors);
+        // Outputs that a block makes at a time.
+        let tile = if kernel.contains("swiglu") || kernel.contains("add") { 8 } else { 16 };
+        let blocks = (self.n as usize).div_ceil(tile).min(BLOCKS_PER_SM * cuda.info().multiprocessors);
         let (kernel, shared) = ((DType::Bf16, kernel), self.shared(tokens, before));
         // SAFETY: the caller's promise; a block takes any number of tiles.
         unsafe {
@@ -168,15 +162,19 @@ enum Behind {
 
 /// The kernel for so many rows, and the rows that it makes room for.
 fn kernel(behind: Behind, rows: usize) -> (&'static str, usize) {
-    let names = match behind {
-        Behind::Bf16 => ["product_bf16_8", "product_bf16_16", "product_bf16_32", "product_bf16_64"],
-        Behind::F32 => ["product_f32_8", "product_f32_16", "product_f32_32", "product_f32_64"],
-        Behind::Add => ["product_add_8", "product_add_16", "product_add_32", "product_add_64"],
-        // With so few rows the norm is fused.
-        Behind::Swiglu => ["", "product_swiglu_16", "product_swiglu_32", "product_swiglu_64"],
+    let [few, more] = match behind {
+        Behind::Bf16 => ["product_bf16_8", "product_bf16_16"],
+        Behind::F32 => ["product_f32_8", "product_f32_16"],
+        Behind::Add => ["product_add_8", "product_add_16"],
+        // With fewer rows the norm is fused.
+        Behind::Swiglu => ["product_swiglu_16"; 2],
     };
-    let place = rows.div_ceil(8).next_power_of_two().trailing_zeros() as usize;
-    (names[place], 8 << place)
+    if rows <= 8 && !matches!(behind, Behind::Swiglu) { (few, 8) } else { (more, 16) }
+}
+
+/// Whether a product of so many rows and outputs is faster by a kernel of our own.
+fn own(rows: usize, outputs: usize) -> bool {
+    rows <= if outputs > MANY { OWN_ROWS_OF_MANY } else { OWN_ROWS }
 }
 
 /// Whether norm and product of such rows run as one.
@@ -186,7 +184,7 @@ fn fuses(cuda: &Cuda, product: &Product) -> bool {
 
 /// `y = x wᵀ` (bf16 or f32) by a kernel of our own, if one is for such matrices.
 pub(crate) fn few_rows(cuda: &Cuda, x: View, w: View, y: View) -> bool {
-    let ours = gpu(x, &w.into()).is_some() && (1..=OWN_ROWS).contains(&x.rows()) && y.dtype() != DType::F64;
+    let ours = gpu(x, &w.into()).is_some() && own(x.rows(), w.rows()) && x.rows() > 0;
     if ours {
         let behind = if y.dtype() == DType::F32 { Behind::F32 } else { Behind::Bf16 };
         let (kernel, tokens) = kernel(behind, x.rows());
@@ -196,11 +194,11 @@ pub(crate) fn few_rows(cuda: &Cuda, x: View, w: View, y: View) -> bool {
     ours
 }
 
-/// A row kernel of which a warp does a row.
+/// A row kernel of which a block does a row.
 fn rows(cuda: &Cuda, kernel: &'static str, product: &Product) {
-    let grid = [(product.rows as usize).div_ceil(8), 1, 1];
+    let grid = [product.rows as usize, 1, 1];
     // SAFETY: the callers make `y` as large as `x`, and it is theirs.
-    unsafe { cuda.launch_overlapped(&ROWS, (DType::Bf16, kernel), grid, 256, 0, product) };
+    unsafe { cuda.launch_overlapped(&ROWS, (DType::Bf16, kernel), grid, 256, 64, product) };
 }
 
 fn norm(cuda: &Cuda, x: View, scale: View, eps: f64) -> Result<Tensor> {
@@ -222,7 +220,7 @@ pub(crate) fn norm_linear(cuda: &Cuda, x: View, scale: View, eps: f64, w: View) 
     }
     let normed = norm(cuda, x, scale, eps)?;
     let (from, mut y) = (normed.view(), y);
-    if x.rows() <= OWN_ROWS {
+    if own(x.rows(), w.rows()) {
         let (kernel, tokens) = kernel(Behind::Bf16, x.rows());
         // SAFETY: as above.
         unsafe { Product::new(from, w, y.view()).launch(cuda, kernel, tokens, false, true) };
@@ -236,7 +234,7 @@ pub(crate) fn norm_linear(cuda: &Cuda, x: View, scale: View, eps: f64, w: View) 
 pub(crate) fn norm_swiglu(cuda: &Cuda, x: View, scale: View, eps: f64, w: View) -> Result<Tensor> {
     expect_shape("scale", scale.shape(), [1, x.cols()]);
     assert!(w.rows().is_multiple_of(2), "gate and up have {} rows", w.rows());
-    if x.rows() <= OWN_ROWS {
+    if own(x.rows(), w.rows() / 2) {
         let y = Tensor::empty(x.device(), &[x.rows(), w.rows() / 2], DType::Bf16)?;
         let product = Product::new(x, w, y.view()).norm(scale, eps);
         // SAFETY: shapes were checked above and by the caller; `y` was just made.
@@ -245,7 +243,7 @@ pub(crate) fn norm_swiglu(cuda: &Cuda, x: View, scale: View, eps: f64, w: View) 
                 product.launch(cuda, "norm_product_swiglu", 8, true, true);
             } else {
                 let normed = norm(cuda, x, scale, eps)?;
-                let (kernel, tokens) = kernel(Behind::Swiglu, x.rows().max(9));
+                let (kernel, tokens) = kernel(Behind::Swiglu, x.rows());
                 Product::new(normed.view(), w, y.view()).launch(cuda, kernel, tokens, false, true);
             }
         }
@@ -258,7 +256,7 @@ pub(crate) fn norm_swiglu(cuda: &Cuda, x: View, scale: View, eps: f64, w: View) 
 /// See [`super::add_linear`].
 pub(crate) fn add_linear(cuda: &Cuda, y: &ViewMut, x: View, w: View) {
     expect_shape("y", y.shape(), [x.rows(), w.rows()]);
-    if x.rows() > OWN_ROWS {
+    if !own(x.rows(), w.rows()) {
         return cuda.product(x.into(), Operand::from(w).transposed(), y.into(), true);
     }
     let (kernel, tokens) = kernel(Behind::Add, x.rows());

@@ -1,35 +1,122 @@
 // Products of few rows with a weight matrix that is read once, at the speed of the memory: y = e(p(x) wᵀ).
 //
-// A block of 8 warps makes 16 outputs (a tile) of all rows at a time; its warps split k, 32 numbers at a time, and their sums meet in
-// shared memory in a fixed order. A lane's 16 bytes of a weight row are operands of two mma steps: the sum's terms are permuted, the
+// A block of 8 warps makes 16 outputs (a tile) of all rows at a time, or 8 where there are too few outputs for all multiprocessors; its
+// warps split k, 32 numbers at a time, and their sums meet in shared memory in a fixed order. A lane's 16 bytes of a weight row are operands of two mma steps: the sum's terms are permuted, the
 // same way in w and x. Weights are under way before the kernel ahead is done (`overlap_wait`).
 //
-// Launch: 256 threads; dynamic shared memory: 5120 NT bytes for the sums, and for what stands before a product `rows` rows of
-// `pitch(k)` bytes. NT: rows / 8, rounded up to a power of two.
+// Launch: 256 threads; dynamic shared memory: 5120 NT bytes for the sums, and for what stands before a product 64 bytes and `rows`
+// rows of `pitch(k)` bytes. NT: rows / 8, rounded up to a power of two.
 #include "step.cuh"
 
 enum Before { PLAIN, RMS_NORM, GATED_NORM };
 enum Behind { BF16, F32, ADD, SWIGLU };
 
-constexpr u32 WARPS = 8, DEPTH = 4, TOKEN_PITCH = 20;
+constexpr u32 WARPS = 8, TOKEN_PITCH = 20, WEIGHT_REGISTERS = 32;
 
 // Bytes from row to row: two rows a quarter warp reads lie in different banks.
 DEVICE u32 pitch(u32 k) { return (2 * k + 127) / 128 * 128 + 64; }
 
+// A row of at most 8 through its norm, several warps a row: few rows are spread over all. What is loaded before the wait, and after.
+template <Before BEFORE> struct Norm {
+    static constexpr u32 HELD = 4; // pieces of 8 columns that a lane keeps in registers
+    const Product& p;
+    u32 per, row, first, step;
+    float scale[8], shift[8], inverse;
+    DEVICE Norm(const Product& params) : p(params) {
+        const u32 warp = threadIdx.x / 32;
+        per = p.rows <= 1 ? 8 : p.rows <= 2 ? 4 : p.rows <= 4 ? 2 : 1;
+        row = warp / per, first = 8 * (32 * (warp % per) + threadIdx.x % 32), step = 256 * per;
+        inverse = 1.0f / (float)p.k;
+        if (here(first)) constants(first);
+    }
+    DEVICE bool here(u32 c) const { return row < p.rows && c < p.k; }
+    DEVICE void constants(u32 c) {
+        load_floats(scale, p.scale + c);
+        if (BEFORE == GATED_NORM) load_floats(shift, p.shift + c);
+    }
+    // The same in all lanes of the row's warps.
+    DEVICE float all_of_row(float x, float* parts) const {
+        const u32 warp = threadIdx.x / 32;
+        x = all_lanes(x);
+        if (threadIdx.x % 32 == 0) parts[warp] = x;
+        __syncthreads();
+        if (per > 1) {
+            x = 0.0f;
+#pragma unroll
+            for (u32 i = 0; i < WARPS; i++) x += i < per ? parts[(warp / per * per + i) % WARPS] : 0.0f;
+        }
+        return x;
+    }
+    // Calls `work` with the values of each piece of 8 columns.
+    template <class F> DEVICE void each(const u16* x, const u32 (&held)[HELD][4], const F& work) const {
+        float v[8];
+#pragma unroll
+        for (u32 j = 0; j < HELD; j++)
+            if (here(first + j * step)) unpack(v, held[j]), work(v, first + j * step);
+        for (u32 c = first + HELD * step; here(c); c += step) load_row(v, x + c), work(v, c);
+    }
+    // `parts`: 16 floats.
+    DEVICE void run(u8* rows, u32 pitch, float* parts) {
+        const u16* x = (const u16*)p.x + (u64)row * p.x_stride;
+        const u16* gate = BEFORE == GATED_NORM && p.gate ? (const u16*)p.gate + (u64)row * p.gate_stride : (const u16*)0;
+        u32 held[HELD][4], open[4];
+#pragma unroll
+        for (u32 j = 0; j < HELD; j++)
+            if (here(first + j * step)) load_global4(held[j], x + first + j * step);
+        if (gate && here(first)) load_global4(open, gate + first);
+        float sum = 0.0f, mean = 0.0f;
+        if (BEFORE == GATED_NORM) {
+            each(x, held, [&](float (&v)[8], u32) {
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) mean += v[i];
+            });
+            mean = all_of_row(mean, parts + 8) * inverse;
+        }
+        each(x, held, [&](float (&v)[8], u32) {
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) sum += (v[i] - mean) * (v[i] - mean);
+        });
+        const float r = rsqrtf(all_of_row(sum, parts) * inverse + p.eps);
+        each(x, held, [&](float (&v)[8], u32 c) {
+            u32 pairs[4];
+            if (c != first) constants(c);
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) v[i] = (v[i] - mean) * (r * scale[i]);
+            if (BEFORE == GATED_NORM) {
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) v[i] += shift[i];
+                if (gate) {
+                    if (c != first) load_global4(open, gate + c);
+                    float a[8];
+                    unpack(a, open);
+#pragma unroll
+                    for (u32 i = 0; i < 8; i++) v[i] = round_bf16(v[i]) * gelu(a[i]);
+                }
+            }
+            pack(pairs, v);
+            store_shared4(shared_address(rows + row * pitch + 2 * c), pairs);
+            if (p.normed && blockIdx.x == 0) store_global4((u16*)p.normed + (u64)row * p.k + c, pairs);
+        });
+    }
+};
+
 template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Product& p) {
     DYNAMIC_SHARED(memory);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    const u32 per_tile = BEHIND == SWIGLU ? 8 : 16, tiles = (p.n + per_tile - 1) / per_tile;
+    constexpr bool HALF = BEHIND == ADD; // 8 outputs: the lower rows of A are zeros
+    constexpr u32 HALVES = HALF ? 1 : 2, DEPTH = WEIGHT_REGISTERS / (4 * HALVES); // pieces of weights under way
+    constexpr u32 per_tile = HALF || BEHIND == SWIGLU ? 8 : 16;
+    const u32 tiles = (p.n + per_tile - 1) / per_tile;
     float* sums = (float*)memory; // [WARPS][8 NT][TOKEN_PITCH]
-    u8* rows = memory + 5120 * NT;
+    u8* rows = memory + 5120 * NT + 64;
 
-    u32 w[DEPTH][2][4];
+    u32 w[DEPTH][HALVES][4];
     const u32 own = ((p.k + 31) / 32 + WARPS - 1 - warp) / WARPS; // pieces of 32 numbers of this warp: every 8th
-    auto load = [&](u32 (&to)[2][4], u32 tile, u32 piece) {
+    auto load = [&](u32 (&to)[HALVES][4], u32 tile, u32 piece) {
         const u32 at = 32 * (warp + WARPS * piece) + 8 * c;
 #pragma unroll
-        for (u32 half = 0; half < 2; half++) {
-            u32 row = BEHIND == SWIGLU ? 8 * tile + g : 16 * tile + g + 8 * half;
+        for (u32 half = 0; half < HALVES; half++) {
+            u32 row = per_tile * tile + g + (BEHIND == SWIGLU ? 0 : 8 * half);
             row = (row < p.n ? row : p.n - 1) + (BEHIND == SWIGLU ? half * p.n : 0);
             if (at < p.k) {
                 load_constant4(to[half], (const u16*)p.w + ((u64)row * p.k + at));
@@ -45,21 +132,15 @@ template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Produc
             if (d < own) load(w[d], tile, d);
     };
     if (blockIdx.x < tiles) load_first(blockIdx.x);
-    overlap_next();
-    overlap_wait();
-
-    if (BEFORE != PLAIN) {
-        for (u32 row = warp; row < p.rows; row += WARPS) {
-            u16* to = (u16*)(rows + row * pitch(p.k));
-            const u16* x = (const u16*)p.x + (u64)row * p.x_stride;
-            if (BEFORE == RMS_NORM) rms_norm_row(to, x, p.scale, p.k, p.eps);
-            else gated_norm_row(to, x, p.scale, p.shift, p.gate ? (const u16*)p.gate + (u64)row * p.gate_stride : (const u16*)0, p.k, p.eps);
-            if (p.normed && blockIdx.x == 0) {
-                __syncwarp();
-                for (u32 i = 8 * lane; i < p.k; i += 256) *(uint4*)((u16*)p.normed + (u64)row * p.k + i) = *(const uint4*)(to + i);
-            }
-        }
+    if constexpr (BEFORE != PLAIN) {
+        Norm<BEFORE> norm(p);
+        overlap_next();
+        overlap_wait();
+        norm.run(rows, pitch(p.k), (float*)(memory + 5120 * NT));
         __syncthreads();
+    } else {
+        overlap_next();
+        overlap_wait();
     }
 
     for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -69,18 +150,26 @@ template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Produc
             for (u32 d = 0; d < DEPTH; d++) {
                 if (first + d >= own) break;
                 const u32 at = 32 * (warp + WARPS * (first + d)) + 8 * c;
-                u32 a[2][4] = {{w[d][0][0], w[d][1][0], w[d][0][1], w[d][1][1]}, {w[d][0][2], w[d][1][2], w[d][0][3], w[d][1][3]}};
-                if (first + d + DEPTH < own) load(w[d], tile, first + d + DEPTH);
+                u32 a[2][4];
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) a[i / 2][i % 2 * 2] = w[d][0][i], a[i / 2][i % 2 * 2 + 1] = HALF ? 0 : w[d][HALVES - 1][i];
+                // All loads of these terms before the first product of them.
+                u32 x[NT][4];
 #pragma unroll
                 for (u32 t = 0; t < NT; t++) {
                     const u32 row = 8 * t + g;
-                    u32 x[4] = {0, 0, 0, 0};
-                    if (row < p.rows && at < p.k) {
-                        if (BEFORE == PLAIN) load_global4(x, (const u16*)p.x + ((u64)row * p.x_stride + at));
-                        else load_shared4(x, shared_address(rows + row * pitch(p.k) + 2 * at));
-                    }
-                    mma_k16(sum[t], a[0], x[0], x[1]);
-                    mma_k16(sum[t], a[1], x[2], x[3]);
+                    const bool here = row < p.rows && at < p.k;
+#pragma unroll
+                    for (u32 i = 0; i < 4; i++) x[t][i] = 0;
+                    if (!here) continue;
+                    if (BEFORE == PLAIN) load_global4(x[t], (const u16*)p.x + ((u64)row * p.x_stride + at));
+                    else load_shared4(x[t], shared_address(rows + row * pitch(p.k) + 2 * at));
+                }
+                if (first + d + DEPTH < own) load(w[d], tile, first + d + DEPTH);
+#pragma unroll
+                for (u32 t = 0; t < NT; t++) {
+                    mma_k16(sum[t], a[0], x[t][0], x[t][1]);
+                    mma_k16(sum[t], a[1], x[t][2], x[t][3]);
                 }
             }
         }
@@ -90,7 +179,7 @@ template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Produc
 #pragma unroll
         for (u32 t = 0; t < NT; t++)
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) sums[(warp * 8 * NT + 8 * t + 2 * c + i % 2) * TOKEN_PITCH + g + i / 2 * 8] = sum[t][i];
+            for (u32 i = 0; i < 2 * HALVES; i++) sums[(warp * 8 * NT + 8 * t + 2 * c + i % 2) * TOKEN_PITCH + g + i / 2 * 8] = sum[t][i];
         __syncthreads();
         auto total = [&](u32 token, u32 output) {
             float x = 0.0f;
@@ -121,8 +210,8 @@ template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Produc
 #define PRODUCT(name, nt, before, behind, blocks)                                                                                     \
     KERNEL __launch_bounds__(256, blocks) name(const __grid_constant__ Product p) { product<nt, before, behind>(p); }
 
-PRODUCT(norm_product, 1, RMS_NORM, BF16, 3)
-PRODUCT(norm_product_swiglu, 1, RMS_NORM, SWIGLU, 3)
+PRODUCT(norm_product, 1, RMS_NORM, BF16, 2)
+PRODUCT(norm_product_swiglu, 1, RMS_NORM, SWIGLU, 2)
 PRODUCT(gated_product_add, 1, GATED_NORM, ADD, 2)
 PRODUCT(product_bf16_8, 1, PLAIN, BF16, 3)
 PRODUCT(product_f32_8, 1, PLAIN, F32, 3)
@@ -131,11 +220,3 @@ PRODUCT(product_bf16_16, 2, PLAIN, BF16, 2)
 PRODUCT(product_f32_16, 2, PLAIN, F32, 2)
 PRODUCT(product_add_16, 2, PLAIN, ADD, 2)
 PRODUCT(product_swiglu_16, 2, PLAIN, SWIGLU, 2)
-PRODUCT(product_bf16_32, 4, PLAIN, BF16, 2)
-PRODUCT(product_f32_32, 4, PLAIN, F32, 2)
-PRODUCT(product_add_32, 4, PLAIN, ADD, 2)
-PRODUCT(product_swiglu_32, 4, PLAIN, SWIGLU, 2)
-PRODUCT(product_bf16_64, 8, PLAIN, BF16, 2)
-PRODUCT(product_f32_64, 8, PLAIN, F32, 2)
-PRODUCT(product_add_64, 8, PLAIN, ADD, 2)
-PRODUCT(product_swiglu_64, 8, PLAIN, SWIGLU, 2)

@@ -3,7 +3,7 @@
 #pragma once
 #include "prelude.cuh"
 
-// y = e(p(x) wᵀ) for up to 64 rows: what p and e are says the kernel's name.
+// y = e(p(x) wᵀ) for up to 16 rows: what p and e are says the kernel's name.
 struct Product {
     const void* x;      // [rows, k]; of a gated product z
     const void* w;      // [n, k]; of swiglu [2 n, k]: gate, then up
@@ -57,59 +57,19 @@ DEVICE float all_lanes(float x) {
     return x;
 }
 
-// A row through a norm into `to`, 8 columns a lane, sums as rms_norm/kernel.cu and layer_norm/kernel.cu make them.
-DEVICE void rms_norm_row(u16* to, const u16* x, const float* scale, u32 cols, float eps) {
-    float sum = 0.0f, v[8], u[8];
-    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
-        load_row(v, x + c);
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) sum += v[i] * v[i];
-    }
-    const float r = rsqrtf(all_lanes(sum) / cols + eps);
-    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
-        u32 pairs[4];
-        load_row(v, x + c);
-        load_floats(u, scale + c);
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) v[i] *= r * u[i];
-        pack(pairs, v);
-        *(uint4*)(to + c) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+// gelu, tanh form.
+DEVICE float gelu(float x) {
+    const float e = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (1.0f + (1.0f - 2.0f / (1.0f + __expf(2.0f * e))));
 }
-// gelu(gate) * LayerNorm(x), or LayerNorm(x) without a gate.
-DEVICE void gated_norm_row(u16* to, const u16* x, const float* scale, const float* shift, const u16* gate, u32 cols, float eps) {
-    float sum = 0.0f, v[8], u[8], b[8];
-    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
-        load_row(v, x + c);
+
+// The same in all 256 threads of a block, `sums` being 8 floats.
+DEVICE float all_threads(float x, float* sums) {
+    x = all_lanes(x);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) sum += v[i];
-    }
-    const float mean = all_lanes(sum) / cols;
-    float squares = 0.0f;
-    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
-        load_row(v, x + c);
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) squares += (v[i] - mean) * (v[i] - mean);
-    }
-    const float r = rsqrtf(all_lanes(squares) / cols + eps);
-    for (u32 c = 8 * (threadIdx.x % 32); c < cols; c += 256) {
-        u32 pairs[4];
-        load_row(v, x + c);
-        load_floats(u, scale + c);
-        load_floats(b, shift + c);
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) v[i] = (v[i] - mean) * r * u[i] + b[i];
-        if (gate) {
-            float a[8];
-            load_row(a, gate + c);
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) {
-                const float e = 0.7978845608028654f * (a[i] + 0.044715f * a[i] * a[i] * a[i]);
-                const float tanh_of = 1.0f - 2.0f / (1.0f + __expf(2.0f * e));
-                v[i] = round_bf16(v[i]) * (0.5f * a[i] * (1.0f + tanh_of));
-            }
-        }
-        pack(pairs, v);
-        *(uint4*)(to + c) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+    for (u32 i = 0; i < 8; i++) x += sums[i];
+    return x;
 }

@@ -47,9 +47,10 @@ struct FromProjections {
     const StepParams& p;
     Segment seg;
     u32 head, width, channel;
-    float history[MAX_MEMORY], now;
+    float now;
     float cosine, sine, own_tau;
     DEVICE FromProjections(const StepParams& params, u32 task) : p(params), head(task % p.heads) {
+        overlap_next();
         const u32* s = p.segments + 4 * (task / p.heads);
         seg.first_row = s[0], seg.len = s[1], seg.slot = s[2], seg.phase = s[3];
         width = p.heads * D, channel = head * D + threadIdx.x % D;
@@ -61,11 +62,6 @@ struct FromProjections {
     DEVICE bool begin() {
         cosine = p.cosine[seg.phase * D + threadIdx.x % D], sine = p.sine[seg.phase * D + threadIdx.x % D];
         own_tau = tau_of(seg.phase);
-        if (p.taps_of[0]) {
-#pragma unroll
-            for (u32 i = 0; i < MAX_MEMORY; i++) history[i] = i + 1 < p.taps ? bf16_f32(*window(i)) : 0.0f;
-        }
-        overlap_next();
         overlap_wait();
         return seg.len > 0;
     }
@@ -77,7 +73,7 @@ struct FromProjections {
             now = bf16_f32(*projected(channel)), y = p.bias_of[side()][channel];
 #pragma unroll
             for (u32 i = 0; i < MAX_MEMORY; i++)
-                if (i + 1 < p.taps) y += taps[i] * history[i];
+                if (i + 1 < p.taps) y += taps[i] * bf16_f32(*window(i));
             y = round_bf16(y + taps[p.taps - 1] * now);
         } else {
             y = bf16_f32(*projected((1 - side()) * width + channel));
@@ -101,7 +97,7 @@ struct FromProjections {
         if (!p.taps_of[0] || threadIdx.x >= D || p.taps < 2) return;
 #pragma unroll
         for (u32 i = 1; i < MAX_MEMORY; i++)
-            if (i + 1 < p.taps) *window(i - 1) = bf16_bits(history[i]);
+            if (i + 1 < p.taps) *window(i - 1) = *window(i);
         *window(p.taps - 2) = bf16_bits(now);
     }
     DEVICE float rate(const float* parts) const {
@@ -251,6 +247,6 @@ template <class Params, class Source> DEVICE void one_token(const Params& p) {
 KERNEL __launch_bounds__(THREADS, D <= 64 ? 6 : 1) ttt_linear_decode(const __grid_constant__ ForwardParams p) {
     one_token<ForwardParams, FromMatrices>(p);
 }
-KERNEL __launch_bounds__(THREADS, D <= 64 ? 5 : 1) ttt_linear_step(const __grid_constant__ StepParams p) {
+KERNEL __launch_bounds__(THREADS, D <= 64 ? 6 : 1) ttt_linear_step(const __grid_constant__ StepParams p) {
     one_token<StepParams, FromProjections>(p);
 }
