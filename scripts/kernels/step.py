@@ -27,8 +27,10 @@ def plain(fields):
 
 Product = plain([("p", "x w y scale shift gate normed"), ("u", "x_stride y_stride gate_stride rows n k"), ("f", "eps")])
 PreConv = plain([("p", "x scale weight bias window segments"), ("u", "cols taps"), ("f", "eps")])
+ConvProduct = type("Params", (ctypes.Structure,), {"_fields_": [("product", Product)] + [
+    (n, POINTER) for n in "conv_scale weight bias window segments residual now".split()]})
 Step = plain([("p", "projected normed rate_weight rate_bias token_idx gamma beta cosine sine k_taps q_taps k_bias q_bias window segments z "
-               "weights rows"), ("u", "stride heads mini_batch taps"), ("f", "rate_scale")])
+               "weights rows pre_window pre_now"), ("u", "stride heads mini_batch taps pre_taps"), ("f", "rate_scale")])
 Sample = plain([("p", "logits draws chosen tokens segments"), ("u", "vocab ring mini_batch read")])
 DRAW = np.dtype([("key", "u4", 8), ("stream", "u8"), ("drawn", "u8"), ("top_p", "f8"), ("scale", "f4"), ("top_k", "u4"), ("ends", "u4", 2),
                  ("ended", "u4"), ("first", "u4")])
@@ -111,6 +113,26 @@ def row_kernels(dev, rng):
         say("pre_conv", dict(x=error(from_bits(held[0]), want), window=error(from_bits(held[4]), moved)), 3e-3, rows=rows, taps=taps)
 
 
+def conv_product(dev, rng):
+    a = dev.address
+    for rows, k, n in [(1, 768, 20), (3, 264, 16), (8, 1160, 8)]:
+        x, w, window = bf16(rng.normal(size=(rows, k))), bf16(rng.normal(size=(n, k))), bf16(rng.normal(size=(rows + 1, 3, k)))
+        first, second, bias = (rng.normal(size=k).astype(np.float32) for _ in range(3))
+        weight = rng.normal(size=(k, 4)).astype(np.float32)
+        table = np.array([[i, 1, rows - i, i] for i in range(rows)], np.uint32)
+        empty = [dev.upload(to_bits(np.full((rows, m), np.nan))) for m in (n, k, k, k)]
+        held = [dev.upload(v) for v in (to_bits(x), to_bits(w), second, first, weight, bias, to_bits(window), table)]
+        p = ConvProduct(Product(a(held[0]), a(held[1]), a(empty[0]), a(held[2]), 0, 0, a(empty[1]), k, n, 0, rows, n, k, 1e-6), *map(a, held[3:]),
+                        a(empty[2]), a(empty[3]))
+        dev.launch("conv_norm_product", p, 2, 256, 640 * 8 + 64 + rows * (-(-2 * k // 128) * 128 + 64))
+        now = bf16(norm(x, first))
+        seen = np.concatenate([window[rows - np.arange(rows)], now[:, None]], 1)
+        residual = bf16(x + bf16((weight.T * seen).sum(1) + bias))
+        normed = bf16(norm(residual, second))
+        want = dict(y=normed @ w.T, normed=normed, residual=residual, now=now)
+        say("conv_norm_product", {m: error(from_bits(e), v) for e, (m, v) in zip(empty, want.items())}, 3e-3, rows=rows, k=k)
+
+
 def token(dev, rng, d):
     """The step's kernel, and the decoding kernel on what the step makes of the projections."""
     a = dev.address
@@ -138,7 +160,9 @@ def token(dev, rng, d):
         at = [a(v) for v in up]
         if not taps:
             at[9:13] = [0] * 4
-        p = Step(*at, blocks * D, H, K, max(taps, 1), 0.7 / d)
+        pre, pre_now = bf16(rng.normal(size=(B + 1, 3, D))), bf16(rng.normal(size=(B, D)))
+        pre_up, now_up = dev.upload(to_bits(pre)), dev.upload(to_bits(pre_now))
+        p = Step(*at, a(pre_up), a(now_up) if taps else 0, blocks * D, H, K, max(taps, 1), 4, 0.7 / d)
         dev.launch("ttt_linear_step", p, B * H, 2 * d, decode_shared(d, K))
         # The same by the operations one after the other.
         q, k = np.empty((B, D)), np.empty((B, D))
@@ -169,6 +193,9 @@ def token(dev, rng, d):
         errors["rows"] = max(error(up[17][s, :, :p], want[10][s, :, :p]) for s, p in zip(slots, phases) if s != slot)
         if taps > 1:
             errors["window"] = error(from_bits(up[13]), moved)
+        for i in open_ if taps else []:
+            pre[slots[i]] = np.concatenate([pre[slots[i], 1:], pre_now[i:i + 1]])
+        errors["pre_window"] = error(from_bits(pre_up), pre)
         untouched = np.array_equal(up[16][slot], state[slot]) and np.isnan(from_bits(up[15])[3]).all()
         errors["ended"] = 0.0 if untouched else 1.0
         say("ttt_linear_step", errors, 4e-3, d=d, K=K, heads=H, taps=taps)
@@ -242,6 +269,7 @@ def main():
     dev, rng = Emulator(f"HEAD_DIM={args.d}", "step.cpp"), np.random.default_rng(0)
     products(dev, rng)
     row_kernels(dev, rng)
+    conv_product(dev, rng)
     token(dev, rng, args.d)
     sampler(dev, rng)
     sys.exit(not ok)

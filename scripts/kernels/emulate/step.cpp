@@ -20,6 +20,7 @@ using namespace products;
         emu::launch<Params>(space::name, p, blocks, threads, shared, order);                               \
     }
 #define PRODUCTS(name) EXPORT(products, name, Product)
+EXPORT(products, conv_norm_product, ConvProduct)
 PRODUCTS(norm_product)
 PRODUCTS(norm_product_swiglu)
 PRODUCTS(gated_product_add)

@@ -161,10 +161,8 @@ impl Block {
     /// [`Block::run`] of such a pass, in few launches. Works in `x`.
     fn decode(&self, pass: &Pass<'_>, mut x: Tensor, state: &mut LayerState) -> Result<Tensor> {
         let LayerState { fast, pre_conv, qk_conv } = state;
-        if let (Some(conv), Some(window)) = (&self.pre_conv, pre_conv) {
-            conv.decode(pass, &mut x, window)?;
-        }
-        self.ttt.decode(pass, &mut x, (self.seq_norm, self.eps), fast, qk_conv.as_mut())?;
+        let before = self.pre_conv.as_ref().zip(pre_conv.as_mut());
+        self.ttt.decode(pass, &mut x, before, (self.seq_norm, self.eps), fast, qk_conv.as_mut())?;
         self.ffn.decode(pass, &mut x)?;
         Ok(x)
     }

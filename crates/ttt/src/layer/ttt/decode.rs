@@ -4,6 +4,7 @@ use super::{LAYER_NORM_EPS, TttLayer};
 use crate::Result;
 use crate::config::Inner;
 use crate::layer::Pass;
+use crate::layer::pre_conv::PreConv;
 use crate::ops::inner::FastWeights;
 use crate::ops::step;
 use crate::ops::ttt_linear::cuda::step as token;
@@ -17,7 +18,8 @@ impl TttLayer {
         gpu.is_some_and(|gpu| token::covers(gpu, x.dtype(), self.head_dim, self.mini_batch, taps))
     }
 
-    /// `x [n, D] += layer(norm(x))` for one token of each sequence; `norm` is the weight of the norm before the layer.
+    /// The convolution before the layer and the layer for one token of each sequence: `x` becomes `x' = x + conv(norm(x))`, or stays
+    /// x where there is no convolution, and then `x' + layer(norm'(x'))`. `norm` is the weight of the latter norm.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
@@ -28,6 +30,7 @@ impl TttLayer {
         &self,
         pass: &Pass<'_>,
         x: &mut Tensor,
+        before: Option<(&PreConv, &mut Tensor)>,
         (norm, eps): (ParamId, f64),
         fast: &mut FastWeights,
         window: Option<&mut Tensor>,
@@ -35,7 +38,14 @@ impl TttLayer {
         let (w, ids) = (pass.weights, &self.ids);
         let device = x.device().clone();
         let gpu = device.as_cuda().expect("a GPU");
-        let (projected, normed) = step::norm_linear(x.view(), w.view(norm), eps, w.matrices(ids.q_proj, self.last_projection()))?;
+        let matrix = w.matrices(ids.q_proj, self.last_projection());
+        let ((projected, normed), mut before) = match before {
+            Some((conv, window)) => {
+                let (product, now) = conv.decode(pass, x, (w.view(norm), eps), matrix, window)?;
+                (product, now.map(|now| (window, now)))
+            }
+            None => (step::norm_linear(x.view(), w.view(norm), eps, matrix)?, None),
+        };
         let inputs = token::Inputs {
             projected: projected.view(),
             normed: normed.view(),
@@ -46,7 +56,8 @@ impl TttLayer {
             convs: ids.convs.map(|convs| convs.map(|(weight, bias)| (w.view(weight), w.view(bias)))),
             segments: pass.segments,
         };
-        let z = token::step(gpu, &inputs, fast, window)?;
+        let before = before.as_mut().map(|(window, now)| (&mut **window, &*now));
+        let z = token::step(gpu, &inputs, fast, window, before)?;
         let post_norm = [w.view(ids.post_norm.0), w.view(ids.post_norm.1)];
         step::add_gated_linear(x, z.view(), post_norm, LAYER_NORM_EPS, self.gate(&projected), w.matrix(ids.o_proj))
     }

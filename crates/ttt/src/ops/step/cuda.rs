@@ -6,6 +6,7 @@ use crate::device::WeightView;
 use crate::device::cuda::kernels::{Entry, Source};
 use crate::device::cuda::{Cuda, Operand, width};
 use crate::device::view::{View, ViewMut};
+use crate::ops::step::{Conv, ConvNormLinear, FUSED_ROWS};
 use crate::ops::{conv, expect_segments, expect_shape, linear, swiglu};
 use crate::tensor::{DType, Tensor};
 
@@ -18,6 +19,7 @@ pub(crate) static PRODUCTS: Source = Source {
     untuned: &[],
     types: &[DType::Bf16],
     kernels: &[
+        Entry { name: "conv_norm_product", registers: 128 },
         Entry { name: "norm_product", registers: 104 },
         Entry { name: "norm_product_swiglu", registers: 104 },
         Entry { name: "gated_product_add", registers: 128 },
@@ -46,8 +48,6 @@ pub(crate) static ROWS: Source = Source {
     ],
 };
 
-/// The most rows that a norm is fused with a product for: every block computes it again.
-const FUSED_ROWS: usize = 8;
 /// The most rows of a product of our own, and of one with more outputs than `MANY`: with more, cuBLASLt is faster (docs/kernels.md).
 const OWN_ROWS: usize = 16;
 const OWN_ROWS_OF_MANY: usize = 8;
@@ -73,6 +73,20 @@ struct Product {
     n: u32,
     k: u32,
     eps: f32,
+}
+
+/// `ConvProduct` of step.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ConvProduct {
+    product: Product,
+    conv_scale: u64,
+    weight: u64,
+    bias: u64,
+    window: u64,
+    segments: u64,
+    residual: u64,
+    now: u64,
 }
 
 /// `PreConv` of step.cuh.
@@ -228,6 +242,42 @@ pub(crate) fn norm_linear(cuda: &Cuda, x: View, scale: View, eps: f64, w: View) 
         cuda.product(from.into(), Operand::from(w).transposed(), (&y.view_mut()).into(), false);
     }
     Ok((y, normed))
+}
+
+/// Whether [`conv_norm_linear`] is for such rows and such a convolution.
+pub(crate) fn fuses_conv(cuda: &Cuda, x: View, conv: &Conv) -> bool {
+    let fits = conv.weight.cols() == 4 && conv.weight.stride() == 4 && x.rows() > 0 && width(&[conv.window.view()]) == 8;
+    fits && fuses(cuda, &Product::new(x, x, x))
+}
+
+/// See [`super::conv_norm_linear`].
+pub(crate) fn conv_norm_linear(cuda: &Cuda, x: View, conv: Conv, scale: View, eps: f64, w: View) -> Result<ConvNormLinear> {
+    let cols = x.cols();
+    expect_segments(conv.segments, x.rows());
+    assert!(conv.segments.iter().all(|s| s.len == 1), "segments of more than one token in a step");
+    [scale, conv.scale, conv.bias].iter().for_each(|part| expect_shape("a norm's weight or a bias", part.shape(), [1, cols]));
+    expect_shape("the convolution's weight", conv.weight.shape(), [cols, 4]);
+    conv::expect_window(conv.window, conv.segments, 3, cols);
+    let [residual, normed, now] = [0; 3].map(|_| Tensor::empty(x.device(), &x.shape(), DType::Bf16));
+    let (residual, normed, now) = (residual?, normed?, now?);
+    let y = Tensor::empty(x.device(), &[x.rows(), w.rows()], DType::Bf16)?;
+    let product = Product { normed: normed.address(), ..Product::new(x, w, y.view()).norm(scale, eps) };
+    let uploaded = cuda.segments(conv.segments)?;
+    let params = ConvProduct {
+        product,
+        conv_scale: conv.scale.address(),
+        weight: conv.weight.address(),
+        bias: conv.bias.address(),
+        window: conv.window.address(),
+        segments: uploaded.segments(),
+        residual: residual.address(),
+        now: now.address(),
+    };
+    let blocks = w.rows().div_ceil(16).min(BLOCKS_PER_SM * cuda.info().multiprocessors);
+    let kernel = (DType::Bf16, "conv_norm_product");
+    // SAFETY: shapes, segments and windows were checked above; what is written was just made.
+    unsafe { cuda.launch_overlapped(&PRODUCTS, kernel, [blocks, 1, 1], 256, product.shared(8, true), &params) };
+    Ok(ConvNormLinear { residual, product: (y, normed), now })
 }
 
 /// See [`super::norm_swiglu`].

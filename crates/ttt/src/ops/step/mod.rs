@@ -13,6 +13,9 @@ use crate::device::view::View;
 use crate::ops::{add, conv, gelu_gate, layer_norm, linear, rms_norm, swiglu};
 use crate::tensor::Tensor;
 
+/// The most rows for which norms are fused with products on a GPU: every block computes them again.
+pub const FUSED_ROWS: usize = 8;
+
 /// `norm(x) wᵀ [n, o]` and `norm(x) [n, i]` of `x [n, i]`, w `[o, i]`, `scale [1, i]`: root-mean-square norm and product.
 ///
 /// # Errors
@@ -27,6 +30,51 @@ pub fn norm_linear<'w>(x: View, scale: View, eps: f64, w: impl Into<WeightView<'
     }
     let normed = rms_norm::forward(x, scale, eps)?;
     Ok((linear::forward(normed.view(), w)?, normed))
+}
+
+/// A causal convolution in a step of one row a segment, on what was normed: `x + conv(norm(x))`.
+#[derive(Clone, Copy, Debug)]
+pub struct Conv<'a> {
+    /// Weight of the norm, `[1, c]`.
+    pub scale: View<'a>,
+    /// Weight `[c, taps]`.
+    pub weight: View<'a>,
+    /// Bias `[1, c]`.
+    pub bias: View<'a>,
+    /// The sequences.
+    pub segments: &'a [Segment],
+    /// Their windows, `[slots, taps - 1, c]`.
+    pub window: &'a Tensor,
+}
+
+/// What [`conv_norm_linear`] makes of `x`.
+#[derive(Debug)]
+pub struct ConvNormLinear {
+    /// `x + conv(norm(x)) [n, i]`.
+    pub residual: Tensor,
+    /// [`norm_linear`] of that: the product and what was multiplied.
+    pub product: (Tensor, Tensor),
+    /// `norm(x) [n, i]`, which comes next into the windows; they are not moved on ([`conv::advance`]).
+    pub now: Tensor,
+}
+
+/// [`norm_linear`] of `x + conv(norm(x))`.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When a shape is not as in [`norm_linear`] or [`conv::forward`].
+pub fn conv_norm_linear<'w>(x: View, conv: Conv, scale: View, eps: f64, w: impl Into<WeightView<'w>>) -> Result<ConvNormLinear> {
+    let w = w.into();
+    if let Some(gpu) = cuda::gpu(x, &w).filter(|gpu| cuda::fuses_conv(gpu, x, &conv)) {
+        return cuda::conv_norm_linear(gpu, x, conv, scale, eps, w.float());
+    }
+    let now = rms_norm::forward(x, conv.scale, eps)?;
+    let mut residual = conv::forward(now.view(), conv.weight, conv.bias, conv.segments, Some(conv.window))?;
+    add::add_to(residual.view_mut(), x);
+    let product = norm_linear(residual.view(), scale, eps, w)?;
+    Ok(ConvNormLinear { residual, product, now })
 }
 
 /// `silu(g) ⊙ u [n, o]` of `[g | u] = norm(x) wᵀ`, w `[2 o, i]`.

@@ -8,7 +8,7 @@
 // rows of `pitch(k)` bytes. NT: rows / 8, rounded up to a power of two.
 #include "step.cuh"
 
-enum Before { PLAIN, RMS_NORM, GATED_NORM };
+enum Before { PLAIN, RMS_NORM, GATED_NORM, CONV_NORM };
 enum Behind { BF16, F32, ADD, SWIGLU };
 
 constexpr u32 WARPS = 8, TOKEN_PITCH = 20, WEIGHT_REGISTERS = 32;
@@ -100,7 +100,75 @@ template <Before BEFORE> struct Norm {
     }
 };
 
-template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Product& p) {
+// x + conv(norm(x)), then another norm, of a row of at most 8.
+struct ConvNorm {
+    const ConvProduct& p;
+    Norm<RMS_NORM> norm;
+    float taps[8][4];
+    u32 slot;
+    DEVICE ConvNorm(const ConvProduct& params) : p(params), norm(params.product) {
+        slot = norm.row < p.product.rows ? p.segments[4 * norm.row + 2] : 0;
+        if (norm.here(norm.first)) load_taps(norm.first);
+    }
+    DEVICE void load_taps(u32 c) {
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) load_global4(taps[i], p.weight + 4 * (c + i));
+    }
+    DEVICE void run(u8* rows, u32 pitch, float* parts) {
+        const u32 k = p.product.k;
+        const u16* x = (const u16*)p.product.x + (u64)norm.row * p.product.x_stride;
+        const u64 at = (u64)norm.row * k;
+        float v[8], sum = 0.0f;
+        for (u32 c = norm.first; norm.here(c); c += norm.step) {
+            load_row(v, x + c);
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) sum += v[i] * v[i];
+        }
+        const float r = rsqrtf(norm.all_of_row(sum, parts + 8) * norm.inverse + p.product.eps);
+        sum = 0.0f;
+        for (u32 c = norm.first; norm.here(c); c += norm.step) {
+            float now[8], y[8];
+            u32 pairs[4], old[3][4];
+            load_row(v, x + c);
+            load_floats(now, p.conv_scale + c);
+            load_floats(y, p.bias + c);
+            if (c != norm.first) load_taps(c);
+#pragma unroll
+            for (u32 i = 0; i < 3; i++) load_global4(old[i], (const u16*)p.window + ((u64)slot * 3 + i) * k + c);
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) {
+                now[j] = round_bf16(v[j] * (r * now[j]));
+#pragma unroll
+                for (u32 i = 0; i < 3; i++) y[j] += taps[j][i] * (j % 2 ? high_f32(old[i][j / 2]) : low_f32(old[i][j / 2]));
+                y[j] += taps[j][3] * now[j];
+                v[j] = round_bf16(v[j] + round_bf16(y[j]));
+                sum += v[j] * v[j];
+            }
+            if (blockIdx.x == 0) pack(pairs, now), store_global4((u16*)p.now + at + c, pairs);
+            pack(pairs, v);
+            if (blockIdx.x == 0) store_global4((u16*)p.residual + at + c, pairs);
+            store_shared4(shared_address(rows + norm.row * pitch + 2 * c), pairs);
+        }
+        const float r2 = rsqrtf(norm.all_of_row(sum, parts) * norm.inverse + p.product.eps);
+        for (u32 c = norm.first; norm.here(c); c += norm.step) {
+            u32 pairs[4];
+            load_shared4(pairs, shared_address(rows + norm.row * pitch + 2 * c));
+            unpack(v, pairs);
+            if (c != norm.first) norm.constants(c);
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) v[i] *= r2 * norm.scale[i];
+            pack(pairs, v);
+            store_shared4(shared_address(rows + norm.row * pitch + 2 * c), pairs);
+            if (blockIdx.x == 0) store_global4((u16*)p.product.normed + at + c, pairs);
+        }
+    }
+};
+
+DEVICE const Product& product_of(const Product& p) { return p; }
+DEVICE const Product& product_of(const ConvProduct& p) { return p.product; }
+
+template <u32 NT, Before BEFORE, Behind BEHIND, class Params> DEVICE void product(const Params& params) {
+    const Product& p = product_of(params);
     DYNAMIC_SHARED(memory);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     constexpr bool HALF = BEHIND == ADD; // 8 outputs: the lower rows of A are zeros
@@ -132,7 +200,13 @@ template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Produc
             if (d < own) load(w[d], tile, d);
     };
     if (blockIdx.x < tiles) load_first(blockIdx.x);
-    if constexpr (BEFORE != PLAIN) {
+    if constexpr (BEFORE == CONV_NORM) {
+        ConvNorm before(params);
+        overlap_next();
+        overlap_wait();
+        before.run(rows, pitch(p.k), (float*)(memory + 5120 * NT));
+        __syncthreads();
+    } else if constexpr (BEFORE != PLAIN) {
         Norm<BEFORE> norm(p);
         overlap_next();
         overlap_wait();
@@ -210,6 +284,7 @@ template <u32 NT, Before BEFORE, Behind BEHIND> DEVICE void product(const Produc
 #define PRODUCT(name, nt, before, behind, blocks)                                                                                     \
     KERNEL __launch_bounds__(256, blocks) name(const __grid_constant__ Product p) { product<nt, before, behind>(p); }
 
+KERNEL __launch_bounds__(256, 2) conv_norm_product(const __grid_constant__ ConvProduct p) { product<1, CONV_NORM, BF16>(p); }
 PRODUCT(norm_product, 1, RMS_NORM, BF16, 2)
 PRODUCT(norm_product_swiglu, 1, RMS_NORM, SWIGLU, 2)
 PRODUCT(gated_product_add, 1, GATED_NORM, ADD, 2)

@@ -29,6 +29,18 @@ struct PreConv {
     float eps;
 };
 
+// A product of the norm of x + conv(norm(x)), the convolution having 4 taps; the windows are moved on by who reads `now`.
+struct ConvProduct {
+    Product product;         // `scale` is that of the second norm
+    const float* conv_scale; // [k]: weight of the first norm
+    const float* weight;     // [k, 4]
+    const float* bias;       // [k]
+    const void* window;      // [slots, 3, k]
+    const u32* segments;     // [rows][first row, length, slot, phase]
+    void* residual;          // [rows, k], written: x + conv(norm(x))
+    void* now;               // [rows, k], written: norm(x), which comes next into the windows
+};
+
 DEVICE void unpack(float (&x)[8], const u32 (&pairs)[4]) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) x[2 * i] = low_f32(pairs[i]), x[2 * i + 1] = high_f32(pairs[i]);

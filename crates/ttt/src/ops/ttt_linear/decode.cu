@@ -92,13 +92,19 @@ struct FromProjections {
         return round_bf16(y * cosine + other * sine);
     }
     DEVICE float value(u32 c) const { return bf16_f32(*projected((p.taps_of[0] ? 1 : 2) * width + head * D + c)); }
-    // Moves the window on, once both of a channel's threads have read it.
+    // Moves the windows on, once both of a channel's threads have read what they need.
     DEVICE void keep() const {
-        if (!p.taps_of[0] || threadIdx.x >= D || p.taps < 2) return;
+        if (threadIdx.x >= D) return;
+        if (p.taps_of[0]) shift((u16*)p.window, p.taps, bf16_bits(now));
+        if (p.pre_now) shift((u16*)p.pre_window, p.pre_taps, ((const u16*)p.pre_now)[(u64)seg.first_row * width + channel]);
+    }
+    DEVICE void shift(u16* windows, u32 taps, u16 next) const {
+        if (taps < 2) return;
+        u16* own = windows + (u64)seg.slot * (taps - 1) * width + channel;
 #pragma unroll
         for (u32 i = 1; i < MAX_MEMORY; i++)
-            if (i + 1 < p.taps) *window(i - 1) = *window(i);
-        *window(p.taps - 2) = bf16_bits(now);
+            if (i + 1 < taps) own[(i - 1) * width] = own[i * width];
+        own[(taps - 2) * width] = next;
     }
     DEVICE float rate(const float* parts) const {
         float logit = p.rate_bias[head];

@@ -74,10 +74,13 @@ struct StepParams {
     void* z;                  // [rows, H d], written
     float* weights;           // as in the forward
     float* rows;
+    void* pre_window;         // [slots, pre_taps - 1, H d]: of the convolution before the layer, moved on by
+    const void* pre_now;      // [rows, H d]. Null: somebody else does it
     u32 stride;
     u32 heads;
     u32 mini_batch;
     u32 taps;         // <= 8
+    u32 pre_taps;     // <= 8
     float rate_scale; // base rate / d
 };
 

@@ -52,10 +52,13 @@ pub(super) struct Params {
     z: u64,
     weights: u64,
     rows: u64,
+    pre_window: u64,
+    pre_now: u64,
     stride: u32,
     heads: u32,
     mini_batch: u32,
     taps: u32,
+    pre_taps: u32,
     pub(super) rate_scale: f32,
 }
 
@@ -65,14 +68,21 @@ pub(crate) fn covers(cuda: &Cuda, dtype: DType, head_dim: usize, mini_batch: usi
     dtype == DType::Bf16 && decode(head_dim).is_some() && mini_batch <= 64 && taps <= conv::cuda::MAX_TAPS && fits()
 }
 
-/// Reads a token of each sequence and moves its slot on; returns z `[n, h d]`.
+/// Reads a token of each sequence and moves its slot on; returns z `[n, h d]`. `before` are the windows of the convolution before the
+/// layer and what comes next into them, `[n, h d]`: they are moved on too.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
 /// When shapes disagree, a segment has not one token, or [`covers`] says no.
-pub(crate) fn step(cuda: &Cuda, inputs: &Inputs<'_>, state: &mut FastWeights, window: Option<&mut Tensor>) -> Result<Tensor> {
+pub(crate) fn step(
+    cuda: &Cuda,
+    inputs: &Inputs<'_>,
+    state: &mut FastWeights,
+    window: Option<&mut Tensor>,
+    before: Option<(&mut Tensor, &Tensor)>,
+) -> Result<Tensor> {
     let (projected, normed) = (inputs.projected, inputs.normed);
     let (n, heads, d, k) = (normed.rows(), state.heads(), state.head_dim(), state.mini_batch());
     let width_of_all = heads * d;
@@ -107,6 +117,14 @@ pub(crate) fn step(cuda: &Cuda, inputs: &Inputs<'_>, state: &mut FastWeights, wi
             (taps_of[i], bias_of[i]) = (weight.address(), bias.address());
         }
     }
+    let (mut pre_window, mut pre_now, mut pre_taps) = (0, 0, 1);
+    if let Some((window, now)) = before {
+        pre_taps = window.shape()[1] + 1;
+        conv::expect_window(window, inputs.segments, pre_taps - 1, width_of_all);
+        expect_shape("what comes into the windows", now.view().shape(), [n, width_of_all]);
+        assert!(pre_taps <= conv::cuda::MAX_TAPS, "{pre_taps} taps");
+        (pre_window, pre_now) = (window.view_mut().as_view().address(), now.address());
+    }
     let z = Tensor::empty(projected.device(), &[n, width_of_all], DType::Bf16)?;
     let uploaded = cuda.segments(inputs.segments)?;
     let [cosine, sine] = inputs.rope.parts().map(|part| part.address());
@@ -128,10 +146,13 @@ pub(crate) fn step(cuda: &Cuda, inputs: &Inputs<'_>, state: &mut FastWeights, wi
         z: z.address(),
         weights: weights.view_mut().as_view().address(),
         rows: rows.view_mut().as_view().address(),
+        pre_window,
+        pre_now,
         stride: projected.stride() as u32,
         heads: heads as u32,
         mini_batch: k as u32,
         taps: taps as u32,
+        pre_taps: pre_taps as u32,
         rate_scale: rate_scale as f32,
     };
     let kernel = (DType::Bf16, "ttt_linear_step");
