@@ -48,7 +48,7 @@ fn filled(device: &Device, shape: &[usize], dtype: DType, seed: u64, scale: f64)
 #[test]
 fn products_of_few_rows() {
     for gpu in gpus() {
-        for rows in [1, 2, 5, 8, 9, 16, 17, 33, 64, 65] {
+        for rows in [1, 2, 3, 4, 5, 8, 9, 16, 17, 65] {
             for [k, n] in [[768, 2304], [2048, 768], [344, 96], [128, 300], [72, 8]] {
                 let run = |device: &Device, dtype: DType| {
                     let make = |shape: &[usize], seed, scale| filled(device, shape, dtype, seed, scale);
@@ -80,7 +80,8 @@ fn products_of_few_rows() {
                 for ((name, ours), want) in names.iter().zip(&ours).zip(&want) {
                     // One rounding of operands and of the result, or several one behind the other.
                     let limit = match *name {
-                        "linear to f32" => 2e-6,
+                        // Sums in f32 in another order.
+                        "linear to f32" => 1e-5,
                         "norm_swiglu" | "gated" => 2e-2,
                         _ => 8e-3,
                     };
@@ -97,7 +98,7 @@ fn products_of_few_rows() {
 #[test]
 fn convolutions_of_a_step() {
     for gpu in gpus() {
-        for (rows, c, taps) in [(1, 768, 4), (5, 96, 4), (8, 1160, 4), (70, 128, 2), (3, 64, 8), (2, 64, 1)] {
+        for (rows, c, taps) in [(1, 768, 4), (2, 2056, 4), (4, 1160, 4), (5, 96, 4), (70, 128, 2), (3, 64, 8), (2, 64, 1)] {
             let segments: Vec<Segment> =
                 (0..rows).map(|i| Segment { first_row: i, len: 1, slot: rows - i, phase: i % 16 }).collect();
             let run = |device: &Device, dtype: DType| {
@@ -281,7 +282,7 @@ fn recorded_steps_are_ordinary_steps() {
                 let host = shaken_model(&config(backbone, sizes), &gpu.cpu_beside(), DType::F32, 5);
                 let model = moved(&host, gpu, dtype);
                 let mut decoder = Decoder::new(&model);
-                for (count, temperature) in [(1, 0.0), (7, 1.0), (12, 0.8), (70, 1.0)] {
+                for (count, temperature) in [(1, 0.0), (3, 1.0), (7, 1.0), (12, 0.8), (70, 1.0)] {
                     let slots: Vec<usize> = (0..count).map(|i| (i * 5 + 1) % (count + 2)).collect();
                     let slots = if (count + 2) % 5 == 0 { (1..=count).collect() } else { slots };
                     let sampling = Sampling { temperature, top_k: 100, top_p: 0.95, seed: 9 };

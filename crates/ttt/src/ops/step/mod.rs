@@ -13,8 +13,8 @@ use crate::device::view::View;
 use crate::ops::{add, conv, gelu_gate, layer_norm, linear, rms_norm, swiglu};
 use crate::tensor::Tensor;
 
-/// The most rows for which norms are fused with products on a GPU: every block computes them again.
-pub const FUSED_ROWS: usize = 8;
+/// The most rows for which norms are fused with products on a GPU: every block computes them again, and each row has fewer warps.
+pub const FUSED_ROWS: usize = 4;
 
 /// `norm(x) wᵀ [n, o]` and `norm(x) [n, i]` of `x [n, i]`, w `[o, i]`, `scale [1, i]`: root-mean-square norm and product.
 ///
