@@ -1,12 +1,14 @@
 //! What can be typed. What it means is in [`crate::commands`].
 
 mod eval;
+mod serve;
 
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
 pub use eval::{Report, Task, TaskArgs, TaskName};
+pub use serve::{Load, Serve};
 
 /// Language models whose hidden state is itself a model that learns while it reads (TTT-Linear and TTT-MLP, arXiv 2407.04620).
 #[derive(Debug, Parser)]
@@ -46,6 +48,8 @@ pub enum Command {
     State(State),
     /// Talk with a model whose state goes on learning
     Chat(Chat),
+    /// Serve a model over HTTP: OpenAI's API, states as resources, a page
+    Serve(Serve),
     /// Compare a model with reference results, to see that its weights were read right
     Verify(Verify),
     /// Say what a model costs: parameters, memory by part, arithmetic
@@ -625,7 +629,8 @@ Examples:
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
   ttt bench ops                                          every operation on its own
-  ttt bench state                                        saving and restoring a state";
+  ttt bench state                                        saving and restoring a state
+  ttt bench serve --streams 64 --seconds 60              a server that runs: throughput, latencies, errors";
 
 /// Arguments of `ttt bench`.
 #[derive(Debug, clap::Args)]
@@ -680,6 +685,8 @@ pub struct Bench {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub load: Load,
+    #[command(flatten)]
     pub device: DeviceArgs,
 }
 
@@ -700,6 +707,8 @@ pub enum BenchWhat {
     Ops,
     // Saving and restoring a state
     State,
+    // A server that runs
+    Serve,
 }
 
 /// An inner model.

@@ -42,6 +42,7 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Command::Read(args) => commands::read::run(args, out),
         Command::State(command) => commands::state::run(command, out),
         Command::Chat(args) => commands::chat::run(args, out),
+        Command::Serve(args) => commands::serve::run(args, out),
         Command::Verify(args) => commands::verify::run(args, out),
         Command::Plan(args) => commands::plan::run(args, out),
         Command::Info(args) => commands::info::run(args, out),

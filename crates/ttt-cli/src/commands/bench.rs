@@ -1,6 +1,7 @@
 //! `ttt bench`: speed of a model with random weights, beside what the machine reaches.
 
 mod ops;
+mod serve;
 mod state;
 mod work;
 
@@ -45,6 +46,9 @@ pub struct Measured {
 
 /// Runs the command.
 pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
+    if args.what == Some(BenchWhat::Serve) {
+        return serve::run(&args.load, args.json, out);
+    }
     let config = config(args)?;
     if let (Some(BenchWhat::Ops), DeviceName::Cuda(_)) = (args.what, args.device.device) {
         return Err(
@@ -76,7 +80,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         Some(BenchWhat::Prefill) => vec![work::prefill(args, &config, &device)?],
         Some(BenchWhat::Decode) => vec![work::decode(args, &config, &device)?],
         Some(BenchWhat::Ops) => ops::all(args, &config, &device)?,
-        Some(BenchWhat::State) => unreachable!("it has its own table"),
+        Some(BenchWhat::State | BenchWhat::Serve) => unreachable!("they have their own tables"),
     };
     if args.json {
         let object = json!({

@@ -13,6 +13,7 @@ pub mod kernels;
 pub mod plan;
 pub mod quantize;
 pub mod read;
+pub mod serve;
 pub mod state;
 pub mod task;
 pub mod tokenizer;

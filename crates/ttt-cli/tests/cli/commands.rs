@@ -14,6 +14,7 @@ fn help_of_every_command() {
         "read",
         "state",
         "chat",
+        "serve",
         "verify",
         "plan",
         "info",

@@ -8,6 +8,7 @@ mod commands;
 mod evaluate;
 mod flow;
 mod quantize;
+mod serve;
 mod skills;
 mod state;
 #[cfg(unix)]

@@ -171,6 +171,31 @@ impl Tokenizer {
         TextStream::new(self)
     }
 
+    /// A name of an id that no other id has, as OpenAI's API gives it: its text in the middle of a text, `bytes:\xE2` for part of a
+    /// character, the spelling of a special token; empty for an id that stands for nothing.
+    pub fn token_name(&self, id: u32) -> String {
+        match &self.kind {
+            Kind::Bytes => match u8::try_from(id) {
+                Ok(byte) if byte.is_ascii() => char::from(byte).into(),
+                Ok(byte) => format!("bytes:\\x{byte:02X}"),
+                Err(_) if Some(id) == self.bos => "<s>".into(),
+                Err(_) if Some(id) == self.eos => "</s>".into(),
+                Err(_) => String::new(),
+            },
+            Kind::HuggingFace(hf) => {
+                if let Some(byte) = hf.bytes.get(&id) {
+                    return format!("bytes:\\x{byte:02X}");
+                }
+                // Behind itself a token keeps a space that decoders take from the beginning of a text.
+                let (once, twice) = (hf.decode(&[id]), hf.decode(&[id, id]));
+                match twice.strip_prefix(once.as_str()) {
+                    Some(text) if !text.is_empty() && !twice.contains('\u{FFFD}') => text.to_owned(),
+                    _ => hf.inner.id_to_token(id).unwrap_or_default(),
+                }
+            }
+        }
+    }
+
     /// Id that begins a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos
@@ -331,6 +356,12 @@ mod tests {
         let t = Tokenizer::bytes(258);
         assert_eq!(t.encode("aé").unwrap(), [97, 0xC3, 0xA9]);
         assert_eq!(t.decode(&[256, 97, 0xC3, 257, 0xA9, 0xFF]), "aé\u{FFFD}");
+    }
+
+    #[test]
+    fn ids_have_names() {
+        let t = Tokenizer::bytes(300);
+        assert_eq!([97, 10, 0xE2, 256, 257, 299].map(|id| t.token_name(id)), ["a", "\n", "bytes:\\xE2", "<s>", "</s>", ""]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 mod input;
 mod moment;
 mod reply;
-mod template;
+pub mod template;
 
 use std::collections::BTreeMap;
 use std::io::Write;

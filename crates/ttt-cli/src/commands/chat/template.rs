@@ -63,6 +63,11 @@ impl Template {
         Ok(Template { environment, bos, eos })
     }
 
+    /// A text without the token that begins one.
+    pub fn without_bos<'t>(&self, text: &'t str) -> &'t str {
+        if self.bos.is_empty() { text } else { text.strip_prefix(self.bos.as_str()).unwrap_or(text) }
+    }
+
     /// The text of a conversation, up to where the assistant's next message begins.
     ///
     /// # Errors
