@@ -16,8 +16,8 @@ fn weight(x: f32, top: f32, scale: f32) -> u64 {
     }
     let n = t.round_ties_even();
     let f = t - n;
-    let coefficients = [1.333_355_8e-3, 9.618_129e-3, 5.550_410_9e-2, 2.402_265_1e-1, 6.931_471_8e-1, 1.0];
-    let p: f32 = coefficients.iter().fold(1.540_353_0e-4, |p: f32, c| p.mul_add(f, *c));
+    let coefficients = [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0];
+    let p: f32 = coefficients.iter().fold(1.540_353e-4, |p: f32, c| p.mul_add(f, *c));
     let m = (p * 16_777_216.0) as u64;
     let shift = 16 + n as i32;
     if shift >= 0 { m << shift } else { m >> -shift }
