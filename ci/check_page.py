@@ -116,6 +116,9 @@ def main(ttt, model, screenshots=None):
             expect(page.locator("#messages li")).to_have_count(0)
             page.get_by_role("tab", name="Learn").click()
             page.fill("#text", "x")
+            for box in page.locator("#learn *:visible").all():
+                edges = box.bounding_box()
+                assert edges["x"] + edges["width"] <= 390, "something reaches beyond the phone"
             page.locator("#learn-go").scroll_into_view_if_needed()
             page.screenshot(path=shots / "phone-learn.png")
 

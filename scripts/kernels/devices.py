@@ -22,8 +22,7 @@ class Emulator:
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "kernels.so")
         flags = ["g++", "-O2", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-D{define}"]
-        flags += [f"-I{os.path.join(HERE, 'emulate')}", f"-I{INCLUDES[1]}", f"-I{INCLUDES[2]}",
-                  f"-I{os.path.join(ROOT, 'ops')}"]
+        flags += [f"-I{os.path.join(HERE, 'emulate')}", *(f"-I{folder}" for folder in INCLUDES[1:]), f"-I{os.path.join(ROOT, 'ops')}"]
         subprocess.run([*flags, os.path.join(HERE, "emulate", source), "-o", path], check=True)
         self.library = ctypes.CDLL(path)
 
@@ -62,7 +61,7 @@ class Gpu:
         arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
         self.functions, self.registers = {}, {}
         for source in sources:
-            path = os.path.join(ROOT, "ops", source if "/" in source else os.path.join("ttt_linear", source))
+            path = os.path.join(ROOT, "ops", *([] if "/" in source else ["ttt_linear"]), source)
             cubin, _ = compile_source(path, arch, defines)
             module = ctypes.c_void_p()
             self._ok(self.driver.cuModuleLoadData(ctypes.byref(module), cubin))

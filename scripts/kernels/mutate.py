@@ -1,7 +1,7 @@
 """Shows that the checks see a wrong kernel: plants one error at a time in a copy of the sources and expects the emulator's check to
 fail.
 
-    python scripts/kernels/mutate.py [FILE ...]     # forward.cu, tiles.cuh, ...; all by default
+    python scripts/kernels/mutate.py [FILE ...]     # forward.cu, ttt_mlp/forward.cu, tiles.cuh, ...; all by default
 """
 import os
 import shutil
@@ -54,23 +54,50 @@ MUTATIONS = [
     ("decode.cu", "sum += m[j] * keys[j * 2 * D + D + c]", "sum += m[j] * keys[j * 2 * D + c]"),
     ("decode.cu", "w[r][i] -= kj * u[i]", "w[r][i] += kj * u[i]"),
     ("decode.cu", "copy_async_wait<0>();", ""),
+    ("ttt_mlp/mlp_tiles.cuh", "t[1] = movmatrix(a[2]), t[2] = movmatrix(a[1])", "t[1] = movmatrix(a[1]), t[2] = movmatrix(a[2])"),
+    ("ttt_mlp/mlp_tiles.cuh", "- x * th * (kappa * kappa)", ""),
+    ("ttt_mlp/mlp_tiles.cuh", "mma_k16(w[2 * s + 1], x, y[2], y[3]);", "mma_k16(w[2 * s + 1], x, y[3], y[2]);"),
+    ("ttt_mlp/forward.cu", "slope[t][i / 4][i % 4] *= lr[i / 4][i % 2];", "slope[t][i / 4][i % 4] *= lr[0][i % 2];"),
+    ("ttt_mlp/forward.cu", "l.warp == 0 ? 1.0f : 0.0f", "1.0f"),
+    ("ttt_mlp/forward.cu", "mma_step(0, y[0], m2, g[0], g[1]);", "mma_step(0, y[0], m2, 0, 0);"),
+    ("ttt_mlp/forward.cu", "if (complete) b2 = 2", "if (false) b2 = 2"),
+    ("ttt_mlp/forward.cu", "            put_w2();\n", ""),
+    ("ttt_mlp/forward.cu", "if (m == 0 && phase > 0) {", "if (false) {"),
+    ("ttt_mlp/forward.cu", "scale_columns(ghat1[t], ghat1[t], neg_tau_last);", ""),
+    ("ttt_mlp/backward.cu", "add_product(w1[0], update, tile_k, l);", ""),
+    ("ttt_mlp/backward.cu", "if (commits) add_product(w2[0], x2, shared + Shared::UPDATE2, l);", ""),
+    ("ttt_mlp/backward.cu", "mma_k16(dx[1], x2, cross, high);", "mma_k16(dx[1], x2, high, cross);"),
+    ("ttt_mlp/backward.cu", "mma_k16(dx2[0], xbar, movmatrix(low), movmatrix(cross));", ""),
+    ("ttt_mlp/backward.cu", "dtok_last -= db2[0]", "dtok_last += db2[0]"),
+    ("ttt_mlp/backward.cu", "add_other(duw, 1);", "add_other(duw, 0);"),
+    ("ttt_mlp/backward.cu", "add_product(dw2[0], du, shared + Shared::G2, l);", ""),
+    ("ttt_mlp/backward.cu", "dghat2[i] += neg_tau_last * db2[i];", ""),
+    ("ttt_mlp/backward.cu", "dx2[i / 4][i % 4] * d1[i / 4][i % 4] + curve", "dx2[i / 4][i % 4] * d1[i / 4][i % 4]"),
+    ("ttt_mlp/backward.cu", "    cluster_sync(); // the last parts", "    // the last parts"),
+    ("ttt_mlp/backward.cu", "        barrier_sleep(barrier(SUMS_OF_UNITS), parity);\n", ""),
+    ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
+    ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
+    ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
 ]
 
 
 def main():
     survivors = 0
     with tempfile.TemporaryDirectory() as root:
-        for folder in ("device/cuda", "ops/ttt_linear"):
+        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp"):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
-        kernels = os.path.join(root, "crates", "ttt", "src", "ops", "ttt_linear")
-        check = [sys.executable, os.path.join(root, "scripts", "kernels", "ttt_linear.py"), "check", "--emulate", "--d", "32"]
-        if subprocess.run(check, stdout=subprocess.DEVNULL).returncode:
-            sys.exit("the unchanged kernels fail")
-        for file, old, new in MUTATIONS:
-            if sys.argv[1:] and file not in sys.argv[1:]:
-                continue
-            path = os.path.join(kernels, file)
+        ops = os.path.join(root, "crates", "ttt", "src", "ops")
+        scripts = os.path.join(root, "scripts", "kernels")
+        check_of = lambda op: [sys.executable, os.path.join(scripts, f"{op}.py"), "check", "--emulate", "--d", "32"]
+        ops_of = lambda file: file.split("/") if "/" in file else ["ttt_linear", file]
+        chosen = [m for m in MUTATIONS if not sys.argv[1:] or m[0] in sys.argv[1:]]
+        for op in sorted({ops_of(file)[0] for file, _, _ in chosen}):
+            if subprocess.run(check_of(op), stdout=subprocess.DEVNULL).returncode:
+                sys.exit(f"the unchanged kernels of {op} fail")
+        for file, old, new in chosen:
+            path = os.path.join(ops, *ops_of(file))
+            check = check_of(ops_of(file)[0])
             text = open(path).read()
             assert old in text, f"{file} no longer has {old!r}"
             open(path, "w").write(text.replace(old, new, 1))

@@ -1,5 +1,6 @@
 //! What can be typed. What it means is in [`crate::commands`].
 
+mod compare;
 mod eval;
 mod serve;
 
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+pub use compare::{Compare, ReportPage};
 pub use eval::{Report, Task, TaskArgs, TaskName};
 pub use serve::{Load, Serve};
 
@@ -37,6 +39,10 @@ pub enum Command {
     Train(Train),
     /// Measure how well a model predicts texts that are new to it, or does a task
     Eval(Eval),
+    /// Compare runs: pictures, a table and JSON of what their folders hold
+    Compare(Compare),
+    /// Show runs on one page of HTML that needs no network
+    Report(ReportPage),
     /// Write training files of a task: recall, a needle in a haystack, copying
     Task(Task),
     /// Continue a text
@@ -628,6 +634,7 @@ Examples:
   ttt bench prefill --preset 125m --inner mlp --length 512
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
+  ttt bench decode runs/mine --after 64,4096,65536 --keep  latency and memory against length, for `ttt compare`
   ttt bench ops                                          every operation on its own
   ttt bench state                                        saving and restoring a state
   ttt bench serve --streams 64 --seconds 60              a server that runs: throughput, latencies, errors";
@@ -666,6 +673,12 @@ pub struct Bench {
     /// train: learn the initial fast weights alone
     #[arg(long, conflicts_with = "no_optimizer")]
     pub only_initial_state: bool,
+    /// decode: tokens that have been read before, as many measurements [default: 64]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..1 << 32))]
+    pub after: Vec<u64>,
+    /// decode, of a run: keep the result there as results/NAME.json, for `ttt compare` [default name: decode]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "decode")]
+    pub keep: Option<String>,
     /// prefill: logits of every position, not of the last one only
     #[arg(long)]
     pub all_logits: bool,
@@ -701,7 +714,7 @@ pub enum BenchWhat {
     Train,
     // Reading a prompt
     Prefill,
-    // Generating token by token, after 64 tokens
+    // Generating token by token, after 64 tokens or those of --after
     Decode,
     // Every operation on its own
     Ops,

@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod keep;
 mod model;
 mod progress;
 mod state;
@@ -37,6 +38,8 @@ fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     match &args.command {
         Command::Train(args) => commands::train::run(args, out),
         Command::Eval(args) => commands::eval::run(args, out),
+        Command::Compare(args) => commands::compare::run(args, out),
+        Command::Report(args) => commands::compare::report(args, out),
         Command::Task(args) => commands::task::run(args, out),
         Command::Generate(args) => commands::generate::run(args, out),
         Command::Read(args) => commands::read::run(args, out),

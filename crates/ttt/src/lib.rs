@@ -74,7 +74,7 @@
 //! Dependencies point one way: `train`, `eval`, `generate` use [`lm`], which uses [`layer`], which uses [`ops`] on a [`device`].
 
 pub mod batch;
-mod chart;
+pub mod chart;
 pub mod config;
 pub mod data;
 pub mod device;
@@ -90,6 +90,7 @@ pub mod narrow;
 pub mod ops;
 pub mod params;
 pub mod plan;
+pub mod results;
 pub mod state;
 pub mod tensor;
 pub mod train;

@@ -150,10 +150,22 @@ const PRECISIONS: [(DType, f64, f64); 2] = [(DType::F32, 1e-4, 1e-4), (DType::Bf
 
 #[test]
 fn ttt_linear_forward_and_every_gradient() {
+    let sizes = [(3, 64, 16), (2, 96, 16), (2, 48, 16), (1, 128, 8), (2, 10, 5), (2, 16, 1), (1, 64, 64)];
+    forward_and_every_gradient(Inner::Linear, &sizes, 1040);
+}
+
+#[test]
+fn ttt_mlp_forward_and_every_gradient() {
+    let sizes = [(3, 64, 16), (1, 96, 16), (2, 64, 8), (1, 128, 8), (2, 10, 5), (2, 16, 1), (1, 32, 64)];
+    forward_and_every_gradient(Inner::Mlp, &sizes, 304);
+}
+
+/// For each (heads, head size, mini-batch); `long` is the length of the longest sequence, in whole mini-batches.
+fn forward_and_every_gradient(inner: Inner, sizes: &[(usize, usize, usize)], long: usize) {
     let Some(gpu) = gpu() else { return };
-    for (heads, d, k) in [(3, 64, 16), (2, 96, 16), (2, 48, 16), (1, 128, 8), (2, 10, 5), (2, 16, 1), (1, 64, 64)] {
-        for lens in [&[1][..], &[15], &[16], &[17], &[63], &[1040], &[33, 0, 16, 7, 40]] {
-            let case = ttt_case::Case::new(Inner::Linear, heads, d, k, lens);
+    for &(heads, d, k) in sizes {
+        for lens in [&[1][..], &[15], &[16], &[17], &[63], &[long], &[33, 0, 16, 7, 40]] {
+            let case = ttt_case::Case::new(inner, heads, d, k, lens);
             let (want, want_grads) = (case.forward(&reference(), DType::F64, None), case.backward(&reference(), DType::F64, 2));
             // Rows of 8 aligned elements, which the fast kernels want, and others.
             for ((dtype, ratio, token_ratio), pad) in [(PRECISIONS[0], 5), (PRECISIONS[1], 5), (PRECISIONS[1], 8)] {
@@ -183,9 +195,18 @@ fn ttt_linear_forward_and_every_gradient() {
 
 #[test]
 fn ttt_linear_in_chunks_is_ttt_linear() {
+    in_chunks(Inner::Linear);
+}
+
+#[test]
+fn ttt_mlp_in_chunks_is_ttt_mlp() {
+    in_chunks(Inner::Mlp);
+}
+
+fn in_chunks(inner: Inner) {
     let Some(gpu) = gpu() else { return };
     for ((dtype, ratio, _), pad) in [(PRECISIONS[0], 5), (PRECISIONS[1], 5), (PRECISIONS[1], 8)] {
-        let case = ttt_case::Case { pad, ..ttt_case::Case::new(Inner::Linear, 2, 64, 16, &[75]) };
+        let case = ttt_case::Case { pad, ..ttt_case::Case::new(inner, 2, 64, 16, &[75]) };
         let whole = case.forward(gpu, dtype, None);
         let mut state = case.state(gpu, dtype);
         let (mut z, mut at) = (Vec::new(), 0);
@@ -200,6 +221,10 @@ fn ttt_linear_in_chunks_is_ttt_linear() {
 }
 
 fn small(backbone_bits: usize) -> Config {
+    small_of(Inner::Linear, backbone_bits)
+}
+
+fn small_of(inner: Inner, backbone_bits: usize) -> Config {
     let flag = |i: usize| backbone_bits >> i & 1 == 1;
     Config {
         vocab_size: 300,
@@ -211,7 +236,7 @@ fn small(backbone_bits: usize) -> Config {
         share_qk: flag(1),
         pre_conv: flag(2),
         tie_word_embeddings: flag(3),
-        ..Config::preset("tiny", Inner::Linear).unwrap()
+        ..Config::preset("tiny", inner).unwrap()
     }
 }
 
@@ -237,8 +262,8 @@ fn logits_and_gradient(model: &Lm, keep: Keep) -> [Vec<f64>; 2] {
 #[test]
 fn whole_models() {
     let Some(gpu) = gpu() else { return };
-    for bits in 0..16 {
-        let config = small(bits);
+    let linear = (0..16).map(|bits| (bits, small(bits)));
+    for (bits, config) in linear.chain([0, 15].map(|bits| (bits, small_of(Inner::Mlp, bits)))) {
         let host = shaken_model(&config, &gpu.cpu_beside(), DType::F32, bits as u64);
         let check = moved(&host, &reference(), DType::F64);
         let want = logits_and_gradient(&check, Keep::Saved { group: 2 });
@@ -257,8 +282,14 @@ fn whole_models() {
 
 #[test]
 fn reading_in_chunks_forking_and_resetting() {
+    for inner in [Inner::Linear, Inner::Mlp] {
+        read_in_chunks_fork_and_reset(inner);
+    }
+}
+
+fn read_in_chunks_fork_and_reset(inner: Inner) {
     let Some(gpu) = gpu() else { return };
-    let host = shaken_model(&small(0b1111), &gpu.cpu_beside(), DType::F32, 4);
+    let host = shaken_model(&small_of(inner, 0b1111), &gpu.cpu_beside(), DType::F32, 4);
     for (dtype, ratio) in [(DType::F32, 2e-5), (DType::Bf16, 3e-2)] {
         let model = moved(&host, gpu, dtype);
         let tokens = Random::new(3).tokens(90, 300);
@@ -310,8 +341,14 @@ fn gradient_in_segments(model: &Lm) -> Vec<f64> {
 
 #[test]
 fn gradients_cross_cuts_and_states_go_to_files() {
+    for inner in [Inner::Linear, Inner::Mlp] {
+        cross_cuts_and_go_to_files(inner);
+    }
+}
+
+fn cross_cuts_and_go_to_files(inner: Inner) {
     let Some(gpu) = gpu() else { return };
-    let host = shaken_model(&small(0b1111), &gpu.cpu_beside(), DType::F32, 6);
+    let host = shaken_model(&small_of(inner, 0b1111), &gpu.cpu_beside(), DType::F32, 6);
     let want = gradient_in_segments(&host);
     for (dtype, ratio) in [(DType::F32, 5e-4), (DType::Bf16, 1e-1)] {
         let model = moved(&host, gpu, dtype);
@@ -359,8 +396,14 @@ fn losses(model: &mut Lm, steps: usize) -> Vec<f64> {
 
 #[test]
 fn training_follows_the_cpu_and_the_model_goes_back() {
+    for inner in [Inner::Linear, Inner::Mlp] {
+        follow_the_cpu_and_go_back(inner);
+    }
+}
+
+fn follow_the_cpu_and_go_back(inner: Inner) {
     let Some(gpu) = gpu() else { return };
-    let (config, cpu) = (small(0b1111), gpu.cpu_beside());
+    let (config, cpu) = (small_of(inner, 0b1111), gpu.cpu_beside());
     let want = losses(&mut Lm::new(&config, &cpu, DType::F32, 5).unwrap(), 20);
     let mut long = Vec::new();
     for (dtype, ratio) in [(DType::F32, 1e-3), (DType::Bf16, 2e-2)] {
@@ -389,8 +432,14 @@ fn training_follows_the_cpu_and_the_model_goes_back() {
 
 #[test]
 fn statistics_are_the_cpus() {
+    for inner in [Inner::Linear, Inner::Mlp] {
+        have_the_cpus_statistics(inner);
+    }
+}
+
+fn have_the_cpus_statistics(inner: Inner) {
     let Some(gpu) = gpu() else { return };
-    let host = shaken_model(&small(0b0111), &gpu.cpu_beside(), DType::F32, 8);
+    let host = shaken_model(&small_of(inner, 0b0111), &gpu.cpu_beside(), DType::F32, 8);
     let batch = Batch::one(&Random::new(2).tokens(70, 300));
     let want = host.inner_statistics(&batch).unwrap();
     let ours = moved(&host, gpu, DType::F32).inner_statistics(&batch).unwrap();
@@ -405,8 +454,6 @@ fn statistics_are_the_cpus() {
 #[test]
 fn what_a_gpu_does_not_run_is_said() {
     let Some(gpu) = gpu() else { return };
-    let mlp = Config { ttt_layer_type: Inner::Mlp, ..small(0) };
-    assert!(Lm::new(&mlp, gpu, DType::Bf16, 0).unwrap_err().to_string().contains("TTT-MLP does not run on a GPU yet"));
     assert!(Lm::new(&small(0), gpu, DType::F64, 0).unwrap_err().to_string().contains("f64 needs a CPU"));
     let too_much = Tensor::empty(gpu, &[1 << 40], DType::F32).unwrap_err().to_string();
     assert!(too_much.contains("out of GPU memory") && too_much.contains("free"), "{too_much}");

@@ -190,7 +190,7 @@ fn tokens_are_chosen_as_defined() {
     }
 }
 
-fn config(backbone: usize, (hidden, heads): (usize, usize)) -> Config {
+fn config(inner: Inner, backbone: usize, (hidden, heads): (usize, usize)) -> Config {
     let flag = |i: usize| backbone >> i & 1 == 1;
     Config {
         vocab_size: 500,
@@ -201,7 +201,7 @@ fn config(backbone: usize, (hidden, heads): (usize, usize)) -> Config {
         use_gate: flag(0),
         share_qk: flag(1),
         pre_conv: flag(2),
-        ..Config::preset("tiny", Inner::Linear).unwrap()
+        ..Config::preset("tiny", inner).unwrap()
     }
 }
 
@@ -277,9 +277,12 @@ fn ordinary(model: &Lm, states: &mut States, sequences: &[Sequence], logits: Ten
 #[test]
 fn recorded_steps_are_ordinary_steps() {
     for gpu in gpus() {
-        for (backbone, sizes) in [(0b111, (128, 2)), (0b000, (128, 2)), (0b011, (96, 2)), (0b101, (192, 2)), (0b111, (96, 3))] {
+        let cases = [(0b111, (128, 2)), (0b000, (128, 2)), (0b011, (96, 2)), (0b101, (192, 2)), (0b111, (96, 3))];
+        let linear = cases.map(|(backbone, sizes)| (Inner::Linear, backbone, sizes));
+        let mlp = [(Inner::Mlp, 0b111, (128, 2)), (Inner::Mlp, 0b000, (96, 2))];
+        for (inner, backbone, sizes) in linear.into_iter().chain(mlp) {
             for dtype in [DType::Bf16, DType::F32] {
-                let host = shaken_model(&config(backbone, sizes), &gpu.cpu_beside(), DType::F32, 5);
+                let host = shaken_model(&config(inner, backbone, sizes), &gpu.cpu_beside(), DType::F32, 5);
                 let model = moved(&host, gpu, dtype);
                 let mut decoder = Decoder::new(&model);
                 for (count, temperature) in [(1, 0.0), (3, 1.0), (7, 1.0), (12, 0.8), (70, 1.0)] {
@@ -311,7 +314,8 @@ fn recorded_steps_are_ordinary_steps() {
                     };
                     let ours: Vec<Vec<Option<u32>>> =
                         ours.into_iter().map(|row| row.into_iter().map(|c| c.map(|c| c.token)).collect()).collect();
-                    let name = format!("{backbone:03b} {sizes:?} {dtype:?}, {count} sequences at temperature {temperature}");
+                    let name =
+                        format!("{inner:?} {backbone:03b} {sizes:?} {dtype:?}, {count} sequences at temperature {temperature}");
                     assert_eq!(ours, want, "{name}");
                     for slot in &slots {
                         assert_eq!(recorded.position(*slot), states.position(*slot), "{name}: position of slot {slot}");
@@ -329,7 +333,7 @@ fn recorded_steps_are_ordinary_steps() {
 fn decoding_is_prefill() {
     for gpu in gpus() {
         for (backbone, sizes) in [(0b111, (128, 2)), (0b000, (128, 2)), (0b011, (96, 2)), (0b110, (192, 2))] {
-            let host = shaken_model(&config(backbone, sizes), &gpu.cpu_beside(), DType::F32, 2);
+            let host = shaken_model(&config(Inner::Linear, backbone, sizes), &gpu.cpu_beside(), DType::F32, 2);
             let (check, model) =
                 (moved(&host, &Device::cpu_with(0, Kernels::Reference).unwrap(), DType::F64), moved(&host, gpu, DType::Bf16));
             for count in [1, 3, 9, 20, 66] {
@@ -356,7 +360,7 @@ fn decoding_is_prefill() {
 #[test]
 fn generators_write_on() {
     for gpu in gpus() {
-        let host = shaken_model(&config(0b111, (128, 2)), &gpu.cpu_beside(), DType::F32, 7);
+        let host = shaken_model(&config(Inner::Linear, 0b111, (128, 2)), &gpu.cpu_beside(), DType::F32, 7);
         let model = moved(&host, gpu, DType::Bf16);
         let prompt = Random::new(1).tokens(21, 500);
         let sampling = Sampling { temperature: 0.9, top_k: 0, top_p: 0.9, seed: 4 };

@@ -1,6 +1,7 @@
 // The CPU twin of crates/ttt/src/device/cuda/prelude.cuh: a block is a set of fibers, one a thread, that meet at warp and block
 // operations. Order of blocks, warps and lanes is chosen by `emu::order`, asynchronous copies land when they are waited for, shared memory
-// starts as NaN: a missing barrier or wait changes results.
+// starts as NaN: a missing barrier or wait changes results. The blocks of a cluster are fibers side by side; address bits 24 and up are
+// the rank of a block plus one, 0 the block's own.
 #pragma once
 #include <ucontext.h>
 #include <cmath>
@@ -23,7 +24,8 @@ typedef long long i64;
 #define __grid_constant__
 #define __device__
 #define __CUDA_ARCH__ 900
-#define DYNAMIC_SHARED(name) u8* const name = emu::shared
+#define DYNAMIC_SHARED(name) u8* const name = emu::own_shared()
+#define CLUSTER(N)
 
 constexpr u32 FULL_WARP = 0xffffffffu;
 struct Index { u32 x, y, z; };
@@ -44,9 +46,9 @@ static u32 shared_bytes, order, seed;
 static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
-static Meeting block;
-static u32 current, progress;
-static u64 arguments[2][1024][8];
+static std::vector<Meeting> blocks;
+static Meeting cluster;
+static u32 current, progress, block_threads, first_block;
 static const void* kernel_params;
 static void (*body)(const void*);
 
@@ -54,11 +56,17 @@ static void (*body)(const void*);
     fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
     abort();
 }
+static void become(u32 fiber) {
+    current = fiber;
+    threadIdx.x = fiber % block_threads;
+    blockIdx.x = first_block + fiber / block_threads;
+}
+static u32 rank() { return current / block_threads; }
+static u8* own_shared() { return shared + rank() * shared_bytes; }
 static void yield() {
     const u32 me = current;
     swapcontext(&fibers[me].context, &scheduler);
-    current = me;
-    threadIdx.x = me;
+    become(me);
 }
 static void meet(Meeting& m, u32 count) {
     progress++;
@@ -70,21 +78,23 @@ static void meet(Meeting& m, u32 count) {
         while (m.generation == generation) yield();
     }
 }
-static Meeting& warp() { return warps[threadIdx.x / 32]; }
+static Meeting& warp() { return warps[current / 32]; }
 // Gives one lane's arguments and returns all lanes'; double buffered, so that one meeting is enough.
 template <class T> static const T* exchange(const T& mine) {
     static_assert(sizeof(T) <= 64, "arguments of a warp operation");
     typedef struct { T lane[32]; } All;
     static All all[2][32];
-    const u32 w = threadIdx.x / 32, side = warp().generation & 1;
+    const u32 w = current / 32, side = warp().generation & 1;
     all[side][w].lane[threadIdx.x & 31] = mine;
     meet(warp(), 32);
     return all[side][w].lane;
 }
 static u8* at(u32 address, u32 bytes) {
-    if (address + bytes > shared_bytes) fail("an address outside shared memory");
+    const u32 block = address >> 24 ? (address >> 24) - 1 : rank();
+    address &= 0xffffff;
+    if (address + bytes > shared_bytes || block >= blocks.size()) fail("an address outside shared memory");
     if (address % (bytes > 16 ? 16 : bytes)) fail("a misaligned address");
-    return shared + address;
+    return shared + block * shared_bytes + address;
 }
 static void entry() {
     body(kernel_params);
@@ -95,11 +105,13 @@ static u32 random(u32 n) {
     seed = seed * 1664525u + 1013904223u;
     return (seed >> 8) % n;
 }
-static void run_block(u32 threads) {
+static void run_blocks(u32 count) { // of a cluster
+    const u32 threads = count * block_threads;
     fibers.resize(threads);
     warps.assign((threads + 31) / 32, Meeting());
-    block = Meeting();
-    for (u32 i = 0; i < shared_bytes / 4; i++) ((u32*)shared)[i] = 0x7fc17fc1u;
+    blocks.assign(count, Meeting());
+    cluster = Meeting();
+    for (u32 i = 0; i < count * shared_bytes / 4; i++) ((u32*)shared)[i] = 0x7fc17fc1u;
     for (u32 i = 0; i < threads; i++) {
         Fiber& f = fibers[i];
         f.done = false;
@@ -127,7 +139,7 @@ static void run_block(u32 threads) {
             for (u32 i = 0; i < 32; i++) {
                 const u32 t = w * 32 + (order == 1 ? 31 - i : i);
                 if (t >= threads || fibers[t].done) continue;
-                current = threadIdx.x = t;
+                become(t);
                 swapcontext(&scheduler, &fibers[t].context);
                 left += !fibers[t].done;
             }
@@ -145,7 +157,8 @@ static void run_block(u32 threads) {
         if (idle > 64 * warps.size()) fail("threads wait for each other");
     }
 }
-template <class P> static void launch(void (*kernel)(P), const P* params, u32 blocks, u32 threads, u32 bytes, u32 ord) {
+template <class P>
+static void launch(void (*kernel)(P), const P* params, u32 count, u32 threads, u32 bytes, u32 ord, u32 in_cluster = 1) {
     static void (*k)(P);
     k = kernel;
     body = [](const void* p) { k(*(const P*)p); };
@@ -153,16 +166,18 @@ template <class P> static void launch(void (*kernel)(P), const P* params, u32 bl
     order = ord;
     seed = 12345 + ord;
     shared_bytes = (bytes + 15) / 16 * 16;
-    shared = (u8*)aligned_alloc(128, shared_bytes + 128);
+    shared = (u8*)aligned_alloc(128, (in_cluster * shared_bytes + 255) / 128 * 128);
     blockDim = {threads, 1, 1};
-    gridDim = {blocks, 1, 1};
+    gridDim = {count, 1, 1};
+    block_threads = threads;
     std::vector<u32> left;
-    for (u32 b = 0; b < blocks; b++) left.push_back(order == 1 ? blocks - 1 - b : b);
+    const u32 clusters = count / in_cluster;
+    for (u32 b = 0; b < clusters; b++) left.push_back(order == 1 ? clusters - 1 - b : b);
     while (!left.empty()) {
         const u32 pick = order == 2 ? random(left.size()) : 0;
-        blockIdx = {left[pick], 0, 0};
+        first_block = left[pick] * in_cluster;
         left.erase(left.begin() + pick);
-        run_block(threads);
+        run_blocks(in_cluster);
     }
     free(shared);
 }
@@ -182,7 +197,10 @@ template <class T> static T atomicAdd(T* at, T x) {
     return old;
 }
 
-static inline void __syncthreads() { emu::meet(emu::block, blockDim.x); }
+static inline void __syncthreads() { emu::meet(emu::blocks[emu::rank()], blockDim.x); }
+DEVICE void cluster_sync() { emu::meet(emu::cluster, emu::fibers.size()); }
+DEVICE u32 cluster_rank() { return emu::rank(); }
+DEVICE u32 cluster_address(u32 at, u32 rank) { return at | (rank + 1) << 24; }
 static inline void __syncwarp() { emu::meet(emu::warp(), 32); }
 template <class T> static T __shfl_sync(u32, T x, u32 lane) { return emu::exchange(x)[lane & 31]; }
 template <class T> static T __shfl_xor_sync(u32, T x, u32 mask) { return emu::exchange(x)[(threadIdx.x & 31) ^ mask]; }
@@ -208,7 +226,8 @@ DEVICE float bf16_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
 DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
-DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::shared); }
+DEVICE float fast_tanh(float x) { return tanhf(x); }
+DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::own_shared()); }
 DEVICE void emu_ldmatrix(u32 (&r)[4], u32 row, bool trans) {
     const u32 lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
     const u32* rows = emu::exchange(row);
@@ -276,9 +295,45 @@ DEVICE void store_shared4(u32 at, float x, float y, float z, float w) {
     p[0] = x, p[1] = y, p[2] = z, p[3] = w;
 }
 DEVICE void store_shared4(u32 at, const u32 (&x)[4]) { memcpy(emu::at(at, 16), x, 16); }
+DEVICE void store_shared_u32(u32 at, u32 x) { *(u32*)emu::at(at, 4) = x; }
+DEVICE void store_shared2_u32(u32 at, u32 x, u32 y) {
+    u32* p = (u32*)emu::at(at, 8);
+    p[0] = x, p[1] = y;
+}
+DEVICE void store_cluster(u32 at, float x) { *(float*)emu::at(at, 4) = x; }
+DEVICE void store_cluster2(u32 at, float x, float y) {
+    float* p = (float*)emu::at(at, 8);
+    p[0] = x, p[1] = y;
+}
+DEVICE void store_cluster_u32(u32 at, u32 x) { *(u32*)emu::at(at, 4) = x; }
+// Barriers: bytes to come, threads to come, threads of a phase, phases past.
+struct EmuBarrier { i32 bytes; u8 pending, arrivals; u16 phase; };
+DEVICE void emu_count(EmuBarrier& b) {
+    if (b.bytes == 0 && b.pending == 0) b.phase++, b.pending = b.arrivals, emu::progress++;
+}
+DEVICE void barrier_init(u32 at, u32 arrivals) { *(EmuBarrier*)emu::at(at, 8) = {0, (u8)arrivals, (u8)arrivals, 0}; }
+DEVICE void barrier_publish() {}
+DEVICE void barrier_expect(u32 at, u32 bytes) {
+    EmuBarrier& b = *(EmuBarrier*)emu::at(at, 8);
+    if (b.pending == 0) emu::fail("a barrier that nobody waits at was armed");
+    b.bytes += bytes, b.pending--;
+    emu_count(b);
+}
+DEVICE void barrier_sleep(u32 at, u32 parity) {
+    while (((const EmuBarrier*)emu::at(at, 8))->phase % 2 == parity) emu::yield();
+}
+DEVICE void emu_arrived(u32 at, u32 bytes) {
+    EmuBarrier& b = *(EmuBarrier*)emu::at(at, 8);
+    b.bytes -= bytes;
+    emu_count(b);
+}
+DEVICE void store_async(u32 at, float x, u32 barrier) { store_cluster(at, x), emu_arrived(barrier, 4); }
+DEVICE void store_async_u32(u32 at, u32 x, u32 barrier) { store_cluster_u32(at, x), emu_arrived(barrier, 4); }
+DEVICE void store_async2(u32 at, float x, float y, u32 barrier) { store_cluster2(at, x, y), emu_arrived(barrier, 8); }
 DEVICE float load_shared(u32 at) { return *(const float*)emu::at(at, 4); }
 DEVICE u32 load_shared_u32(u32 at) { return *(const u32*)emu::at(at, 4); }
 DEVICE void load_shared2(float (&x)[2], u32 at) { memcpy(x, emu::at(at, 8), 8); }
+DEVICE void load_shared2(u32 (&x)[2], u32 at) { memcpy(x, emu::at(at, 8), 8); }
 DEVICE void load_shared4(float (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 DEVICE void load_shared4(u32 (&x)[4], u32 at) { memcpy(x, emu::at(at, 16), 16); }
 template <class T> inline T* at_row(T* base, u32 row, u32 stride, u32 column) {
@@ -297,6 +352,7 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     memcpy(at, x, 16);
 }
 
+DEVICE void prefetch(const void*) {}
 DEVICE void load_constant4(u32 (&x)[4], const void* at) {
     if ((u64)at % 16) emu::fail("a misaligned address");
     memcpy(x, at, 16);
@@ -307,17 +363,17 @@ DEVICE void overlap_wait() {}
 
 DEVICE void emu_copy(u32 to, const void* from, u32 bytes, bool present) {
     if (present && (u64)from % bytes) emu::fail("a misaligned address");
-    emu::fibers[threadIdx.x].open.push_back({to, from, bytes, present});
+    emu::fibers[emu::current].open.push_back({to, from, bytes, present});
 }
 DEVICE void copy_async_16(u32 to, const void* from, bool present) { emu_copy(to, from, 16, present); }
 DEVICE void copy_async_4(u32 to, const void* from, bool present) { emu_copy(to, from, 4, present); }
 DEVICE void copy_async_commit() {
-    auto& f = emu::fibers[threadIdx.x];
+    auto& f = emu::fibers[emu::current];
     f.groups.push_back(f.open);
     f.open.clear();
 }
 template <int N> inline void copy_async_wait() {
-    auto& groups = emu::fibers[threadIdx.x].groups;
+    auto& groups = emu::fibers[emu::current].groups;
     while (groups.size() > N) {
         for (const auto& c : groups.front()) {
             if (c.present) memcpy(emu::at(c.to, c.bytes), c.from, c.bytes);

@@ -16,6 +16,9 @@ pub struct Report {
     /// Do not measure the inner models' losses
     #[arg(long)]
     pub no_inner: bool,
+    /// Of a run: keep the result there as results/NAME.json, for `ttt compare` and `ttt report` [default name: eval, or the task's]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub keep: Option<String>,
 }
 
 /// A task instead of texts.

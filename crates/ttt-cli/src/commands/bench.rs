@@ -19,6 +19,7 @@ use ttt::train::Settings;
 use crate::args::{Bench, BenchWhat, DeviceName, InnerName};
 use crate::commands::plan;
 use crate::commands::train::settings::is_assignment;
+use crate::keep::Keep;
 use crate::{Usage, model, units};
 
 /// What the machine reaches.
@@ -42,6 +43,8 @@ pub struct Measured {
     bytes: f64,
     /// Most memory that tensors held.
     peak: usize,
+    /// Of decoding: tokens read before, and bytes of all states.
+    decoded: Option<[u64; 2]>,
 }
 
 /// Runs the command.
@@ -63,6 +66,10 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     if args.what == Some(BenchWhat::State) {
         return state::run(args, &config, &device, out);
     }
+    let kept = keep(args)?;
+    if !args.after.is_empty() && !matches!(args.what, None | Some(BenchWhat::Decode)) {
+        return Err(Usage("--after is for decode".into()).into());
+    }
     let dtype = args.dtype.unwrap_or(Storage::F32);
     if dtype != Storage::F32 && !matches!(args.what, None | Some(BenchWhat::Prefill | BenchWhat::Decode)) {
         return Err(Usage(format!("--dtype {dtype} is for prefill and decode")).into());
@@ -70,24 +77,30 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
     let ceilings = Ceilings { flops: probe::matmul_flops(&device)?, bandwidth: probe::read_bandwidth(&device)? };
     device.memory().trim();
     let all = match args.what {
-        None if dtype != Storage::F32 => vec![work::prefill(args, &config, &device)?, work::decode(args, &config, &device)?],
-        None => vec![
-            work::train(args, &config, &device)?,
-            work::prefill(args, &config, &device)?,
-            work::decode(args, &config, &device)?,
-        ],
+        None => {
+            let mut all = Vec::new();
+            if dtype == Storage::F32 {
+                all.push(work::train(args, &config, &device)?);
+            }
+            all.push(work::prefill(args, &config, &device)?);
+            all.extend(work::decode(args, &config, &device)?);
+            all
+        }
         Some(BenchWhat::Train) => vec![work::train(args, &config, &device)?],
         Some(BenchWhat::Prefill) => vec![work::prefill(args, &config, &device)?],
-        Some(BenchWhat::Decode) => vec![work::decode(args, &config, &device)?],
+        Some(BenchWhat::Decode) => work::decode(args, &config, &device)?,
         Some(BenchWhat::Ops) => ops::all(args, &config, &device)?,
         Some(BenchWhat::State | BenchWhat::Serve) => unreachable!("they have their own tables"),
     };
+    let object = json!({
+        "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()), "dtype": dtype.to_string(),
+        "matmul_flops": ceilings.flops, "read_bandwidth": ceilings.bandwidth,
+        "results": all.iter().map(|m| m.json(&ceilings)).collect::<Vec<_>>(),
+    });
+    if let Some(kept) = &kept {
+        kept.write(&object, &device)?;
+    }
     if args.json {
-        let object = json!({
-            "model": config, "batch": args.batch, "length": args.length, "threads": device.threads(), "kernels": format!("{:?}", device.kernels()), "dtype": dtype.to_string(),
-            "matmul_flops": ceilings.flops, "read_bandwidth": ceilings.bandwidth,
-            "results": all.iter().map(|m| m.json(&ceilings)).collect::<Vec<_>>(),
-        });
         return Ok(writeln!(out, "{object}")?);
     }
     writeln!(out, "{}", plan::describe(&config))?;
@@ -107,7 +120,22 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         let [arithmetic, memory] = m.utilisation(&ceilings).map(|u| format!("{:.0} %", 100.0 * u));
         writeln!(out, "{:34}{median:>10}{min:>10}{max:>10}{arithmetic:>8}{memory:>8}{:>11}", m.name, units::bytes(m.peak as u64))?;
     }
-    Ok(())
+    match &kept {
+        Some(kept) => Ok(writeln!(out, "\nkept in {}", kept.path().display())?),
+        None => Ok(()),
+    }
+}
+
+/// Where the result is to be kept: in the run that is measured.
+fn keep(args: &Bench) -> Result<Option<Keep>> {
+    let Some(name) = &args.keep else { return Ok(None) };
+    if args.what != Some(BenchWhat::Decode) {
+        return Err(Usage("--keep is for decode".into()).into());
+    }
+    match args.settings.iter().find(|text| !is_assignment(text)) {
+        Some(model) => Keep::new(Path::new(model), name).map(Some),
+        None => Err(Usage("--keep puts the result into a run; name its folder".into()).into()),
+    }
 }
 
 impl Measured {
@@ -127,11 +155,15 @@ impl Measured {
     fn json(&self, ceilings: &Ceilings) -> Value {
         let [median, min, max] = self.summary();
         let [arithmetic, memory] = self.utilisation(ceilings);
-        json!({
+        let mut object = json!({
             "name": self.name, "tokens_per_second": {"median": median, "min": min, "max": max, "all": self.rates},
             "flops_per_token": self.flops, "bytes_per_token": self.bytes,
             "arithmetic_utilisation": arithmetic, "memory_utilisation": memory, "peak_memory_bytes": self.peak,
-        })
+        });
+        if let Some([after, state]) = self.decoded {
+            (object["after"], object["state_bytes"]) = (json!(after), json!(state));
+        }
+        object
     }
 }
 
@@ -154,7 +186,7 @@ pub fn measure(
         device.synchronize();
         rates.push(units / start.elapsed().as_secs_f64());
     }
-    Ok(Measured { name: name.into(), rates, flops, bytes, peak: device.memory().usage().peak })
+    Ok(Measured { name: name.into(), rates, flops, bytes, peak: device.memory().usage().peak, decoded: None })
 }
 
 /// The model that the arguments name.

@@ -30,10 +30,7 @@ pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
     let corpus = default_corpus();
     let (flops, bandwidth) = (probe::matmul_flops(&device)?, probe::read_bandwidth(&device)?);
     device.memory().trim();
-    let mut errors = vec![("TTT-Linear", self_test(&device, Inner::Linear)?)];
-    if device.as_cuda().is_none() {
-        errors.push(("TTT-MLP", self_test(&device, Inner::Mlp)?));
-    }
+    let errors = [("TTT-Linear", self_test(&device, Inner::Linear)?), ("TTT-MLP", self_test(&device, Inner::Mlp)?)];
     let gpu = Gpu::of(&device);
     // Written so that an error that is not a number fails.
     let failed = errors.iter().find(|(_, e)| !(e[0] <= TOLERANCE && e[1] <= TOLERANCE));

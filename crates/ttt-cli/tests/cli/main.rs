@@ -5,6 +5,7 @@ mod bad_input;
 #[cfg(unix)]
 mod chat;
 mod commands;
+mod compare;
 mod evaluate;
 mod flow;
 mod quantize;

@@ -4,6 +4,7 @@
 //! warmed-up training step asks the system for nothing. [`view`] has the borrowed matrices that operations read and write,
 //! [`par`] the deterministic fork-join that they share, [`cuda`] NVIDIA's GPUs, [`probe`] how fast all that is.
 
+mod awake;
 pub mod cuda;
 pub mod memory;
 pub mod par;
@@ -129,7 +130,7 @@ impl Device {
     /// over the threads of the pool they find themselves in.
     pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         match self {
-            Device::Cpu(cpu) => cpu.workers.install(work),
+            Device::Cpu(cpu) => cpu.workers.install(|| awake::with_workers(work)),
             // The calling thread only queues work.
             Device::Cuda(_) => work(),
         }

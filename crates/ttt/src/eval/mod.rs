@@ -12,6 +12,7 @@ pub mod tasks;
 pub use judge::{Judge, Judged};
 pub use mean::ClusteredMean;
 pub use plot::{grid_svg, report_svg};
+pub(crate) use plot::{inner_grid, loss_line};
 pub use report::{Clusters, InnerRow, LossRow, Report};
 
 use crate::batch::Batch;

@@ -1,6 +1,6 @@
 //! What an evaluation found, by position: constant memory in the number and the length of documents.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::judge::Judged;
 use super::{ClusteredMean, Evaluation};
@@ -12,7 +12,7 @@ const ENOUGH: u64 = 8;
 const FEWEST: u64 = 4;
 
 /// What the clusters of an interval are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Clusters {
     /// Whole documents: the interval is about other documents of the same kind.
@@ -22,7 +22,7 @@ pub enum Clusters {
 }
 
 /// Mean loss of tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LossRow {
     /// Smallest position of the bucket. A token's position is the number of tokens that the state had read when it predicted it.
     pub from: u64,
@@ -39,7 +39,7 @@ pub struct LossRow {
 }
 
 /// Mean squared errors of a layer's inner models, as in the paper's Figure 4.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InnerRow {
     /// Smallest position of the bucket, here of the last token of a mini-batch.
     pub from: u64,

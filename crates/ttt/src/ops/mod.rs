@@ -22,12 +22,14 @@ pub mod inner;
 pub mod inner_lr;
 pub mod layer_norm;
 pub mod linear;
+pub mod linear_attention;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
 pub mod step;
 pub mod swiglu;
 pub mod token_scale;
+pub mod ttt_batch;
 pub mod ttt_linear;
 pub mod ttt_mlp;
 
@@ -67,7 +69,13 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &ttt_linear::cuda::BACKWARD_96,
     &ttt_linear::cuda::CHAIN_96,
     &ttt_linear::cuda::DECODE_96,
+    &ttt_mlp::cuda::PLAIN,
+    &ttt_mlp::cuda::FORWARD,
+    &ttt_mlp::cuda::DECODE,
 ];
+
+/// Kernels that use what only Hopper has.
+pub(crate) static HOPPER_KERNELS: &[&crate::device::cuda::kernels::Source] = &[&ttt_mlp::cuda::BACKWARD];
 
 /// Whether the fast f32 version of an operation runs, not the reference.
 pub(crate) fn fast(device: &Device, dtype: DType) -> bool {

@@ -2,18 +2,14 @@
 
 use std::path::Path;
 
-use plotters::prelude::*;
-
 use super::metrics::{Record, Split};
-use crate::chart::{self, GRID, INK, QUIET, font, short, trimmed};
+use crate::chart::{Axis, Line, Picture, Plot, Unit};
 use crate::hub::write_atomic;
 use crate::{Error, Result};
 
-const SIZE: (u32, u32) = (960, 560);
-/// Left edge of the plot itself.
-const LEFT: i32 = 76;
-const TRAIN: RGBColor = chart::BLUE;
-const VALIDATION: RGBColor = chart::ORANGE;
+/// Colours of the palette.
+const TRAIN: usize = 0;
+const VALIDATION: usize = 1;
 
 /// Points that a line of training losses is thinned to, about two a pixel: longer runs look the same and make no larger file.
 const MOST_POINTS: usize = 1600;
@@ -40,89 +36,33 @@ pub fn loss_svg(records: &[Record], title: &str) -> Result<String> {
         records.map(|record| (record.tokens as f64, record.loss)).collect()
     };
     let (train, validation) = (points(Split::Train), points(Split::Validation));
-    let smooth = moving_average(&train);
-    let all: Vec<_> = train.iter().chain(&validation).copied().collect();
-    let Some(last) = all.iter().map(|point| point.0).reduce(f64::max) else {
+    if train.is_empty() && validation.is_empty() {
         return Err(Error::Invalid("there is no loss to plot yet; the first line is written after `log.every` steps".into()));
-    };
-    let (low, high) = loss_range(&train, &all);
-    let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-    draw(&root, title, last.max(1.0), (low, high), [&thinned(&train), &thinned(&smooth), &validation])
-        .map_err(|e| Error::Invalid(format!("the plot cannot be drawn: {e}")))?;
-    drop(root);
-    Ok(svg)
-}
-
-fn draw(
-    root: &chart::Area<'_>,
-    title: &str,
-    tokens: f64,
-    (low, high): (f64, f64),
-    [train, smooth, validation]: [&[(f64, f64)]; 3],
-) -> chart::Drawn {
-    root.fill(&WHITE)?;
-    // Title and legend stand above the plot, from its left edge on, where no line can run under them.
-    root.draw(&Text::new(title.to_owned(), (LEFT, 18), font(20, INK)))?;
-    let mut chart = ChartBuilder::on(root)
-        .margin_top(78)
-        .margin_right(32)
-        .margin_bottom(14)
-        .margin_left(14)
-        .x_label_area_size(50)
-        .y_label_area_size(LEFT as u32 - 14)
-        .build_cartesian_2d(0.0..tokens * 1.01, low..high)?;
-    chart
-        .configure_mesh()
-        .x_labels(9)
-        .y_labels(8)
-        .x_label_formatter(&|tokens| short(*tokens))
-        .y_label_formatter(&|loss| trimmed(*loss, 3))
-        .x_desc("tokens trained on")
-        .y_desc("loss (nats a token)")
-        .axis_desc_style(font(15, QUIET))
-        .label_style(font(14, QUIET))
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
-        .axis_style(QUIET)
-        .draw()?;
-    // A point above the picture's top is drawn on its edge.
-    let inside = |points: &[(f64, f64)]| points.iter().map(|&(x, y)| (x, y.min(high))).collect::<Vec<_>>();
-    let thin = TRAIN.mix(0.45).stroke_width(1);
-    let (thick, line) = (TRAIN.stroke_width(2), VALIDATION.stroke_width(2));
-    let mut legend = Vec::new();
+    }
+    // The start is near ln(vocabulary), and what rises above it has little to say; validation is always shown whole.
+    let highest = validation.iter().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
+    let most = train.first().map(|first| first.1.max(highest));
+    let mut lines = Vec::new();
     if !train.is_empty() {
-        chart.draw_series(LineSeries::new(inside(train), thin))?;
-        chart.draw_series(LineSeries::new(inside(smooth), thick))?;
-        if let [only] = inside(train)[..] {
-            chart.draw_series([Circle::new(only, 3, TRAIN.filled())])?;
-        }
-        legend.extend([("training", thin), ("training, averaged", thick)]);
+        lines.push(Line { faint: true, ..Line::new("training", TRAIN, thinned(&train)) });
+        lines.push(Line::new("training, averaged", TRAIN, thinned(&moving_average(&train))));
     }
     if !validation.is_empty() {
-        chart.draw_series(LineSeries::new(inside(validation), line))?;
-        // Marks show where it was measured, and a single measurement at all; many would hide the line.
-        if validation.len() <= 60 {
-            chart.draw_series(inside(validation).into_iter().map(|point| Circle::new(point, 3, VALIDATION.filled())))?;
-        }
-        legend.push(("validation", line));
+        // Marks show where it was measured; many would hide the line.
+        let marks = validation.len() <= 60;
+        lines.push(Line { marks, ..Line::new("validation", VALIDATION, validation) });
     }
-    chart::legend(root, LEFT, 58, &legend)?;
-    root.present()
-}
-
-/// Bottom and top of the picture: all losses, but no spike of the training loss above where it began, with a little air.
-fn loss_range(train: &[(f64, f64)], all: &[(f64, f64)]) -> (f64, f64) {
-    let low = all.iter().map(|point| point.1).fold(f64::INFINITY, f64::min);
-    // The start is near ln(vocabulary), and what rises above it has little to say; validation is always shown whole.
-    let validation = all[train.len()..].iter().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
-    let high = train.first().map_or(validation, |first| first.1.max(validation));
-    let air = 0.04 * (high - low).max(1.0);
-    (low - air, high + air)
+    let plot = Plot {
+        title: String::new(),
+        x: Axis::linear("tokens trained on", Unit::Count).from_zero(),
+        y: Axis { most, ..Axis::linear("loss (nats a token)", Unit::Plain) },
+        lines,
+    };
+    Picture::of(title, plot).svg()
 }
 
 /// A centred average over a fiftieth of the points to either side, which unlike a running one does not lag.
-fn moving_average(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+pub(crate) fn moving_average(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = points.len() / 50;
     let mut sums = vec![0.0];
     sums.extend(points.iter().scan(0.0, |sum, point| {
@@ -139,7 +79,7 @@ fn moving_average(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// At most [`MOST_POINTS`] of the points: of each run of neighbours the lowest and the highest, so that no spike is lost.
-fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+pub(crate) fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     if points.len() <= MOST_POINTS {
         return points.to_vec();
     }
@@ -184,7 +124,8 @@ mod tests {
     }
 
     /// The points of the polyline of colour and width, in pixels.
-    fn line(svg: &str, color: RGBColor, width: u32) -> Vec<(f64, f64)> {
+    fn line(svg: &str, color: usize, width: u32) -> Vec<(f64, f64)> {
+        let color = crate::chart::PALETTE[color];
         let color = format!("stroke=\"#{:02X}{:02X}{:02X}\"", color.0, color.1, color.2);
         let tag = between(svg, "<polyline ", "/>");
         let tag = tag.iter().filter(|tag| tag.contains(&color) && tag.contains(&format!("stroke-width=\"{width}\"")));
@@ -215,7 +156,7 @@ mod tests {
         assert_eq!((thin.len(), smooth.len(), validation.len()), (300, 300, 11));
         for points in [thin, smooth, validation] {
             assert!(points.windows(2).all(|pair| pair[0].0 <= pair[1].0), "tokens go left to right");
-            assert!(points.iter().all(|&(x, y)| (76.0..=928.0).contains(&x) && (78.0..=500.0).contains(&y)), "{points:?}");
+            assert!(points.iter().all(|&(x, y)| (76.0..=928.0).contains(&x) && (74.0..=496.0).contains(&y)), "{points:?}");
             assert!(points[0].1 < points.last().unwrap().1 - 200.0, "the loss falls");
         }
     }
@@ -252,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn averages_do_not_lag_and_numbers_are_short() {
+    fn averages_do_not_lag() {
         let ramp: Vec<_> = (0..500).map(|i| (i as f64, 2.0 * i as f64)).collect();
         let averaged = moving_average(&ramp);
         for (mean, point) in averaged.iter().zip(&ramp).take(490) {
@@ -262,8 +203,6 @@ mod tests {
         assert_eq!(averaged[499], (499.0, 2.0 * 494.0));
         let zigzag: Vec<_> = (0..500).map(|i| (i as f64, (i % 2) as f64)).collect();
         assert!((moving_average(&zigzag)[250].1 - 0.5).abs() < 0.03);
-        let numbers = [0.0, 999.0, 1e3, 1.5e6, 2.5e9, 26e9, 1e12].map(short);
-        assert_eq!(numbers, ["0", "999", "1k", "1.5M", "2.5B", "26B", "1T"]);
     }
 
     #[test]

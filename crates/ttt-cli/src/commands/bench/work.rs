@@ -5,7 +5,7 @@ use ttt::Storage;
 use ttt::batch::Batch;
 use ttt::config::Config;
 use ttt::device::Device;
-use ttt::generate::{Decoder, Draw, Sampling, Sequence};
+use ttt::generate::{Decoder, Draw, Sampling, Sequence, learn};
 use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::ops::adamw;
@@ -17,8 +17,8 @@ use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 use super::{Measured, measure};
 use crate::args::{Bench, Recompute};
 
-/// Tokens read before decoding is measured.
-const DECODE_AFTER: usize = 64;
+/// Tokens read before decoding is measured, unless --after says otherwise.
+const DECODE_AFTER: u64 = 64;
 /// Tokens decoded for one measurement.
 const DECODED: usize = 16;
 const DECODED_ON_GPU: usize = 256;
@@ -127,42 +127,56 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     })
 }
 
-/// Writing token by token in every slot at once. On a GPU the likeliest token is chosen, read by the next step and taken by the host
-/// meanwhile, as generation does; on a CPU the same token is read again and again, and nothing is chosen.
-pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
+/// Writing token by token in every slot at once, after each number of tokens that is wanted. On a GPU a token is chosen, read by the
+/// next step and taken by the host meanwhile, as generation does; on a CPU the same token is read again and again, and nothing is
+/// chosen.
+pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measured>> {
     let lm = model(config, device, args.dtype)?;
     let slots = args.batch as usize;
-    let mut states = lm.states(slots)?;
-    let prompt = ids(slots * DECODE_AFTER, config.vocab_size);
-    let prompts = Batch::packed(&prompt.chunks(DECODE_AFTER).collect::<Vec<_>>());
-    lm.forward(&prompts, Some(&mut states), Keep::Nothing, 1.0)?;
-    let one: Vec<[u32; 1]> = prompt[..slots].iter().map(|id| [*id]).collect();
+    let mut wanted = if args.after.is_empty() { vec![DECODE_AFTER] } else { args.after.clone() };
+    wanted.sort_unstable();
+    wanted.dedup();
+    let one: Vec<[u32; 1]> = ids(slots, config.vocab_size).into_iter().map(|id| [id]).collect();
     let (step, rows) = (Batch::packed(&one), (0..slots).collect::<Vec<_>>());
-    // All weights once a step, in bf16 those that products read; each slot's state once a token.
+    // In bf16 those that products read.
     let weights = lm.weights().bytes() as f64 * if lm.dtype() == DType::Bf16 { 0.5 } else { 1.0 };
-    let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
-    let name = format!("decode {slots}, after {DECODE_AFTER} tokens");
-    if device.as_cuda().is_some() {
-        let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
-        let logits = lm.logits(&hidden, &rows)?;
-        let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: SEED };
-        let sequence = |slot: usize| Sequence { slot, draw: Draw::new(sampling, slot as u64), ends: [None; 2] };
-        let sequences: Vec<Sequence> = rows.iter().map(|slot| sequence(*slot)).collect();
-        let mut decoder = Decoder::new(&lm);
-        let mut session = decoder.start(&mut states, &sequences, &logits)?;
-        return measure(name, device, args.repeat, (slots * DECODED_ON_GPU) as f64, cost, || {
-            for _ in 0..DECODED_ON_GPU {
-                session.step()?;
-                session.take();
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: SEED };
+    let sequence = |slot: &usize| Sequence { slot: *slot, draw: Draw::new(sampling, *slot as u64), ends: [None; 2] };
+    let sequences: Vec<Sequence> = rows.iter().map(sequence).collect();
+    let mut decoder = Decoder::new(&lm);
+    let mut states = lm.states(slots)?;
+    let mut all = Vec::new();
+    for after in wanted {
+        // What was decoded before has been read too.
+        let read = states.position(0);
+        learn(&lm, &mut states, 0, &ids(after.saturating_sub(read) as usize, config.vocab_size))?;
+        (1..slots).for_each(|slot| states.copy_slot(0, slot));
+        // All weights once a step; each slot's state once a token.
+        let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
+        let name = format!("decode {slots}, after {after} tokens");
+        let mut measured = match device.as_cuda() {
+            Some(_) => {
+                let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
+                let logits = lm.logits(&hidden, &rows)?;
+                let mut session = decoder.start(&mut states, &sequences, &logits)?;
+                measure(name, device, args.repeat, (slots * DECODED_ON_GPU) as f64, cost, || {
+                    for _ in 0..DECODED_ON_GPU {
+                        session.step()?;
+                        session.take();
+                    }
+                    Ok(())
+                })?
             }
-            Ok(())
-        });
+            None => measure(name, device, args.repeat, (slots * DECODED) as f64, cost, || {
+                for _ in 0..DECODED {
+                    let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
+                    lm.logits(&hidden, &rows)?;
+                }
+                Ok(())
+            })?,
+        };
+        measured.decoded = Some([after, states.bytes() as u64]);
+        all.push(measured);
     }
-    measure(name, device, args.repeat, (slots * DECODED) as f64, cost, || {
-        for _ in 0..DECODED {
-            let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
-            lm.logits(&hidden, &rows)?;
-        }
-        Ok(())
-    })
+    Ok(all)
 }

@@ -10,9 +10,10 @@ use ttt::eval::grid_svg;
 use ttt::eval::tasks::{Alphabet, Copy, Haystack, Needle, Recall, Score, Task, score};
 use ttt::lm::Lm;
 
-use super::save;
+use super::{save, save_result};
 use crate::Usage;
 use crate::args::{Eval, TaskName};
+use crate::keep::Keep;
 use crate::progress::Bar;
 
 /// One setting of a task, what was asked, and how it went.
@@ -23,7 +24,7 @@ struct Row {
 }
 
 /// Judges the task with all its settings.
-pub fn run(args: &Eval, lm: &Lm, tokenizer: Option<Tokenizer>, out: &mut dyn Write) -> Result<()> {
+pub fn run(args: &Eval, lm: &Lm, tokenizer: Option<Tokenizer>, kept: Option<&Keep>, out: &mut dyn Write) -> Result<()> {
     let alphabet = Alphabet::of(tokenizer.as_ref(), lm.config().vocab_size);
     let name = args.task.task.expect("a task was named");
     refuse(args, name)?;
@@ -44,13 +45,14 @@ pub fn run(args: &Eval, lm: &Lm, tokenizer: Option<Tokenizer>, out: &mut dyn Wri
     if let (Some(path), TaskName::Needle) = (&args.report.plot, name) {
         save(path, &grid(args, &rows, &alphabet)?)?;
     }
-    if args.json {
-        let rows: Vec<Value> = rows.iter().map(|row| row.object(&alphabet)).collect();
-        let name = format!("{name:?}").to_lowercase();
-        let object = json!({"task": name, "seed": args.task.seed, "sequences": args.task.sequences, "results": rows});
-        return Ok(writeln!(out, "{object}")?);
+    let results: Vec<Value> = rows.iter().map(|row| row.object(&alphabet)).collect();
+    let name = format!("{name:?}").to_lowercase();
+    let object = json!({"task": name, "seed": args.task.seed, "sequences": args.task.sequences, "results": results});
+    match args.json {
+        true => writeln!(out, "{object}")?,
+        false => print(&rows, &alphabet, out)?,
     }
-    print(&rows, &alphabet, out)
+    save_result(kept, &object, lm, args.json, out)
 }
 
 /// Arguments that this task does not have.

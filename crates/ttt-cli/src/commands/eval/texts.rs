@@ -8,14 +8,15 @@ use ttt::data::{Pieces, Sources, TextPiece, Tokenizer};
 use ttt::eval::{Evaluation, Judge, Judged, Report, report_svg};
 use ttt::lm::Lm;
 
-use super::{report, save};
+use super::{report, save, save_result};
 use crate::args::Eval;
+use crate::keep::Keep;
 use crate::progress::Bar;
 use crate::state::{self, Start};
 use crate::units;
 
 /// Evaluates the texts.
-pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, out: &mut dyn Write) -> Result<()> {
+pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, kept: Option<&Keep>, out: &mut dyn Write) -> Result<()> {
     let mut reader = Reader::new(args, lm, tokenizer)?;
     let mut each = Vec::new();
     let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());
@@ -54,25 +55,26 @@ pub fn run(args: &Eval, lm: &Lm, tokenizer: &Tokenizer, sources: &Sources, out: 
         let title = format!("{}, {} tokens", args.model.display(), units::grouped(report.total().tokens));
         save(path, &report_svg(&report, &title)?)?;
     }
+    let mut object = report::object(&report);
+    if let Some(saved) = &saved {
+        object["state"] = saved.json();
+    }
+    object["documents"] = json!(documents);
+    object["skipped"] = json!(skipped);
+    object["context"] = json!(args.context);
     if args.json {
-        let mut object = report::object(&report);
-        if let Some(saved) = &saved {
-            object["state"] = saved.json();
-        }
-        object["documents"] = json!(documents);
-        object["skipped"] = json!(skipped);
-        object["context"] = json!(args.context);
         if args.per_document {
             object["per_document"] = json!(each);
         }
-        return Ok(writeln!(out, "{object}")?);
+        writeln!(out, "{object}")?;
+        return save_result(kept, &object, lm, true, out);
     }
     writeln!(out, "documents      {documents}{}", if skipped > 0 { format!(" ({skipped} too short)") } else { String::new() })?;
     report::print(&report, out)?;
     if let Some(saved) = &saved {
         writeln!(out, "\n{saved}")?;
     }
-    Ok(())
+    save_result(kept, &object, lm, false, out)
 }
 
 /// Reads documents one after the other, each with a fresh state or as the continuation of the same one.

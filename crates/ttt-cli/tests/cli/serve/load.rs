@@ -153,6 +153,24 @@ fn prefixes_are_remembered_also_by_the_next_process() {
 }
 
 #[test]
+fn load_is_measured() {
+    let place = Place::with_model();
+    let server = place.serve(&["--slots", "4"]);
+    let url = format!("http://{}", server.address);
+    let line = ["bench", "serve", "--url", &url, "--streams", "3", "--seconds", "1", "--max-tokens", "20", "--long-prompts", "500"];
+    let ran = place.run(&[&line[..], &["--json"]].concat()).ok().json();
+    assert_eq!((&ran["errors"], &ran["streams"], &ran["model"]), (&json!(0), &json!(3), &json!("m")), "{ran}");
+    // What clients count is what the server counts, but for what was under way at the end and the long prompts.
+    let (seen, made) = (ran["tokens"].as_f64().unwrap(), server.metric("ttt_generated_tokens_total"));
+    assert!(seen > 100.0 && seen <= made && made - seen < 0.2 * made + 200.0, "{seen} of {made}");
+    assert!(ran["next_token_seconds"]["p50"].as_f64().unwrap() <= ran["next_token_seconds"]["p95"].as_f64().unwrap());
+    place.run(&line).ok().says(&["3 streams from \"m\"", "errors       0", "memory"]);
+    drop(server);
+    place.run(&line).fails(1, &["no server answers"]);
+    place.run(&["bench", "serve", "--url", "ftp://x"]).fails(1, &["no http:// address"]);
+}
+
+#[test]
 fn marked_documents_stay_with_their_keys() {
     let place = Place::with_model();
     place.write("keys", "alpha\nbeta\n");

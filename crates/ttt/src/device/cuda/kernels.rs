@@ -49,9 +49,12 @@ pub const HEADERS: &[(&str, &str, &str)] = &[
     ("rows.cuh", "device/cuda/rows.cuh", include_str!("rows.cuh")),
     ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
     ("step.cuh", "ops/step/step.cuh", include_str!("../../ops/step/step.cuh")),
+    ("loops.cuh", "ops/ttt_linear/loops.cuh", include_str!("../../ops/ttt_linear/loops.cuh")),
     ("params.cuh", "ops/ttt_linear/params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),
     ("tiles.cuh", "ops/ttt_linear/tiles.cuh", include_str!("../../ops/ttt_linear/tiles.cuh")),
     ("chain.cuh", "ops/ttt_linear/chain.cuh", include_str!("../../ops/ttt_linear/chain.cuh")),
+    ("mlp_params.cuh", "ops/ttt_mlp/mlp_params.cuh", include_str!("../../ops/ttt_mlp/mlp_params.cuh")),
+    ("mlp_tiles.cuh", "ops/ttt_mlp/mlp_tiles.cuh", include_str!("../../ops/ttt_mlp/mlp_tiles.cuh")),
 ];
 
 /// A source for one type of activations and one architecture, `sm_90a` say.
@@ -65,6 +68,9 @@ pub struct Unit {
     pub arch: String,
 }
 
+/// Hopper, with the instructions that are its own.
+pub const HOPPER: &str = "sm_90a";
+
 /// The architecture's name of a GPU of this compute capability. On Hopper the one with its own instructions.
 pub fn architecture((major, minor): (i32, i32)) -> String {
     let suffix = if (major, minor) == (9, 0) { "a" } else { "" };
@@ -77,7 +83,8 @@ pub fn units(arch: &str) -> Vec<Unit> {
         let source = *source;
         source.types.iter().map(move |dtype| Unit { source, dtype: *dtype, arch: arch.to_owned() })
     };
-    crate::ops::KERNELS.iter().flat_map(of).collect()
+    let own = if arch == HOPPER { crate::ops::HOPPER_KERNELS } else { &[] };
+    crate::ops::KERNELS.iter().chain(own).flat_map(of).collect()
 }
 
 impl Unit {
@@ -88,7 +95,7 @@ impl Unit {
 
     /// Whether its kernels were tuned for the architecture.
     fn tuned(&self) -> bool {
-        self.arch == "sm_90a" || self.source.untuned.is_empty()
+        self.arch == HOPPER || self.source.untuned.is_empty()
     }
 
     /// The most registers that a kernel of it may take.

@@ -32,10 +32,16 @@ DEVICE float bf16_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
 // x as bf16 holds it.
 DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
-// 1 / sqrt(x) of a normal number, within 2 ulp.
+// 1 / sqrt(x) of a normal number, within 2 ulp; tanh within 2^-11.
 DEVICE float fast_rsqrt(float x) {
     float r;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+DEVICE float fast_tanh(float x) {
+    float r;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 
@@ -116,6 +122,10 @@ DEVICE void store_shared4(u32 at, float x, float y, float z, float w) {
 DEVICE void store_shared4(u32 at, const u32 (&x)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
+DEVICE void store_shared_u32(u32 at, u32 x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(at), "r"(x) : "memory"); }
+DEVICE void store_shared2_u32(u32 at, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(at), "r"(x), "r"(y) : "memory");
+}
 DEVICE float load_shared(u32 at) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
@@ -128,6 +138,9 @@ DEVICE u32 load_shared_u32(u32 at) {
 }
 DEVICE void load_shared2(float (&x)[2], u32 at) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(at) : "memory");
+}
+DEVICE void load_shared2(u32 (&x)[2], u32 at) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
 }
 DEVICE void load_shared4(float (&x)[4], u32 at) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -159,6 +172,8 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
+// Asks for a line of global memory to be brought into L2.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" :: "l"(at)); }
 // 16 bytes that no kernel in flight writes, and that are read once.
 DEVICE void load_constant4(u32 (&x)[4], const void* at) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at));
@@ -226,6 +241,48 @@ DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
+}
+// Blocks of a cluster, N of them: consecutive ones. Shared memory of another block by `cluster_address`.
+#define CLUSTER(N) __cluster_dims__(N, 1, 1)
+DEVICE u32 cluster_rank() {
+    u32 r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+DEVICE u32 cluster_address(u32 at, u32 rank) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
+    return r;
+}
+DEVICE void store_cluster(u32 at, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory"); }
+DEVICE void store_cluster2(u32 at, float x, float y) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(at), "f"(x), "f"(y) : "memory");
+}
+DEVICE void store_cluster_u32(u32 at, u32 x) { asm volatile("st.shared::cluster.b32 [%0], %1;" :: "r"(at), "r"(x) : "memory"); }
+// The same without waiting; the bytes count at `barrier`, which lies in the shared memory that is written (both by `cluster_address`).
+DEVICE void store_async(u32 at, float x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" :: "r"(at), "f"(x), "r"(barrier) : "memory");
+}
+DEVICE void store_async_u32(u32 at, u32 x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" :: "r"(at), "r"(x), "r"(barrier) : "memory");
+}
+DEVICE void store_async2(u32 at, float x, float y, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 :: "r"(at), "f"(x), "f"(y), "r"(barrier)
+                 : "memory");
+}
+// Makes barriers that were just made known to the cluster, before its first `cluster_sync`.
+DEVICE void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// As `barrier_wait`, suspended instead of asking again and again.
+DEVICE void barrier_sleep(u32 barrier, u32 parity) {
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
+                 :: "r"(barrier), "r"(parity)
+                 : "memory");
+}
+// A barrier of all threads of the cluster, after which they see each other's writes of shared memory.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Makes this thread's ordinary writes of shared memory visible to bulk copies and wgmma.
 DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -35,7 +35,8 @@ struct Raw<'a> {
 }
 
 /// Rows of C that one register block holds. With 8 lanes and 16 registers: 6 rows x 2 vectors of sums, 2 vectors of B, 1 number
-/// of A. With 16 lanes one vector spans the 16 columns, and 8 sums hide the latency of a multiply-add.
+/// of A. With 16 lanes: 8 rows x 2 vectors, where there are 32 columns, so that loads (10 for 16 multiply-adds) are not what takes
+/// the time (9 for 8 with one vector).
 pub(crate) const fn block_rows<S: Simd>() -> usize {
     if S::F32_LANES == 16 { 8 } else { 6 }
 }
@@ -59,24 +60,26 @@ impl WithSimd for Product<'_> {
         // SAFETY: the asserts above bound every address that m x k x n blocks of these strides touch.
         unsafe {
             match S::F32_LANES {
-                16 => panels::<S, 1, 4, 8>(simd, raw, m, n),
-                8 => panels::<S, 2, 8, 6>(simd, raw, m, n),
-                4 => panels::<S, 4, 16, 6>(simd, raw, m, n),
-                _ => panels::<S, 16, 64, 1>(simd, raw, m, n),
+                16 => panels::<S, 1, 2, 4, 8>(simd, raw, m, n),
+                8 => panels::<S, 2, 2, 8, 6>(simd, raw, m, n),
+                4 => panels::<S, 4, 4, 16, 6>(simd, raw, m, n),
+                _ => panels::<S, 16, 16, 64, 1>(simd, raw, m, n),
             }
         }
     }
 }
 
-/// All of C in blocks of `R` rows x 16 columns (`V` vectors); a single row in blocks of 64 columns (`W` vectors).
+/// All of C in blocks of `R` rows x `V` vectors, and what is left of the columns in blocks of 16 (`N` vectors); a single row in
+/// blocks of 64 columns (`W` vectors).
 ///
 /// Few rows of B are kept in the first-level cache while C, a weight matrix then, is walked along its rows; many rows of B, a
-/// weight matrix then, are walked 16 columns at a time.
+/// weight matrix then, are walked one block at a time.
 ///
 /// # Safety
 /// As [`block`], for m x n.
 #[inline(always)]
-unsafe fn panels<S: Simd, const V: usize, const W: usize, const R: usize>(simd: S, p: Raw<'_>, m: usize, n: usize) {
+unsafe fn panels<S: Simd, const N: usize, const V: usize, const W: usize, const R: usize>(simd: S, p: Raw<'_>, m: usize, n: usize) {
+    let whole = n / (V * S::F32_LANES) * (V * S::F32_LANES);
     if m == 1 && n > 128 {
         // SAFETY: by this function's contract.
         unsafe { sweep(simd, p, n) };
@@ -88,20 +91,30 @@ unsafe fn panels<S: Simd, const V: usize, const W: usize, const R: usize>(simd: 
         }
         for j in (wide..n).step_by(16) {
             // SAFETY: columns j..j + 16 exist.
-            unsafe { block::<S, V, 1>(simd, Raw { at: [0, j], c: p.c.wrapping_add(j), ..p }) };
+            unsafe { block::<S, N, 1>(simd, Raw { at: [0, j], c: p.c.wrapping_add(j), ..p }) };
         }
     } else if p.k <= 32 {
         for i in (0..m).step_by(R) {
-            for j in (0..n).step_by(16) {
-                // SAFETY: rows i..min(i + R, m) and columns j..j + 16 exist.
+            for j in (0..whole).step_by(V * S::F32_LANES) {
+                // SAFETY: rows i..min(i + R, m) and the columns of V vectors from j on exist.
                 unsafe { rows::<S, V, R>(simd, p, i, j, m) };
+            }
+            for j in (whole..n).step_by(16) {
+                // SAFETY: rows i..min(i + R, m) and columns j..j + 16 exist.
+                unsafe { rows::<S, N, R>(simd, p, i, j, m) };
             }
         }
     } else {
-        for j in (0..n).step_by(16) {
+        for j in (0..whole).step_by(V * S::F32_LANES) {
             for i in (0..m).step_by(R) {
                 // SAFETY: as above.
                 unsafe { rows::<S, V, R>(simd, p, i, j, m) };
+            }
+        }
+        for j in (whole..n).step_by(16) {
+            for i in (0..m).step_by(R) {
+                // SAFETY: as above.
+                unsafe { rows::<S, N, R>(simd, p, i, j, m) };
             }
         }
     }
@@ -146,7 +159,7 @@ unsafe fn sweep<S: Simd>(simd: S, p: Raw<'_>, n: usize) {
     }
 }
 
-/// The rows i..min(i + R, m) of C in the 16 columns from j on.
+/// The rows i..min(i + R, m) of C in the columns of V vectors from j on.
 ///
 /// # Safety
 /// As [`block`], for these rows and columns.

@@ -283,7 +283,7 @@ pub(crate) fn forward<E: Element, L: Learner<E>>(
         Ok(())
     })?;
     drop((tasks, w, rows));
-    Ok((z, saved.map(|states| Saved { inner, group: keep.expect("saved"), states, ghat: None, start: None })))
+    Ok((z, saved.map(|states| Saved { inner, group: keep.expect("saved"), states, ghat: None, sums: None, start: None })))
 }
 
 /// Copies the rows `0..n` of an open mini-batch `[n, R]` into the tiles of the tape.

@@ -289,8 +289,11 @@ pub struct Saved {
     /// `[checkpoints, S]`: for each segment, for each head, ceil(ceil(len/K) / g). On a CPU the weights at the start of every g-th
     /// mini-batch; on a GPU those after the last complete mini-batch of each group of g.
     pub(crate) states: Tensor,
-    /// On a GPU the scaled inner gradients `[n, h*d]`, with which updates are undone.
+    /// On a GPU the scaled inner gradients, with which updates are undone: `[n, h*d]`, for the MLP `[n, h*5d]` with `[Ĝ1 | Ĝ2]` a
+    /// head.
     pub(crate) ghat: Option<Tensor>,
+    /// On a GPU, for the MLP, what LayerNorm read: `[n, h*2d]` with `[Z2 | Z̄2]` a head.
+    pub(crate) sums: Option<Tensor>,
     /// On a GPU with g = 1 the weights of all slots before the pass, which statistics need.
     pub(crate) start: Option<Tensor>,
 }
@@ -298,7 +301,7 @@ pub struct Saved {
 impl Saved {
     /// Bytes kept: for f32 `4 h S` times the sum of ceil(ceil(len/K) / g) over the segments; on a GPU also the inner gradients.
     pub fn bytes(&self) -> usize {
-        self.states.bytes() + [&self.ghat, &self.start].into_iter().flatten().map(Tensor::bytes).sum::<usize>()
+        self.states.bytes() + [&self.ghat, &self.sums, &self.start].into_iter().flatten().map(Tensor::bytes).sum::<usize>()
     }
 
     /// What a GPU's pass with g = 1 kept, as a CPU's would have: the weights before each mini-batch instead of those after it.
@@ -319,7 +322,7 @@ impl Saved {
                 }
             }
         }
-        Ok(Saved { inner: self.inner, group: 1, states, ghat: None, start: None })
+        Ok(Saved { inner: self.inner, group: 1, states, ghat: None, sums: None, start: None })
     }
 
     /// Mini-batches from one checkpoint to the next, g.

@@ -43,7 +43,7 @@ pub(crate) fn backward_weight(dy: Mat<f32>, x: Mat<f32>, dw: MatMut<f32>) {
 }
 
 /// A matrix, perhaps transposed: element (i, j) lies at `i · row_stride + j · col_stride`.
-struct Operand<'a> {
+pub(crate) struct Operand<'a> {
     mat: Mat<'a, f32>,
     shape: [usize; 2],
     row_stride: usize,
@@ -51,27 +51,39 @@ struct Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    fn new(mat: Mat<'a, f32>) -> Self {
+    pub(crate) fn new(mat: Mat<'a, f32>) -> Self {
         Operand { mat, shape: [mat.rows(), mat.cols()], row_stride: mat.stride(), col_stride: 1 }
     }
 
-    fn transposed(self) -> Self {
+    pub(crate) fn transposed(self) -> Self {
         let Operand { mat, shape: [rows, cols], row_stride, col_stride } = self;
         Operand { mat, shape: [cols, rows], row_stride: col_stride, col_stride: row_stride }
     }
 }
 
+/// `y = a b`, or `y += a b`, where the work around it is what threads share.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn product_here(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
+    product_on(a, b, y, add, Parallelism::None);
+}
+
 /// `y = a b`, or `y += a b`.
-fn product(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool) {
-    let ([m, k], [_, n]) = (a.shape, b.shape);
-    assert!(b.shape[0] == k && [y.rows(), y.cols()] == [m, n], "{:?} x {:?} into {} x {}", a.shape, b.shape, y.rows(), y.cols());
-    let stride = y.stride() as isize;
+fn product(a: Operand, b: Operand, y: MatMut<f32>, add: bool) {
     // The number of threads only says how blocks of `y` are dealt out; each element's sum is the same for any. Products below
     // about 0.6 million multiply-adds stay on this thread (a threshold of `gemm`).
     let parallelism = match rayon::current_num_threads() {
         1 => Parallelism::None,
         threads => Parallelism::Rayon(threads),
     };
+    product_on(a, b, y, add, parallelism);
+}
+
+fn product_on(a: Operand, b: Operand, mut y: MatMut<f32>, add: bool, parallelism: Parallelism) {
+    let ([m, k], [_, n]) = (a.shape, b.shape);
+    assert!(b.shape[0] == k && [y.rows(), y.cols()] == [m, n], "{:?} x {:?} into {} x {}", a.shape, b.shape, y.rows(), y.cols());
+    let stride = y.stride() as isize;
     // SAFETY: shapes and strides are those of the borrowed matrices, whose shapes fit (asserted); `y` is mutably borrowed, so it
     // overlaps neither operand.
     unsafe {

@@ -138,7 +138,7 @@ pub(crate) const MAX_MINI_BATCH: usize = 64;
 /// `Segment` of params.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct GpuSegment {
+pub(crate) struct GpuSegment {
     first_row: u32,
     len: u32,
     slot: u32,
@@ -243,7 +243,7 @@ fn scratch_lens(d: usize, k: usize) -> [usize; 2] {
 }
 
 /// Segments with the index of their first checkpoint, and the number of all checkpoints of one head.
-fn with_checkpoints(segments: &[Segment], k: usize, group: usize) -> (Vec<GpuSegment>, usize) {
+pub(crate) fn with_checkpoints(segments: &[Segment], k: usize, group: usize) -> (Vec<GpuSegment>, usize) {
     let mut first_checkpoint = 0;
     let list = segments.iter().map(|s| {
         let own = first_checkpoint;
@@ -254,11 +254,11 @@ fn with_checkpoints(segments: &[Segment], k: usize, group: usize) -> (Vec<GpuSeg
     (list.collect(), first_checkpoint)
 }
 
-fn plain(dtype: DType, [bf16, f32]: [&'static str; 2]) -> (DType, &'static str) {
+pub(crate) fn plain(dtype: DType, [bf16, f32]: [&'static str; 2]) -> (DType, &'static str) {
     (DType::F32, if dtype == DType::Bf16 { bf16 } else { f32 })
 }
 
-fn stride(view: View) -> u32 {
+pub(crate) fn stride(view: View) -> u32 {
     view.stride() as u32
 }
 
@@ -361,7 +361,7 @@ pub(crate) fn forward(
             }
         }
     }
-    let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat), start });
+    let saved = kept.map(|(states, ghat)| Saved { inner: Inner::Linear, group, states, ghat: Some(ghat), sums: None, start });
     Ok((z, saved))
 }
 
@@ -452,24 +452,30 @@ pub(crate) fn backward(
             }
         }
     }
+    reduce(cuda, &partials, &p, [list.len(), heads, width, k, parts]);
+    Ok(())
+}
+
+/// Adds the partial sums `[segments, h, parts, K + 2d]` of a backward to the parameters' gradients, in a fixed order.
+pub(crate) fn reduce(cuda: &Cuda, partials: &Tensor, p: &ParamGrads, [segments, heads, d, k, parts]: [usize; 5]) {
+    assert_eq!(partials.shape().iter().product::<usize>(), segments * heads * parts * (k + 2 * d), "partial sums");
     let reduce = ReduceParams {
         partials: partials.address(),
         dtok: p.dtok.as_view().address(),
         dgamma: p.dgamma.as_view().address(),
         dbeta: p.dbeta.as_view().address(),
-        segments: list.len() as u32,
+        segments: segments as u32,
         heads: heads as u32,
-        head_dim: width as u32,
+        head_dim: d as u32,
         mini_batch: k as u32,
         parts: parts as u32,
     };
-    let warps = heads * 2 * width + k;
+    let warps = heads * 2 * d + k;
     // SAFETY: `partials` has a row for each block; the sums are contiguous parameters' gradients, mutably borrowed.
     unsafe {
         let kernel = (DType::F32, "ttt_linear_reduce");
         cuda.launch_with(&PLAIN, kernel, [warps.div_ceil(THREADS / 32), 1, 1], THREADS, 0, &reduce);
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ struct FromMatrices {
         element = threadIdx.x < D ? *at_row((const u16*)p.k, seg.first_row, 2 * p.k_stride, column)
                                   : *at_row((const u16*)p.q, seg.first_row, 2 * p.q_stride, column);
         lr = *at_row(p.lr, seg.first_row, 4 * p.lr_stride, 4 * head), tau_now = p.tok[seg.phase];
-        return true;
+        return seg.len > 0;
     }
     DEVICE float component(float*) { return bf16_f32(element); }
     DEVICE float value(u32 c) const { return bf16_f32(*at_row((const u16*)p.v, seg.first_row, 2 * p.v_stride, 2 * (head * D + c))); }

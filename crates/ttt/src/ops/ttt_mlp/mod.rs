@@ -12,6 +12,7 @@
 //! The weights move only when the mini-batch is complete.
 
 mod cpu;
+pub(crate) mod cuda;
 pub mod reference;
 
 use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
@@ -36,6 +37,9 @@ fn fast(inputs: &Inputs<'_>) -> Option<cpu::Fast> {
 /// When shapes disagree, segments do not lie one behind the other or share a slot, or a pass to be kept starts inside a
 /// mini-batch.
 pub fn forward(inputs: &Inputs<'_>, state: &mut FastWeights, keep: Option<usize>) -> Result<(Tensor, Option<Saved>)> {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        return cuda::forward(gpu, inputs, state, keep);
+    }
     match fast(inputs) {
         Some(fast) => drive::forward(fast, Inner::Mlp, inputs, state, keep),
         None => with_dtype!(inputs.q.dtype(), E => {
@@ -60,6 +64,9 @@ pub fn backward(
     d: InputGrads<'_>,
     p: ParamGrads<'_>,
 ) -> Result<()> {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        return cuda::backward(gpu, inputs, saved, dz, dstate, d, p);
+    }
     match fast(inputs) {
         Some(fast) => drive::backward(fast, Inner::Mlp, inputs, saved, dz, dstate, d, p),
         None => with_dtype!(inputs.q.dtype(), E => {

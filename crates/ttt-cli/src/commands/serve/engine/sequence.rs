@@ -88,9 +88,10 @@ impl<'t> Sequence<'t> {
         let Some(stream) = &mut self.echo else { return };
         let tokens = logits.zip(&self.tokens[from..self.prompt]).map(|(logits, &id)| {
             let text = stream.push(id);
-            let Some(logits) = logits else { return TokenInfo { id, text, logprob: None, top: Vec::new() } };
-            let log_sum = log_sum(logits);
-            TokenInfo { id, text, logprob: Some(logits[id as usize] as f64 - log_sum), top: likeliest(logits, top, log_sum) }
+            match logits {
+                Some(logits) => info(id, text, logits, top),
+                None => TokenInfo { id, text, logprob: None, top: Vec::new() },
+            }
         });
         let tokens = tokens.collect();
         self.send(Event::Prompt { choice, tokens });
@@ -108,8 +109,12 @@ impl<'t> Sequence<'t> {
             self.flush();
             return Some(Finish::Stop);
         }
-        let top = self.job.top.map_or(Vec::new(), |k| likeliest(logits, k, logits[token as usize] as f64 - logprob));
-        let (text, tokens, stopped) = self.decoded.push(TokenInfo { id: token, text: String::new(), logprob: Some(logprob), top });
+        let info = match self.job.top {
+            // By the same arithmetic for all of them, so that who compares finds the likeliest to be that.
+            Some(k) => info(token, String::new(), logits, k),
+            None => TokenInfo { id: token, text: String::new(), logprob: Some(logprob), top: Vec::new() },
+        };
+        let (text, tokens, stopped) = self.decoded.push(info);
         if !text.is_empty() || !tokens.is_empty() {
             self.send(Event::Text { choice: self.choice(), text, tokens });
         }
@@ -130,6 +135,13 @@ impl<'t> Sequence<'t> {
             self.send(Event::Text { choice: self.choice(), text, tokens });
         }
     }
+}
+
+/// A token with its own log-probability and the `k` highest.
+fn info(id: u32, text: String, logits: &[f32], k: usize) -> TokenInfo {
+    let log_sum = log_sum(logits);
+    let logprob = Some(logits[id as usize] as f64 - log_sum);
+    TokenInfo { id, text, logprob, top: likeliest(logits, k, log_sum) }
 }
 
 fn log_sum(logits: &[f32]) -> f64 {

@@ -13,11 +13,8 @@ use super::pack::{Columns, Source};
 use crate::device::par::{self, ColsPerUnit, RowsPerUnit};
 use crate::device::view::{Mat, MatMut};
 
-/// Elements of the packed panels: 256 KiB, half of the second-level cache of the processors in mind.
-const PACKED: usize = 65_536;
-
-/// Columns of a block are a multiple of this, so that panels of 16 and of 32 columns are whole.
-const GRAIN: usize = 32;
+/// Columns of the widest panel: those of a block are a multiple of the machine's panels.
+const WIDEST: usize = 64;
 
 /// Below so many multiply-adds a product stays on one thread: 50 microseconds of one core.
 const SERIAL: usize = 2_000_000;
@@ -29,7 +26,7 @@ const SERIAL: usize = 2_000_000;
 pub(super) fn product<B: Columns>(a: Mat<f32>, b: B, c: MatMut<f32>) {
     let ([m, k], [terms, n]) = ([a.rows(), a.cols()], b.shape());
     assert!(k == terms && [c.rows(), c.cols()] == [m, n], "{m} x {k} times {terms} x {n} into {} x {}", c.rows(), c.cols());
-    let [rows, cols] = unit(m, block_terms::<B>(k), k, n);
+    let [rows, cols] = unit(Arch::new().dispatch(Panels), m, block_terms::<B>(k), k, n);
     par::for_each(n.div_ceil(cols), ColsPerUnit { mat: c, cols }, &|j, c: ColsPerUnit<MatMut<f32>>| {
         par::for_each(m.div_ceil(rows), RowsPerUnit { mat: c.mat, rows }, &|i, c: RowsPerUnit<MatMut<f32>>| {
             Unit { a, b: &b, c: c.mat, at: [i * rows, j * cols] }.run();
@@ -42,16 +39,30 @@ fn block_terms<B: Columns>(k: usize) -> usize {
     k.div_ceil(k.div_ceil(B::MAX_TERMS).max(1)).next_multiple_of(16).max(16)
 }
 
+/// What a machine's vectors make of the panels: their elements, half of the second-level cache of the processors in mind, and what
+/// a block's columns are a multiple of.
+struct Panels;
+
+impl WithSimd for Panels {
+    type Output = [usize; 2];
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> [usize; 2] {
+        // 512 KiB of the 1 or 2 MiB that come with AVX-512, 256 KiB of 512 elsewhere.
+        if S::F32_LANES == 16 { [131_072, 64] } else { [65_536, 32] }
+    }
+}
+
 /// Rows and columns of a unit of work on `m x k x n`.
-fn unit(m: usize, block_terms: usize, k: usize, n: usize) -> [usize; 2] {
+fn unit([packed, grain]: [usize; 2], m: usize, block_terms: usize, k: usize, n: usize) -> [usize; 2] {
     let wanted = match rayon::current_num_threads() {
         threads if threads > 1 && m * n * k >= SERIAL => 4 * threads,
         _ => 1,
     };
-    let most = (PACKED / block_terms).max(GRAIN);
-    let across = n.div_ceil(most).max(wanted.min(n / (2 * GRAIN))).max(1);
+    let most = (packed / block_terms).max(grain);
+    let across = n.div_ceil(most).max(wanted.min(n / (2 * grain))).max(1);
     let down = wanted.div_ceil(across).min(m / 256).max(1);
-    [m.div_ceil(down).next_multiple_of(12), n.div_ceil(across).next_multiple_of(GRAIN)]
+    [m.div_ceil(down).next_multiple_of(12), n.div_ceil(across).next_multiple_of(grain)]
 }
 
 /// The block of C from row and column `at` on.
@@ -69,7 +80,7 @@ thread_local! {
 impl<B: Columns> Unit<'_, B> {
     /// Elements of the panels.
     fn space(&self) -> usize {
-        block_terms::<B>(self.a.cols()) * self.c.cols().next_multiple_of(GRAIN)
+        block_terms::<B>(self.a.cols()) * self.c.cols().next_multiple_of(WIDEST)
     }
 
     fn run(self) {
@@ -95,9 +106,10 @@ impl<B: Columns> WithSimd for Packed<'_, B> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // Registers: R x V sums, V of B, one of A, out of 16 (8 lanes) or 32.
+        // Registers: R x V sums, V of B, one of A, out of 16 (8 lanes) or 32. Twelve rows would need as many addresses, more than
+        // there are general registers: a third to a half of the speed of six.
         match S::F32_LANES {
-            16 => self.multiply::<S, 12, 2>(simd),
+            16 => self.multiply::<S, 6, 4>(simd),
             8 => self.multiply::<S, 6, 2>(simd),
             4 => self.multiply::<S, 6, 4>(simd),
             _ => self.multiply::<S, 2, 16>(simd),
@@ -184,7 +196,7 @@ unsafe fn tiles<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile, rows
 /// As [`tile`], for so many columns.
 #[inline(always)]
 unsafe fn partial<S: Simd, const R: usize, const V: usize>(simd: S, t: &Tile, rows: usize, columns: usize) {
-    let mut buffer = [0.0f32; 12 * 32];
+    let mut buffer = [0.0f32; 6 * WIDEST];
     let whole = Tile { c: buffer.as_mut_ptr(), c_stride: V * S::F32_LANES, add: false, ..*t };
     // SAFETY: the buffer holds the largest tile; the rest by this function's contract.
     unsafe { tiles::<S, R, V>(simd, &whole, rows) };
