@@ -29,4 +29,10 @@ part prefill "$ttt" bench prefill --device cuda --preset 125m --batch 16 --lengt
 for batch in 1 8 16 64 512; do
     part "decode-$batch" "$ttt" bench decode --device cuda --preset 125m --batch "$batch" --repeat 3
 done
+for batch in 8 32; do
+    part "train-mlp-${batch}x2048" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch "$batch" --length 2048 --repeat 5
+done
+for batch in 64 512; do
+    part "decode-mlp-$batch" "$ttt" bench decode --device cuda --preset 125m --inner mlp --batch "$batch" --repeat 3
+done
 exit $status

@@ -632,6 +632,7 @@ arithmetic of matrix products, and of the speed of reading main memory (above 10
 Examples:
   ttt bench                                              everything, with the 125M model
   ttt bench prefill --preset 125m --inner mlp --length 512
+  ttt bench decode --mixer attention                     the Transformer of the same size
   ttt bench train --preset small --batch 8 --length 256  whole steps with clip and AdamW
   ttt bench train --no-optimizer                         forward and backward only
   ttt bench decode runs/mine --after 64,4096,65536 --keep  latency and memory against length, for `ttt compare`
@@ -649,10 +650,13 @@ pub struct Bench {
     /// Settings file (.toml), and settings as key=value, whose model is measured instead of a preset
     #[arg(value_name = "CONFIG.toml | key=value")]
     pub settings: Vec<String>,
-    /// Size: tiny, small (hidden 256, 4 layers, 256 ids), 125m, 350m, 760m or 1.3b; Mamba backbone with convolutions [default: 125m]
+    /// Size: tiny, small (hidden 256, 4 layers, 256 ids), 125m, 350m, 760m or 1.3b; of ttt with the Mamba backbone and convolutions; of mamba also 130m, 370m, 790m or 1.4b [default: 125m]
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
-    /// Inner model [default: linear]
+    /// What mixes tokens: ttt, attention (a Transformer) or mamba [default: ttt]
+    #[arg(long, value_name = "NAME")]
+    pub mixer: Option<MixerName>,
+    /// Inner model of ttt [default: linear]
     #[arg(long, value_name = "NAME")]
     pub inner: Option<InnerName>,
     /// Sequences at once
@@ -722,6 +726,28 @@ pub enum BenchWhat {
     State,
     // A server that runs
     Serve,
+}
+
+/// What mixes tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MixerName {
+    // TTT layers
+    Ttt,
+    // Attention: a Transformer
+    Attention,
+    // Mamba
+    Mamba,
+}
+
+impl MixerName {
+    /// As settings spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            MixerName::Ttt => "ttt",
+            MixerName::Attention => "attention",
+            MixerName::Mamba => "mamba",
+        }
+    }
 }
 
 /// An inner model.

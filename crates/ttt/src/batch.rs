@@ -73,7 +73,8 @@ pub struct Segment {
     pub len: usize,
     /// Slot in the slabs of state.
     pub slot: usize,
-    /// Tokens that the slot has already consumed, modulo the mini-batch size.
+    /// Tokens that the slot has already consumed: modulo the mini-batch size of the inner loop, or all of them where the model has
+    /// none.
     pub phase: usize,
 }
 

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::layer::Carried;
 use crate::state::States;
 
-/// Gradients of the fast weights and convolution windows of every layer and slot (see [`crate::lm::Lm::backward`]).
+/// Gradients of what every layer and slot carries across a cut, such as fast weights and convolution windows (see [`crate::lm::Lm::backward`]).
 ///
 /// Rows of an open mini-batch have none: segments that a backward pass follows are cut at ends of mini-batches, and the update of
 /// a shorter tail reaches nothing in training.
@@ -25,7 +25,7 @@ impl DStates {
 
     /// Sets all of them to zero.
     pub fn clear(&mut self) {
-        self.layers.iter_mut().flat_map(Carried::tensors_mut).for_each(crate::tensor::Tensor::fill_zero);
+        self.layers.iter_mut().flat_map(Carried::tensors_mut).for_each(|(_, tensor)| tensor.fill_zero());
     }
 
     /// Those of one layer.

@@ -69,6 +69,8 @@
 //! | 2.4 mini-batch TTT, 2.5 dual form, appendix A | [`ops::ttt_linear`], [`ops::ttt_mlp`] |
 //! | 2.6 theorems | `tests/theorems.rs` |
 //! | 2.7 instantiations, Mamba and Transformer backbone | [`config`], [`layer::Block`] |
+//! | 3 the Transformer baseline | [`layer::AttentionLayer`], [`ops::attention`] |
+//! | 3 the Mamba baseline | [`layer::MambaLayer`], [`ops::selective_scan`] |
 //! | appendix C recipe, checkpointing through time | [`train::settings`], [`ops::inner`] |
 //!
 //! Dependencies point one way: `train`, `eval`, `generate` use [`lm`], which uses [`layer`], which uses [`ops`] on a [`device`].

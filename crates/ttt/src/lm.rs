@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use crate::batch::{Batch, Segment};
-use crate::config::Config;
+use crate::config::{Config, Mixer};
 use crate::device::view::View;
 use crate::device::{Device, cuda};
 use crate::dstates::DStates;
@@ -23,7 +23,7 @@ use crate::tensor::{DType, Tensor};
 use crate::weights::{Storage, Weights};
 use crate::{Error, Result};
 
-/// A TTT language model.
+/// A language model.
 ///
 /// Training, prefill, decoding and evaluation all go through [`Lm::forward`], which returns the final hidden rows, and then
 /// through [`Lm::logits`], [`Lm::nll`] or [`Lm::loss`], which compute only what is asked for.
@@ -33,7 +33,8 @@ pub struct Lm {
     device: Device,
     ids: ModelIds,
     blocks: Vec<Block>,
-    rope: rope::Table,
+    /// Rotary angles of the positions in a mini-batch, which are all that a TTT layer turns by.
+    rope: Option<rope::Table>,
     weights: Weights,
     /// [`Lm::hash`], once it was asked for.
     hash: OnceLock<String>,
@@ -101,8 +102,10 @@ impl Lm {
         let (table, ids) = ParamTable::new(config);
         assert_eq!(table.len(), weights.table().len(), "weights of another configuration");
         let device = weights.device().clone();
-        let rope =
-            rope::Table::new(&device, weights.storage().dtype(), config.mini_batch_size, config.head_dim(), config.rope_theta)?;
+        let rope = match config.mini_batch() {
+            Some(k) => Some(rope::Table::new(&device, weights.storage().dtype(), k, config.head_dim(), config.rope_theta)?),
+            None => None,
+        };
         let blocks = ids.blocks.iter().map(|b| Block::new(config, b)).collect();
         Ok(Lm { config: config.clone(), device, ids, blocks, rope, weights, hash: OnceLock::new() })
     }
@@ -152,10 +155,7 @@ impl Lm {
     /// Type of its activations and states, and of all weights that are not stored narrow; `Bf16` is mixed precision on a GPU, with
     /// weights and fast weights in f32.
     pub fn dtype(&self) -> DType {
-        match &self.weights {
-            Weights::Float(params) => params.dtype(),
-            Weights::Narrow(narrow) => narrow.storage().dtype(),
-        }
+        self.weights.dtype()
     }
 
     /// Its blocks.
@@ -247,8 +247,8 @@ impl Lm {
             Some(states) => self.segments(batch, states, keep),
             None => (fresh_segments(batch), None),
         };
-        let (weights, rope) = (&self.weights, &self.rope);
-        let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
+        let (weights, rope) = (&self.weights, self.rope(&segments)?);
+        let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope: rope.as_ref(), inner_lr, keep };
         let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
         let mut saved = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
@@ -278,8 +278,8 @@ impl Lm {
         self.device.install(|| {
             let keep = Keep::Nothing;
             let (segments, routes) = self.segments(batch, states, keep);
-            let (weights, rope) = (&self.weights, &self.rope);
-            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr: 1.0, keep };
+            let (weights, rope) = (&self.weights, self.rope(&segments)?);
+            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope: rope.as_ref(), inner_lr: 1.0, keep };
             let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             let last = self.blocks.len() - 1;
             let few = rows.len() < batch.tokens.len();
@@ -360,8 +360,8 @@ impl Lm {
     ) -> Result<()> {
         self.device.install(|| {
             let Saved { segments, routes, blocks, last, keep, inner_lr } = saved;
-            let (weights, rope) = (&self.weights, &self.rope);
-            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope, inner_lr, keep };
+            let (weights, rope) = (&self.weights, self.rope(&segments)?);
+            let pass = Pass { weights, segments: &segments, routes: routes.as_deref(), rope: rope.as_ref(), inner_lr, keep };
             let (eps, norm) = (self.config.rms_norm_eps, self.weights.view(self.ids.norm));
             let mut dx = rms_norm::backward(dhidden.view(), last.view(), norm, eps, grads.view_mut(self.ids.norm))?;
             drop((last, dhidden));
@@ -384,8 +384,8 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
             let segments = fresh_segments(batch);
-            let (weights, rope) = (&self.weights, &self.rope);
-            let pass = Pass { weights, segments: &segments, routes: None, rope, inner_lr, keep: Keep::Nothing };
+            let (weights, rope) = (&self.weights, self.rope(&segments)?);
+            let pass = Pass { weights, segments: &segments, routes: None, rope: rope.as_ref(), inner_lr, keep: Keep::Nothing };
             let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
             for (i, block) in self.blocks.iter().enumerate() {
                 x = block.forward(&pass, x, None)?.0;
@@ -403,8 +403,17 @@ impl Lm {
         if !kept && batch.seqs.iter().all(|s| !s.fresh) {
             return (states.segments(batch), None);
         }
-        let (segments, routes) = routes(batch, states, self.config.mini_batch_size, kept);
+        let (segments, routes) = routes(batch, states, kept);
         (segments, Some(routes))
+    }
+
+    /// The rotary angles of a pass.
+    fn rope(&self, segments: &[Segment]) -> Result<Option<rope::Table>> {
+        if self.config.mixer != Mixer::Attention {
+            return Ok(self.rope.clone());
+        }
+        let (head_dim, theta) = (self.config.head_dim(), self.config.rope_theta);
+        Ok(Some(rope::Table::of_batch(&self.device, self.dtype(), segments, head_dim, theta)?))
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

@@ -126,6 +126,14 @@ impl Weights {
         }
     }
 
+    /// Type of the activations of a model with these weights: that of the operands of its products.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Weights::Float(params) => params.dtype(),
+            Weights::Narrow(narrow) => narrow.storage().dtype(),
+        }
+    }
+
     /// Bytes of all weights.
     pub fn bytes(&self) -> usize {
         match self {

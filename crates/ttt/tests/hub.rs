@@ -109,7 +109,7 @@ impl Model {
     }
 
     fn config_with(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) -> PathBuf {
-        let mut config = serde_json::to_value(&self.config).unwrap().as_object().unwrap().clone();
+        let mut config = config_json::fields(&self.config);
         change(&mut config);
         let path = self.dir.path().join("config.json");
         fs::write(&path, Value::Object(config).to_string()).unwrap();
@@ -345,7 +345,7 @@ fn a_wrong_config_is_refused_by_field() {
     let model = Model::new(small(Inner::Linear, Backbone::Mamba));
     let path = model.config_with(|_| ());
     let cases = [
-        ("model_type", json!("llama"), "model_type is \"llama\""),
+        ("model_type", json!("gpt2"), "model_type is \"gpt2\"; this program reads models of type \"ttt\", \"llama\", \"mamba\""),
         ("ttt_layer_type", json!("conv"), "ttt_layer_type is \"conv\": unknown variant `conv`, expected `linear` or `mlp`"),
         ("hidden_size", json!(-1), "hidden_size is -1"),
         ("hidden_size", json!("32"), "hidden_size is \"32\""),

@@ -3,7 +3,7 @@
 mod support;
 
 use proptest::prelude::*;
-use support::{Random, relative, shaken_model};
+use support::{Random, relative, shaken_model, transformer};
 use ttt::batch::Batch;
 use ttt::config::{Config, Inner};
 use ttt::device::{Device, Kernels};
@@ -35,6 +35,11 @@ fn all_configs() -> Vec<Config> {
             }
             .with_learner(inner),
         );
+        // Heads of queries that share keys and values or do not, tied head or not.
+        if bits < 4 {
+            let like = Config { tie_word_embeddings: flag(1), ..all[0].clone() };
+            all.push(transformer(like, 1 + bits % 2));
+        }
     }
     all
 }
@@ -100,8 +105,8 @@ fn gradients_are_finite_differences_in_every_configuration() {
 #[test]
 fn gradients_are_bit_identical_whatever_is_kept() {
     let device = Device::cpu().unwrap();
-    for inner in [Inner::Linear, Inner::Mlp] {
-        let config = Config { num_hidden_layers: 2, vocab_size: 50, ..Config::preset("tiny", inner).unwrap() };
+    for config in tiny() {
+        let config = Config { num_hidden_layers: 2, vocab_size: 50, ..config };
         let model = shaken_model(&config, &device, DType::F32, 3);
         let mut random = Random::new(5);
         let batch = Batch::packed(&[random.tokens(133, 50), random.tokens(64, 50)]);
@@ -111,9 +116,15 @@ fn gradients_are_bit_identical_whatever_is_kept() {
         for keep in [Keep::Saved { group: 3 }, Keep::Saved { group: 100 }, Keep::Input { group: 1 }, Keep::Input { group: 4 }] {
             let (again, grads) = gradient(&model, &batch, &targets, &weights, keep);
             assert_eq!(loss.to_bits(), again.to_bits(), "{keep:?}");
-            assert!(whole.data().as_slice::<f32>() == grads.data().as_slice::<f32>(), "{inner:?} {keep:?}");
+            assert!(whole.data().as_slice::<f32>() == grads.data().as_slice::<f32>(), "{config:?} {keep:?}");
         }
     }
+}
+
+/// The tiny preset of every mixer.
+fn tiny() -> [Config; 3] {
+    let ttt = |inner| Config::preset("tiny", inner).unwrap();
+    [ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap()]
 }
 
 fn logits(model: &Lm, tokens: &[u32]) -> Vec<f64> {
@@ -133,24 +144,33 @@ fn in_pieces(model: &Lm, states: &mut States, slot: usize, pieces: &[&[u32]]) ->
     all
 }
 
-fn state_values(states: &States, slot: usize) -> Vec<f64> {
-    let mut all = Vec::new();
-    for i in 0..2 {
-        let layer = states.layer(i);
-        for (name, tensor) in layer.tensors() {
-            let values = tensor.to_f64_vec();
-            let per_slot = values.len() / states.slots();
-            // Rows at and after the phase are arbitrary: they are compared through the logits that follow.
-            if name != "open_rows" {
-                all.extend(&values[slot * per_slot..(slot + 1) * per_slot]);
-            }
-        }
-    }
-    all
+/// Rows of an open mini-batch are compared through the logits that follow.
+fn state_values(model: &Lm, states: &States, slot: usize) -> Vec<f64> {
+    support::state_values(model, states, slot, false).concat()
 }
 
+/// Inner model and backbone of a TTT model, or a Transformer whose heads share keys and values or do not.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Ttt(Inner, bool),
+    Transformer(bool),
+}
+
+const KINDS: [Kind; 6] = [
+    Kind::Ttt(Inner::Linear, true),
+    Kind::Ttt(Inner::Mlp, true),
+    Kind::Ttt(Inner::Linear, false),
+    Kind::Ttt(Inner::Mlp, false),
+    Kind::Transformer(true),
+    Kind::Transformer(false),
+];
+
 /// Two blocks of a shape whose head size the fast kernels cover.
-fn small(inner: Inner, mamba: bool, mini_batch_size: usize) -> Config {
+fn small(kind: Kind, mini_batch_size: usize) -> Config {
+    let (inner, mamba) = match kind {
+        Kind::Ttt(inner, mamba) => (inner, mamba),
+        Kind::Transformer(shared) => return transformer(small(KINDS[0], mini_batch_size), 1 + usize::from(shared)),
+    };
     Config {
         vocab_size: 40,
         hidden_size: 32,
@@ -183,12 +203,11 @@ proptest! {
         len in 1usize..90,
         other in 1usize..40,
         cuts in prop::collection::vec(0usize..1000, 0..12),
-        mlp in any::<bool>(),
-        mamba in any::<bool>(),
+        kind in prop::sample::select(&KINDS),
         mini_batch in prop::sample::select(vec![1usize, 5, 8, 16, 33]),
         f64_mode in any::<bool>(),
     ) {
-        let config = small(if mlp { Inner::Mlp } else { Inner::Linear }, mamba, mini_batch);
+        let config = small(kind, mini_batch);
         let device = Device::cpu().unwrap();
         let dtype = if f64_mode { DType::F64 } else { DType::F32 };
         let limit = if f64_mode { 1e-10 } else { 2e-5 };
@@ -212,7 +231,7 @@ proptest! {
         let pieces = in_pieces(&model, &mut cut, 1, &split(&a, &cuts));
         prop_assert!(relative(&pieces, &whole_a) < limit, "{}", relative(&pieces, &whole_a));
         prop_assert_eq!(cut.position(1), len as u64);
-        prop_assert!(relative(&state_values(&cut, 1), &state_values(&one, 2)) < limit);
+        prop_assert!(relative(&state_values(&model, &cut, 1), &state_values(&model, &one, 2)) < limit);
 
         // Both go on alike, which tests the open rows too; so does a fork, while the original stays where it is.
         let mut fork = cut.fork().unwrap();
@@ -225,12 +244,12 @@ proptest! {
 #[test]
 fn every_prefix_and_no_look_ahead() {
     let device = Device::cpu().unwrap();
-    for (inner, mamba) in [(Inner::Linear, true), (Inner::Mlp, true), (Inner::Linear, false), (Inner::Mlp, false)] {
-        let model = shaken_model(&small(inner, mamba, 16), &device, DType::F64, 9);
+    for kind in KINDS {
+        let model = shaken_model(&small(kind, 16), &device, DType::F64, 9);
         let tokens = Random::new(9).tokens(40, 40);
         let whole = logits(&model, &tokens);
         for n in 1..40 {
-            assert!(relative(&logits(&model, &tokens[..n]), &whole[..n * 40]) < 1e-11, "{inner:?} prefix {n}");
+            assert!(relative(&logits(&model, &tokens[..n]), &whole[..n * 40]) < 1e-11, "{kind:?} prefix {n}");
         }
         let mut changed = tokens.clone();
         changed[21] = (changed[21] + 1) % 40;
@@ -242,8 +261,14 @@ fn every_prefix_and_no_look_ahead() {
 
 #[test]
 fn a_reset_slot_is_a_new_one() {
+    for kind in KINDS {
+        a_reset_slot_is_new(kind);
+    }
+}
+
+fn a_reset_slot_is_new(kind: Kind) {
     let device = Device::cpu().unwrap();
-    let model = shaken_model(&small(Inner::Mlp, true, 8), &device, DType::F32, 1);
+    let model = shaken_model(&small(kind, 8), &device, DType::F32, 1);
     let tokens = Random::new(1).tokens(21, 40);
     let mut states = model.states(2).unwrap();
     let first = in_pieces(&model, &mut states, 0, &[&tokens]);
@@ -259,8 +284,8 @@ fn a_reset_slot_is_a_new_one() {
 #[test]
 fn fast_and_reference_kernels_agree() {
     let (fast, plain) = (Device::cpu().unwrap(), Device::cpu_with(1, Kernels::Reference).unwrap());
-    for inner in [Inner::Linear, Inner::Mlp] {
-        let config = Config { vocab_size: 70, num_hidden_layers: 2, ..Config::preset("tiny", inner).unwrap() };
+    for config in tiny() {
+        let config = Config { vocab_size: 70, num_hidden_layers: 2, ..config };
         let mut random = Random::new(4);
         let batch = Batch::packed(&[random.tokens(75, 70), random.tokens(16, 70)]);
         let targets = random.tokens(91, 70);
@@ -274,14 +299,14 @@ fn fast_and_reference_kernels_agree() {
         assert!((loss - reference_loss).abs() < 1e-5 * reference_loss);
         for entry in table.entries() {
             let error = relative(&ours[entry.range()], &reference[entry.range()]);
-            assert!(error < 1e-3, "{inner:?} {}: {error}", entry.name);
+            assert!(error < 1e-3, "{config:?} {}: {error}", entry.name);
         }
     }
 }
 
 #[test]
 fn a_token_outside_the_vocabulary_is_a_readable_error() {
-    let model = Lm::new(&small(Inner::Linear, true, 16), &Device::cpu().unwrap(), DType::F32, 0).unwrap();
+    let model = Lm::new(&small(KINDS[0], 16), &Device::cpu().unwrap(), DType::F32, 0).unwrap();
     let error = model.forward(&Batch::one(&[1, 40]), None, Keep::Nothing, 1.0).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -293,9 +318,9 @@ fn a_token_outside_the_vocabulary_is_a_readable_error() {
 #[test]
 fn wanted_rows_are_those_of_the_whole() {
     let device = Device::cpu().unwrap();
-    for (inner, mamba) in [(Inner::Linear, true), (Inner::Mlp, true), (Inner::Linear, false), (Inner::Mlp, false)] {
+    for kind in KINDS {
         for (dtype, limit) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
-            let model = shaken_model(&small(inner, mamba, 8), &device, dtype, 6);
+            let model = shaken_model(&small(kind, 8), &device, dtype, 6);
             let mut random = Random::new(6);
             let (a, b) = (random.tokens(21, 40), random.tokens(6, 40));
             let mut batch = Batch::default();
@@ -307,9 +332,9 @@ fn wanted_rows_are_those_of_the_whole() {
             let theirs = model.logits(&hidden, &rows).unwrap().to_f64_vec();
             let hidden = model.forward_rows(&batch, &mut some, &rows).unwrap();
             let ours = model.logits(&hidden, &[0, 1, 2]).unwrap().to_f64_vec();
-            assert!(relative(&ours, &theirs) < limit, "{inner:?} {mamba} {dtype:?}");
+            assert!(relative(&ours, &theirs) < limit, "{kind:?} {dtype:?}");
             for slot in 0..2 {
-                assert!(relative(&state_values(&some, slot), &state_values(&whole, slot)) < limit);
+                assert!(relative(&state_values(&model, &some, slot), &state_values(&model, &whole, slot)) < limit);
                 let next = in_pieces(&model, &mut whole, slot, &[&b]);
                 assert!(relative(&in_pieces(&model, &mut some, slot, &[&b]), &next) < limit);
             }

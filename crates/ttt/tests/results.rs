@@ -94,7 +94,7 @@ fn a_run_folder_is_read() {
     let settings = Settings::load(folder.path().join("linear/settings.toml")).unwrap();
     let config = settings.model_config().unwrap();
     assert_eq!(run["parameters"].as_u64(), Some(ParamTable::new(&config).0.parameters() as u64));
-    assert_eq!(run["flops"].as_f64(), Some(plan::flops(&config).training * 100_000.0));
+    assert_eq!(run["flops"].as_f64(), Some(plan::flops(&config, 256).training * 100_000.0));
     assert_eq!(
         (run["seconds"].as_f64(), run["tokens"].as_u64(), run["memory_bytes"].as_u64()),
         (Some(200.0), Some(100_000), Some(3 << 20))

@@ -3,12 +3,13 @@
 use std::{fs, path::Path};
 
 use ttt::{
-    config::{Config, Inner, PRESETS},
+    config::{Config, Inner, MAMBA_PRESETS, PRESETS},
+    hub::config_json,
     train::{
         Settings,
         metrics::{self, InnerLoss, Metrics, Record, Split},
         plot,
-        settings::{Recompute, TINY},
+        settings::{Recompute, TINY, Train},
         tensorboard::EventFile,
     },
 };
@@ -67,6 +68,15 @@ fn the_paper_s_recipe() {
             let o = &settings.optimizer;
             assert_eq!((o.beta1, o.beta2, o.eps, o.weight_decay, o.clip), (0.9, 0.95, 1e-8, 0.1, 1.0));
         }
+        // The baseline's recipe is the same.
+        let named = |kind: &str| &configs.iter().find(|config| config.0 == format!("{size}-{kind}")).unwrap().1;
+        let (ttt, transformer) = (named("ttt-linear"), named("transformer"));
+        let as_ttt = Settings { model: ttt.model.clone(), ..transformer.clone() };
+        let same = Settings { train: Train { checkpoint_group: ttt.train.checkpoint_group, ..as_ttt.train }, ..as_ttt };
+        assert_eq!(&same, ttt, "{size}");
+        let config = transformer.model_config().unwrap();
+        let expected = Config { max_position_embeddings: 2048, ..Config::transformer(size).unwrap() };
+        assert_eq!(config_json::fields(&config), config_json::fields(&expected), "{size}");
     }
 }
 
@@ -235,7 +245,7 @@ fn micro_batches_are_equal_parts_of_a_step() {
 fn a_model_folder_replaces_the_preset_and_overrides_win() {
     let folder = tempfile::tempdir().unwrap();
     let saved = Config { hidden_size: 64, num_attention_heads: 2, ..Config::preset("tiny", Inner::Mlp).unwrap() };
-    fs::write(folder.path().join("config.json"), serde_json::to_string(&saved).unwrap()).unwrap();
+    fs::write(folder.path().join("config.json"), serde_json::to_string(&config_json::fields(&saved)).unwrap()).unwrap();
     let set = format!("model.folder={}", folder.path().display());
     let config = overridden(&[&set, "model.rope_theta=1e5"]).unwrap().model_config().unwrap();
     assert_eq!(config, Config { rope_theta: 1e5, max_position_embeddings: 256, ..saved });
@@ -257,6 +267,35 @@ fn every_preset_trains_with_either_backbone_and_inner_model() {
             }
         }
     }
+}
+
+#[test]
+fn every_preset_is_one_of_the_baselines_too() {
+    for preset in PRESETS {
+        let settings = overridden(&[&format!("model.preset={preset}"), "model.mixer=attention"]).unwrap();
+        settings.validate().unwrap();
+    }
+    for preset in PRESETS.into_iter().chain(MAMBA_PRESETS) {
+        let settings = overridden(&[&format!("model.preset={preset}"), "model.mixer=mamba"]).unwrap();
+        assert!(settings.model_config().unwrap().num_hidden_layers >= 8, "{preset}");
+    }
+    assert!(refused(&["model.preset=130m"]).contains("no preset is called `130m`; there are tiny, 125m"));
+}
+
+/// A field that a model does not have is an error, not ignored.
+#[test]
+fn fields_of_other_mixers_are_refused() {
+    for (assignments, field) in [
+        (["model.mixer=attention", "model.mini_batch_size=8"], "model.mini_batch_size"),
+        (["model.mixer=attention", "model.state_size=8"], "model.state_size"),
+        (["model.mixer=ttt", "model.num_key_value_heads=2"], "model.num_key_value_heads"),
+        (["model.mixer=mamba", "model.rope_theta=8.0"], "model.rope_theta"),
+    ] {
+        let message = refused(&assignments);
+        assert!(message.contains(&format!("{field} is no field of this model, whose mixer is")), "{message}");
+    }
+    assert!(refused(&["model.mixer=attention", "train.only_initial_state=true"]).contains("of a TTT model alone"));
+    assert!(refused(&["model.mixer=attention", "model.num_key_value_heads=3"]).contains("num_attention_heads 4 is not divisible"));
 }
 
 /// Writes the files of an interrupted and resumed run to `target/tmp/run_files`, where `ci/check_tensorboard.py` reads them with

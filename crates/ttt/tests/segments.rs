@@ -272,7 +272,9 @@ fn a_run_in_segments_is_the_run_over_whole_sequences() {
 
 #[test]
 fn planned_memory_of_segments_is_within_a_tenth_of_the_measured_peak() {
-    for inner in [Inner::Linear, Inner::Mlp] {
+    let ttt = |inner| Config::preset("tiny", inner).unwrap();
+    for preset in [ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap()] {
+        let inner = preset.kind();
         for (keep, gradient, recompute) in [
             (Keep::Saved { group: 4 }, false, false),
             (Keep::Input { group: 4 }, false, false),
@@ -280,7 +282,7 @@ fn planned_memory_of_segments_is_within_a_tenth_of_the_measured_peak() {
             (Keep::Saved { group: 4 }, true, true),
             (Keep::Input { group: 4 }, true, false),
         ] {
-            let config = Config { vocab_size: 512, ..Config::preset("tiny", inner).unwrap() };
+            let config = Config { vocab_size: 512, ..preset.clone() };
             let device = Device::cpu().unwrap();
             let mut model = Lm::new(&config, &device, DType::F32, 1).unwrap();
             let mut optimizer = Optimizer::new(&model).unwrap();
@@ -297,7 +299,7 @@ fn planned_memory_of_segments_is_within_a_tenth_of_the_measured_peak() {
             let carry = Carry { states: &mut states, gradient, recompute };
             optimizer.step_segments(&mut model, &groups, carry, &step_settings(keep)).unwrap();
             let measured = device.memory().usage().peak as f64;
-            let segments = plan::Segments { slots: 4, per_step: 3, gradient, recompute };
+            let segments = plan::Segments { slots: 4, per_step: 3, sequence: 192, gradient, recompute };
             let planned = plan::segmented_memory(&config, &[64; 4], keep, segments);
             let total = planned.total() as f64;
             assert!(

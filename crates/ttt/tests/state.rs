@@ -3,7 +3,7 @@
 
 mod support;
 
-use support::{Random, relative, shaken_model};
+use support::{Random, relative, shaken_model, state_values, transformer};
 use ttt::batch::Batch;
 use ttt::config::{Config, Inner};
 use ttt::device::Device;
@@ -43,24 +43,8 @@ fn one(tokens: &[u32], slot: usize) -> Batch {
     batch
 }
 
-/// The state of a slot, tensor by tensor; of the open rows those that exist.
 fn values(model: &Lm, states: &States, slot: usize) -> Vec<Vec<f64>> {
-    let phase = (states.position(slot) % model.config().mini_batch_size as u64) as usize;
-    let mut all = Vec::new();
-    for i in 0..model.config().num_hidden_layers {
-        for (name, tensor) in states.layer(i).tensors() {
-            let values = tensor.to_f64_vec();
-            let per_slot = values.len() / states.slots();
-            let slab = &values[slot * per_slot..][..per_slot];
-            all.push(match (name, tensor.shape()) {
-                ("open_rows", [_, heads, room, row]) => {
-                    (0..*heads).flat_map(|h| slab[h * room * row..][..phase * row].to_vec()).collect()
-                }
-                _ => slab.to_vec(),
-            });
-        }
-    }
-    all
+    state_values(model, states, slot, true)
 }
 
 /// Reads `sequences` in random pieces, packed at random, while states are forked, moved, saved and restored.
@@ -127,13 +111,13 @@ fn wander(model: &Lm, sequences: &[Vec<u32>], random: &mut Random) -> (States, V
     (states, slots, outputs)
 }
 
-fn exact(inner: Inner, mamba: bool) {
+fn exact(config: impl Fn(usize) -> Config) {
     let device = Device::cpu().unwrap();
     for seed in 0..36 {
         let mut random = Random::new(1000 + seed);
         let mini_batch = [1, 5, 8, 16][random.below(4)];
         let (dtype, limit) = if seed % 2 == 0 { (DType::F32, 2e-5) } else { (DType::F64, 1e-10) };
-        let model = shaken_model(&config(inner, mamba, mini_batch), &device, dtype, seed);
+        let model = shaken_model(&config(mini_batch), &device, dtype, seed);
         let sequences: Vec<Vec<u32>> = (0..1 + random.below(4))
             .map(|_| {
                 let len = 1 + random.below(60);
@@ -157,20 +141,30 @@ fn exact(inner: Inner, mamba: bool) {
 
 #[test]
 fn linear_transformer_is_exact() {
-    exact(Inner::Linear, false);
+    exact(|k| config(Inner::Linear, false, k));
 }
 
 #[test]
 fn linear_mamba_is_exact() {
-    exact(Inner::Linear, true);
+    exact(|k| config(Inner::Linear, true, k));
 }
 
 #[test]
 fn mlp_transformer_is_exact() {
-    exact(Inner::Mlp, false);
+    exact(|k| config(Inner::Mlp, false, k));
 }
 
 #[test]
 fn mlp_mamba_is_exact() {
-    exact(Inner::Mlp, true);
+    exact(|k| config(Inner::Mlp, true, k));
+}
+
+#[test]
+fn attention_is_exact() {
+    exact(|k| transformer(config(Inner::Linear, false, k), 1));
+}
+
+#[test]
+fn attention_with_shared_keys_and_values_is_exact() {
+    exact(|k| transformer(config(Inner::Linear, false, k), 2));
 }

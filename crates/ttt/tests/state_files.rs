@@ -14,7 +14,7 @@ use ttt::config::{Config, Inner};
 use ttt::device::Device;
 use ttt::generate::learn;
 use ttt::lm::Lm;
-use ttt::state::{StateFile, StateHeader};
+use ttt::state::{Learner, StateFile, StateHeader};
 use ttt::tensor::DType;
 
 /// Remembers the largest request of each thread.
@@ -93,7 +93,7 @@ fn bad_files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("phases", noted(&good, &[("phase", "3"), ("tokens", "7")]), "[heads, 3, row] is needed"),
         ("tokens", noted(&good, &[("tokens", "18446744073709551614")]), "not a number from 0"),
         ("no-tokens", noted(&good, &[("tokens", "")]), "`tokens` is missing"),
-        ("learner", noted(&good, &[("learner", "mlpp")]), "neither linear nor mlp"),
+        ("learner", noted(&good, &[("learner", "mlpp")]), "none of linear, mlp, attention and mamba"),
         ("type", edit(&good, |h, _| h[weights]["dtype"] = json!("I32")), "holds I32"),
         ("shape", edit(&good, |h, _| h[weights]["shape"] = json!([4, 10])), "has shape [4, 10]; [2, 20] is needed"),
         ("rank", edit(&good, |h, _| h[weights]["shape"] = json!([40])), "two axes"),
@@ -144,7 +144,7 @@ fn a_file_says_what_it_is() {
     let header = StateHeader::read(&path).unwrap();
     let expected = StateHeader {
         model: harness.model.hash().to_owned(),
-        learner: Inner::Linear,
+        learner: Learner::Linear,
         mini_batch: 4,
         tokens: 6,
         tokenizer: Some("bytes".into()),
@@ -220,7 +220,7 @@ fn distances_and_equality() {
     let moved = file(&states, 0);
     for (layer, distance) in start.distances(&moved).unwrap().into_iter().enumerate() {
         let values = |slot: usize| {
-            let all = states.layer(layer).fast.weights().to_f64_vec();
+            let all = states.layer(layer).ttt().fast.weights().to_f64_vec();
             all[slot * all.len() / 2..(slot + 1) * all.len() / 2].to_vec()
         };
         let norm = |x: Vec<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();

@@ -5,10 +5,12 @@
 
 mod ttt_case;
 
+use ttt::batch::Segment;
 use ttt::config::Inner;
 use ttt::device::{Device, Kernels};
+use ttt::ops::attention::Inputs;
 use ttt::ops::inner::Variant;
-use ttt::tensor::DType;
+use ttt::tensor::{DType, Tensor};
 use ttt_case::{Case, Run, close, largest, noise, variants};
 
 /// The inner model alone: `f(x) = x W + b`, which learns v.
@@ -338,6 +340,17 @@ fn theorem_2_the_nadaraya_watson_estimator_is_softmax_attention() {
     let kernel = |x: &[f64], other: &[f64]| dot(&project(x, &theta_k), &project(other, &theta_q)).exp();
     let attention = softmax_attention([&q, &k, &v], 1.0);
     close("z", &estimator_layer(&x, &v, |asked, seen| kernel(seen, asked)), &attention, 1e-12);
+
+    // So does the operation that a Transformer runs, once its 1/√d is taken back.
+    let tensor = |rows: &[Vec<f64>], scale: f64| {
+        let data: Vec<f64> = rows.iter().flatten().map(|x| scale * x).collect();
+        Tensor::from_slice(&device(), &[t, d], &data).unwrap()
+    };
+    let [q_scaled, keys, values] = [tensor(&q, (d as f64).sqrt()), tensor(&k, 1.0), tensor(&v, 1.0)];
+    let segments = [Segment { first_row: 0, len: t, slot: 0, phase: 0 }];
+    let inputs = Inputs { q: q_scaled.view(), k: keys.view(), v: values.view(), head_dim: d, past: None, segments: &segments };
+    let [o, _] = ttt::ops::attention::forward(&inputs).unwrap();
+    close("o", &o.to_f64_vec(), &estimator_layer(&x, &v, |asked, seen| kernel(seen, asked)), 1e-12);
 
     // The temperature is in θ: there is no 1/√d.
     let apart = |a: &[f64]| largest(&a.iter().zip(&attention).map(|(a, b)| a - b).collect::<Vec<_>>());

@@ -197,11 +197,17 @@ fn a_run_starts_from_another_model() {
 /// The plan is made before anything is allocated and must be near what is then allocated.
 #[test]
 fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
-    for inner in [Inner::Linear, Inner::Mlp] {
+    let ttt = |inner| Config::preset("tiny", inner).unwrap();
+    let grouped = Config { num_key_value_heads: Some(2), ..Config::transformer("tiny").unwrap() };
+    for preset in [ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap(), grouped] {
+        let preset = Config { vocab_size: 512, ..preset };
+        let inner = preset.kind();
         for (keep, mamba) in [(Keep::Saved { group: 4 }, true), (Keep::Input { group: 4 }, true), (Keep::Saved { group: 1 }, false)]
         {
-            let mut config = Config { vocab_size: 512, ..Config::preset("tiny", inner).unwrap() };
-            (config.use_gate, config.share_qk, config.pre_conv) = (mamba, mamba, mamba);
+            let mut config = preset.clone();
+            if config.inner().is_some() {
+                (config.use_gate, config.share_qk, config.pre_conv) = (mamba, mamba, mamba);
+            }
             let device = Device::cpu().unwrap();
             let mut model = Lm::new(&config, &device, DType::F32, 1).unwrap();
             let mut optimizer = Optimizer::new(&model).unwrap();
@@ -212,7 +218,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
             let planned = plan::training_memory(&config, &[256; 4], keep).total() as f64;
             assert!((planned / measured - 1.0).abs() < 0.1, "{inner:?} {keep:?}: planned {planned}, measured {measured}");
         }
-        let config = Config { vocab_size: 512, ..Config::preset("tiny", inner).unwrap() };
+        let config = preset;
         let device = Device::cpu().unwrap();
         let model = Lm::new(&config, &device, DType::F32, 1).unwrap();
         let mut states = model.states(2).unwrap();

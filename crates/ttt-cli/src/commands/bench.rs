@@ -200,8 +200,12 @@ fn config(args: &Bench) -> Result<Config> {
     for assignment in &overrides {
         settings.apply_override(assignment)?;
     }
-    if from_folder && (args.preset.is_some() || args.inner.is_some()) {
-        return Err(Usage("a model folder has its own size and inner model; leave out --preset and --inner".into()).into());
+    if from_folder && (args.preset.is_some() || args.inner.is_some() || args.mixer.is_some()) {
+        let message = "a model folder has its own size, mixer and inner model; leave out --preset, --mixer and --inner";
+        return Err(Usage(message.into()).into());
+    }
+    if let Some(mixer) = args.mixer {
+        settings.set("model.mixer", mixer.name().into(), "--mixer")?;
     }
     if let Some(preset) = &args.preset {
         set_preset(&mut settings, preset)?;
@@ -229,7 +233,8 @@ fn set_preset(settings: &mut Settings, preset: &str) -> Result<()> {
         ("num_hidden_layers", 4),
         ("num_attention_heads", 4),
     ];
-    for (field, value) in sizes {
+    let mixer = settings.model.mixer;
+    for (field, value) in sizes.into_iter().filter(|(field, _)| mixer.has_field(field)) {
         settings.set(&format!("model.{field}"), value.into(), "--preset")?;
     }
     Ok(())

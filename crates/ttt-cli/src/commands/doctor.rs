@@ -24,13 +24,18 @@ const TOLERANCE: f64 = 1e-3;
 /// Runs the command.
 pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
     // The device for a model that a GPU runs, too.
-    let device = model::device(args.device.device, args.device.threads.unwrap_or(0), &config(Inner::Linear)?)?;
+    let device = model::device(args.device.device, args.device.threads.unwrap_or(0), &ttt(Inner::Linear)?)?;
     let features = features();
     let [total, available] = memory();
     let corpus = default_corpus();
     let (flops, bandwidth) = (probe::matmul_flops(&device)?, probe::read_bandwidth(&device)?);
     device.memory().trim();
-    let errors = [("TTT-Linear", self_test(&device, Inner::Linear)?), ("TTT-MLP", self_test(&device, Inner::Mlp)?)];
+    let mut errors =
+        vec![("TTT-Linear", self_test(&device, &ttt(Inner::Linear)?)?), ("TTT-MLP", self_test(&device, &ttt(Inner::Mlp)?)?)];
+    if device.as_cuda().is_none() {
+        errors.push(("Transformer", self_test(&device, &small(Config::transformer("tiny")?))?));
+        errors.push(("Mamba", self_test(&device, &small(Config::mamba("tiny")?))?));
+    }
     let gpu = Gpu::of(&device);
     // Written so that an error that is not a number fails.
     let failed = errors.iter().find(|(_, e)| !(e[0] <= TOLERANCE && e[1] <= TOLERANCE));
@@ -110,15 +115,12 @@ fn memory() -> [Option<u64>; 2] {
 }
 
 /// A small model.
-fn config(inner: Inner) -> Result<Config> {
-    Ok(Config {
-        vocab_size: 64,
-        hidden_size: 64,
-        intermediate_size: 128,
-        num_hidden_layers: 2,
-        num_attention_heads: 2,
-        ..Config::preset("tiny", inner)?
-    })
+fn ttt(inner: Inner) -> Result<Config> {
+    Ok(small(Config::preset("tiny", inner)?))
+}
+
+fn small(config: Config) -> Config {
+    Config { vocab_size: 64, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2, ..config }
 }
 
 /// What there is of CUDA.
@@ -191,10 +193,9 @@ impl<'d> Gpu<'d> {
 }
 
 /// Relative errors of logits and gradients of a small model against the plain loops.
-fn self_test(device: &Device, inner: Inner) -> Result<[f64; 2]> {
-    let config = config(inner)?;
+fn self_test(device: &Device, config: &Config) -> Result<[f64; 2]> {
     let plain = Device::cpu_with(device.threads(), Kernels::Reference)?;
-    let [ours, reference] = [logits_and_gradient(&config, device)?, logits_and_gradient(&config, &plain)?];
+    let [ours, reference] = [logits_and_gradient(config, device)?, logits_and_gradient(config, &plain)?];
     Ok([0, 1].map(|i| relative(&ours[i], &reference[i])))
 }
 

@@ -6,8 +6,9 @@ use std::io::Write;
 use anyhow::Result;
 use serde_json::json;
 use ttt::Storage;
+use ttt::config::Mixer;
 use ttt::data::Tokenizer;
-use ttt::hub::{ModelFolder, Skill, SkillInfo, base_hash, model_hash};
+use ttt::hub::{ModelFolder, Skill, SkillInfo, base_hash, config_json, model_hash};
 use ttt::params::Entry;
 use ttt::plan;
 use ttt::train::checkpoint::{STATE, TrainerState};
@@ -37,6 +38,8 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     };
     let tokenizer = Tokenizer::from_folder(&path)?;
     let state = plan::inference_memory(config, 1, 1).states;
+    // What a token adds to the state of attention, in f32.
+    let per_token = (config.mixer == Mixer::Attention).then(|| 8 * config.num_hidden_layers * config.key_value_size());
     let (hash, base) = (model_hash(lm.weights()), base_hash(lm.weights()));
     let trainer = path.join(STATE).exists().then(|| TrainerState::read(&path)).transpose()?;
     if args.json {
@@ -45,8 +48,8 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
         });
         let parts: serde_json::Map<_, _> = by_part.values().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
         let mut object = json!({
-            "folder": path, "config": config, "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype, "weight_bytes": lm.weights().bytes(),
-            "hash": hash, "base": base, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "training": trainer,
+            "folder": path, "config": config_json::fields(config), "parameters": table.parameters(), "parameters_by_part": parts, "stored_as": dtype, "weight_bytes": lm.weights().bytes(),
+            "hash": hash, "base": base, "tokenizer": tokenizer, "state_bytes_per_sequence": state, "state_bytes_per_token": per_token, "training": trainer,
         });
         if args.tensors {
             object["tensors"] = table.entries().iter().map(|e| json!({"name": e.name, "shape": e.shape})).collect();
@@ -62,12 +65,17 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
     }
     writeln!(out, "stored as   {dtype}; {} in memory", units::bytes(lm.weights().bytes() as u64))?;
     writeln!(out, "hash        {hash}")?;
-    writeln!(out, "base        {base}, the same with every skill")?;
+    if config.inner().is_some() {
+        writeln!(out, "base        {base}, the same with every skill")?;
+    }
     match &tokenizer {
         Some(t) => writeln!(out, "tokenizer   {}, {} ids, BOS {}, EOS {}", kind(t), t.vocab_size(), id(t.bos()), id(t.eos()))?,
         None => writeln!(out, "tokenizer   none; name one with --tokenizer")?,
     }
-    writeln!(out, "state       {} a sequence in f32, however long it is", units::bytes(state as u64))?;
+    match per_token {
+        Some(bytes) => writeln!(out, "state       {} a token in f32", units::bytes(bytes as u64))?,
+        None => writeln!(out, "state       {} a sequence in f32, however long it is", units::bytes(state as u64))?,
+    }
     if let Some(t) = trainer {
         let best = t.best_loss.map_or_else(|| "none yet".into(), |loss| format!("{loss:.4}"));
         writeln!(
@@ -116,6 +124,10 @@ fn part(entry: &Entry) -> (usize, &'static str) {
         (2, "initial fast weights")
     } else if name.contains(".seq_modeling_block.") {
         (1, "TTT layers")
+    } else if name.contains(".self_attn.") {
+        (1, "attention")
+    } else if name.contains(".mixer.") {
+        (1, "Mamba layers")
     } else if name.contains(".mlp.") {
         (3, "feed-forward")
     } else if name.contains(".conv.") {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 use ttt::Storage;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Mixer};
 use ttt::layer::Keep;
 use ttt::params::ParamTable;
 use ttt::plan::{Memory, Segments, flops, inference_memory, segmented_memory, training_memory, weight_bytes};
@@ -36,13 +36,13 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
         ("inference", inference_memory(&config, batch, length)),
     ];
     let parameters = ParamTable::new(&config).0.parameters();
-    let flops = flops(&config);
+    let flops = flops(&config, length);
     let stored = [Storage::F32, Storage::Bf16, Storage::Int8].map(|storage| (storage.to_string(), weight_bytes(&config, storage)));
     if args.json {
         let mut object = json!({
             "parameters": parameters, "batch": batch, "length": length,
             "flops_per_token": {
-                "forward": flops.forward(), "forward_matmul": flops.matmul, "forward_inner_loop": flops.inner_loop,
+                "forward": flops.forward(), "forward_matmul": flops.matmul, "forward_mixing": flops.mixing,
                 "training": flops.training,
             },
         });
@@ -57,9 +57,14 @@ pub fn run(args: &Plan, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "\narithmetic per token (a multiply-add is two operations)")?;
     writeln!(
         out,
-        "  forward   {}FLOP, of which the inner loop {}FLOP",
+        "  forward   {}FLOP, of which {} {}FLOP",
         units::count(flops.forward()),
-        units::count(flops.inner_loop)
+        match config.mixer {
+            Mixer::Ttt => "the inner loop",
+            Mixer::Attention => "the attention, a mean over this length,",
+            Mixer::Mamba => "the scan",
+        },
+        units::count(flops.mixing)
     )?;
     writeln!(out, "  training  {}FLOP", units::count(flops.training))?;
     writeln!(out, "\nmemory in f32 for {batch} x {length} tokens at once")?;
@@ -91,20 +96,27 @@ type Part = fn(&Memory) -> usize;
 
 /// A model in a line.
 pub fn describe(config: &Config) -> String {
-    let backbone = if config.use_gate && config.share_qk { "Mamba" } else { "Transformer" };
-    let inner = match config.ttt_layer_type {
-        Inner::Linear => "TTT-Linear",
-        Inner::Mlp => "TTT-MLP",
+    let what = match config.mixer {
+        Mixer::Ttt => {
+            let backbone = if config.use_gate && config.share_qk { "Mamba" } else { "Transformer" };
+            let convolutions = if config.pre_conv { " with convolutions" } else { "" };
+            format!("{}, {backbone} backbone{convolutions}", config.kind())
+        }
+        Mixer::Attention | Mixer::Mamba => config.kind().to_owned(),
+    };
+    let (ffn, k) = (config.intermediate_size, config.mini_batch_size);
+    let heads = format!("{} heads", config.num_attention_heads);
+    let (before, after) = match config.mixer {
+        Mixer::Ttt => (format!("{heads}, feed-forward {ffn}"), format!(", mini-batch {k}")),
+        Mixer::Attention if config.key_value_heads() < config.num_attention_heads => {
+            (format!("{heads}, {} of keys and values, feed-forward {ffn}", config.key_value_heads()), String::new())
+        }
+        Mixer::Attention => (format!("{heads}, feed-forward {ffn}"), String::new()),
+        Mixer::Mamba => (format!("{} channels with {} states", config.inner_size(), config.state_size), String::new()),
     };
     format!(
-        "{inner}, {backbone} backbone{}: {} layers of {}, {} heads, feed-forward {}, {} token ids, mini-batch {}",
-        if config.pre_conv { " with convolutions" } else { "" },
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.intermediate_size,
-        config.vocab_size,
-        config.mini_batch_size
+        "{what}: {} layers of {}, {before}, {} token ids{after}",
+        config.num_hidden_layers, config.hidden_size, config.vocab_size
     )
 }
 

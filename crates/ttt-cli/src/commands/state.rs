@@ -4,9 +4,8 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
-use ttt::config::Inner;
 use ttt::hub::write_atomic;
-use ttt::state::StateFile;
+use ttt::state::{Learner, StateFile};
 
 use crate::args::{State, StateDiff, StateFork, StateInfo};
 use crate::{model, units};
@@ -31,7 +30,8 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
             let initial = StateFile::from_bytes(states.to_bytes(0, &lm, &[], None)?)?;
             // Only a restored state is one of this model for sure.
             states.restore(0, &lm, &args.file)?;
-            Some(initial.distances(&state)?)
+            // What starts at zero has not moved by a part of where it was.
+            lm.config().inner().map(|_| initial.distances(&state)).transpose()?
         }
         None => None,
     };
@@ -46,12 +46,16 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
         return Ok(writeln!(out, "{object}")?);
     }
     let learner = match header.learner {
-        Inner::Linear => "TTT-Linear",
-        Inner::Mlp => "TTT-MLP",
+        Learner::Linear => "TTT-Linear",
+        Learner::Mlp => "TTT-MLP",
+        Learner::Attention => "attention",
+        Learner::Mamba => "Mamba",
     };
     writeln!(out, "size       {}", units::bytes(bytes))?;
     writeln!(out, "tokens     {} read, {} pending", units::grouped(header.tokens), header.pending.len())?;
-    writeln!(out, "phase      {} of {}", header.phase(), header.mini_batch)?;
+    if matches!(header.learner, Learner::Linear | Learner::Mlp) {
+        writeln!(out, "phase      {} of {}", header.phase(), header.mini_batch)?;
+    }
     writeln!(out, "learner    {learner}, {} layers, {dtype}", header.layers)?;
     writeln!(out, "model      {}", units::printable(&header.model))?;
     writeln!(out, "tokenizer  {}", units::printable(header.tokenizer.as_deref().unwrap_or("unknown")))?;
@@ -64,7 +68,11 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
 
 fn diff(args: &StateDiff, out: &mut dyn Write) -> Result<()> {
     let (a, b) = (StateFile::open(&args.a)?, StateFile::open(&args.b)?);
-    let distances = a.distances(&b)?;
+    // Lists of keys and values have no distance.
+    let distances = match a.header().learner {
+        Learner::Attention => Vec::new(),
+        _ => a.distances(&b)?,
+    };
     let (equal, tokens) = (a.same_state(&b), [a.header().tokens, b.header().tokens]);
     if args.json {
         let object = json!({
@@ -74,7 +82,9 @@ fn diff(args: &StateDiff, out: &mut dyn Write) -> Result<()> {
     }
     writeln!(out, "{}", if equal { "the states are equal" } else { "the states differ" })?;
     writeln!(out, "tokens read: {} and {}", units::grouped(tokens[0]), units::grouped(tokens[1]))?;
-    writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?;
+    if !distances.is_empty() {
+        writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?;
+    }
     write_layers(&distances, out)
 }
 

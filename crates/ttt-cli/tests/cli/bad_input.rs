@@ -95,7 +95,7 @@ fn models_that_cannot_be_read() {
 
     let config = String::from_utf8(place.read("m/final/config.json")).unwrap();
     let cases = [
-        ("\"ttt\"", "\"llama\"", "models of type \"ttt\""),
+        ("\"ttt\"", "\"gpt2\"", "models of type \"ttt\""),
         ("\"hidden_size\": 32", "\"hidden_size\": 33", "not divisible"),
         ("\"hidden_size\": 32", "\"hidden_size\": \"wide\"", "hidden_size is \"wide\""),
         ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "model.layers.2"),

@@ -8,6 +8,7 @@ mod commands;
 mod compare;
 mod evaluate;
 mod flow;
+mod mamba;
 mod quantize;
 mod serve;
 mod skills;
@@ -16,6 +17,7 @@ mod state;
 mod stop;
 #[cfg(unix)]
 mod terminal;
+mod transformer;
 mod verify;
 
 use std::path::{Path, PathBuf};

@@ -49,7 +49,7 @@ pub struct Judged<'a> {
 
 impl<'m> Judge<'m> {
     /// A judge that has read nothing. With `context` the state starts afresh every so many tokens. With `measure` it also measures
-    /// the inner models.
+    /// the inner models, if the model has any.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
@@ -59,9 +59,11 @@ impl<'m> Judge<'m> {
     pub fn new(model: &'m Lm, context: Option<u64>, measure: bool) -> Result<Judge<'m>> {
         assert_ne!(context, Some(0), "a context of no tokens");
         let config = model.config();
-        let k = config.mini_batch_size;
-        let state = config.num_attention_heads * FastWeights::state_len(config.ttt_layer_type, config.head_dim()) * 4;
-        let mini_batches = if measure { (MEASURED_BYTES / state).clamp(1, CHUNK.div_ceil(k)) } else { CHUNK.div_ceil(k) };
+        let k = config.mini_batch().unwrap_or(1);
+        // Without an inner loop there is nothing to measure.
+        let measure = measure && config.inner().is_some();
+        let state = || config.num_attention_heads * FastWeights::state_len(config.ttt_layer_type, config.head_dim()) * 4;
+        let mini_batches = if measure { (MEASURED_BYTES / state()).clamp(1, CHUNK.div_ceil(k)) } else { CHUNK.div_ceil(k) };
         let chunk = mini_batches * k;
         let states = States::new(model, 1)?;
         Ok(Judge { model, states, context, measure, chunk, pending: Vec::new(), at: 0, from: 1, since_reset: 0 })
@@ -87,6 +89,11 @@ impl<'m> Judge<'m> {
         self.states = states.fork()?;
         self.begin(from);
         Ok(())
+    }
+
+    /// Tokens of a mini-batch.
+    fn k(&self) -> u64 {
+        self.model.config().mini_batch().unwrap_or(1) as u64
     }
 
     fn begin(&mut self, from: usize) {
@@ -133,7 +140,7 @@ impl<'m> Judge<'m> {
     /// Tokens that the next pass may read: up to the end of a mini-batch when this one cannot be measured, of a chunk, of the
     /// context.
     fn next_len(&self) -> usize {
-        let k = self.model.config().mini_batch_size as u64;
+        let k = self.k();
         let left = self.context.map_or(u64::MAX, |context| match context - self.since_reset {
             0 => context,
             left => left,
@@ -161,7 +168,7 @@ impl<'m> Judge<'m> {
         self.make_room();
         let (n, before) = (range.len(), self.states.position(0));
         let batch = Batch::one(&self.pending[range.clone()]);
-        let (hidden, inner) = if self.measure && before.is_multiple_of(self.model.config().mini_batch_size as u64) {
+        let (hidden, inner) = if self.measure && before.is_multiple_of(self.k()) {
             self.model.forward_measured(&batch, &mut self.states)?
         } else {
             (self.model.forward(&batch, Some(&mut self.states), Keep::Nothing, 1.0)?.0, Vec::new())

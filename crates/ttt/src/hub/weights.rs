@@ -14,7 +14,6 @@ use crate::tensor::{Element, with_dtype};
 use crate::weights::{Storage, Weights};
 use crate::{Error, Result};
 
-const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// Type that weights have in a file.
@@ -109,7 +108,7 @@ const INT8: [&str; 2] = ["_int8", "_scale"];
 /// The weights of a model from its files; `path` is the file that errors about all of them name, `int8` whether its matrices are
 /// stored as integers (`NAME_int8 [rows, cols]`) with scales (`NAME_scale [rows]`).
 ///
-/// Names may lack the prefix `model.` (a `TTTModel` alone). Buffers that the official code can compute are skipped.
+/// Names may lack the prefix `model.` (a `TTTModel` alone), for Mamba `backbone.`. Buffers that the official code can compute are skipped.
 /// Everything is checked before memory for the weights is asked for; narrow ones are never held wide, but on a GPU, where `Bf16`
 /// means mixed precision.
 ///
@@ -156,9 +155,11 @@ enum Found<'a> {
 impl<'a> Stored<'a> {
     /// Finds and checks all parameters, and that nothing else is there; the arguments are those of [`load`].
     pub(super) fn find(files: &'a [File], path: &Path, int8: bool, table: &ParamTable) -> Result<Stored<'a>> {
-        let mut found = by_official_name(files, path)?;
+        // The embedding comes first.
+        let embed = &table.entries()[0].name;
+        let mut found = by_official_name(files, path, embed.split('.').next().unwrap_or_default())?;
         if table.find(HEAD).is_none() && !int8 {
-            resolve_tied_head(&mut found, path)?;
+            resolve_tied_head(&mut found, embed, path)?;
         }
         let names = |entry: &Entry| match int8 && entry.is_matrix() {
             true => INT8.map(|end| entry.name.clone() + end).to_vec(),
@@ -268,7 +269,8 @@ pub fn narrow_sources(weights: &Narrow) -> Vec<Source<'_>> {
     sources
 }
 
-fn by_official_name<'a>(files: &'a [File], path: &Path) -> Result<BTreeMap<String, TensorRef<'a>>> {
+/// Tensors by their names with `prefix`, which the official code gives all of them but the head.
+fn by_official_name<'a>(files: &'a [File], path: &Path, prefix: &str) -> Result<BTreeMap<String, TensorRef<'a>>> {
     let mut found = BTreeMap::new();
     for file in files {
         for name in file.names() {
@@ -276,12 +278,12 @@ fn by_official_name<'a>(files: &'a [File], path: &Path) -> Result<BTreeMap<Strin
             if name.ends_with("rotary_emb.inv_freq") || name.ends_with(".token_idx") {
                 continue;
             }
-            let official =
-                if name.starts_with("model.") || name.starts_with("lm_head.") { name.to_owned() } else { format!("model.{name}") };
+            let whole = name.split('.').next() == Some(prefix) || name.starts_with("lm_head.");
+            let official = if whole { name.to_owned() } else { format!("{prefix}.{name}") };
             if found.insert(official, file.tensor(name)?).is_some() {
                 return Err(Error::format(
                     path,
-                    format!("there are two tensors `{name}`, with and without `model.` or in two files"),
+                    format!("there are two tensors `{name}`, with and without `{prefix}.` or in two files"),
                 ));
             }
         }
@@ -290,11 +292,11 @@ fn by_official_name<'a>(files: &'a [File], path: &Path) -> Result<BTreeMap<Strin
 }
 
 /// With a tied head the output matrix is the embedding: a file may hold both (then equal) or either.
-fn resolve_tied_head(found: &mut BTreeMap<String, TensorRef<'_>>, path: &Path) -> Result<()> {
+fn resolve_tied_head(found: &mut BTreeMap<String, TensorRef<'_>>, embedding: &str, path: &Path) -> Result<()> {
     let Some(head) = found.remove(HEAD) else { return Ok(()) };
-    let Some(embed) = found.get(EMBED) else {
+    let Some(embed) = found.get(embedding) else {
         // Tools that store shared memory once keep the name that comes first.
-        found.insert(EMBED.to_owned(), head);
+        found.insert(embedding.to_owned(), head);
         return Ok(());
     };
     let equal = head.shape == embed.shape
@@ -302,8 +304,9 @@ fn resolve_tied_head(found: &mut BTreeMap<String, TensorRef<'_>>, path: &Path) -
     if equal {
         return Ok(());
     }
-    let message =
-        format!("`{HEAD}` differs from `{EMBED}`, but config.json ties them; set \"tie_word_embeddings\": false there to use both");
+    let message = format!(
+        "`{HEAD}` differs from `{embedding}`, but config.json ties them; set \"tie_word_embeddings\": false there to use both"
+    );
     Err(Error::format(path, message))
 }
 

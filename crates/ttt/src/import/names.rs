@@ -71,3 +71,11 @@ pub(super) fn official(path: &str) -> Option<(String, Layout)> {
         }
     })
 }
+
+/// The name that Hugging Face's Llama has for a parameter of the Transformer baseline, from that of the same parameter in a TTT
+/// model.
+pub(super) fn of_transformer(name: &str) -> String {
+    name.replace(".seq_modeling_block.", ".self_attn.")
+        .replace(".seq_norm.", ".input_layernorm.")
+        .replace(".ffn_norm.", ".post_attention_layernorm.")
+}

@@ -1,13 +1,14 @@
 //! Sequences that continue a state in a pass that is kept for a backward, or that start a slot afresh behind another sequence
 //! of the same slot: each works on a copy of its own, which is taken from its slot before the layer and put back after it.
 //!
-//! Cuts between such passes lie at ends of mini-batches, so what crosses them is fast weights and convolution windows, and in the
-//! backward direction their gradients.
+//! Cuts between such passes lie at ends of mini-batches, so what crosses them is all of a state but the rows of an open mini-batch,
+//! and in the backward direction its gradients.
 
 use crate::Result;
 use crate::batch::{Batch, Segment};
 use crate::device::Device;
 use crate::layer::LayerState;
+use crate::layer::state::Extent;
 use crate::state::States;
 use crate::tensor::{DType, Tensor};
 
@@ -25,7 +26,7 @@ pub struct Route {
 /// # Panics
 /// When the batch names a slot that does not exist, or continues one that it has named before; when the pass is kept and
 /// continues a slot inside a mini-batch.
-pub(crate) fn routes(batch: &Batch, states: &States, mini_batch: usize, kept: bool) -> (Vec<Segment>, Vec<Route>) {
+pub(crate) fn routes(batch: &Batch, states: &States, kept: bool) -> (Vec<Segment>, Vec<Route>) {
     assert!(batch.slots() <= states.slots(), "the batch names slot {}, but there are {}", batch.slots() - 1, states.slots());
     let mut last: Vec<Option<usize>> = vec![None; states.slots()];
     let (mut segments, mut routes) = (Vec::new(), Vec::<Route>::new());
@@ -36,70 +37,83 @@ pub(crate) fn routes(batch: &Batch, states: &States, mini_batch: usize, kept: bo
             routes[earlier].to = None;
         }
         let position = if s.fresh { 0 } else { states.position(s.slot) };
-        let phase = (position % mini_batch as u64) as usize;
-        assert!(!kept || phase == 0, "a pass that is kept continues slot {} after {phase} tokens of a mini-batch", s.slot);
+        let phase = states.phase_at(position);
+        assert!(
+            !kept || phase == 0 || !states.has_mini_batches(),
+            "a pass that is kept continues slot {} after {phase} tokens of a mini-batch",
+            s.slot
+        );
         segments.push(Segment { first_row: s.first_row, len: s.len, slot: i, phase });
         routes.push(Route { from: (position > 0).then_some(s.slot), to: Some(s.slot) });
     }
     (segments, routes)
 }
 
-/// What crosses a cut at the end of a mini-batch in one layer, `[slots, ...]`; also the gradient of a loss with respect to it.
+/// What crosses a cut at the end of a mini-batch in one layer: the tensors of its state, `[slots, ...]`, but those of an open
+/// mini-batch; also the gradient of a loss with respect to them.
 #[derive(Debug)]
 pub struct Carried {
-    /// Fast weights, `[slots, h, S]`.
-    pub fast: Tensor,
-    /// Window of the convolution before the TTT layer, `[slots, taps - 1, D]`.
-    pub pre_conv: Option<Tensor>,
-    /// Window of the convolutions for q and k, `[slots, taps - 1, D]`.
-    pub qk_conv: Option<Tensor>,
+    tensors: Vec<(&'static str, Tensor)>,
 }
 
 impl Carried {
+    /// The tensors of a state that cross, each replaced.
+    fn map(state: &LayerState, to: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Carried> {
+        let crossing = state.tensors().filter(|(name, _)| Extent::of(name) != Extent::OpenRows);
+        Ok(Carried { tensors: crossing.map(|(name, tensor)| Ok((name, to(tensor)?))).collect::<Result<_>>()? })
+    }
+
     /// Zeros for `slots` sequences of a layer.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub(crate) fn zeros_like(state: &LayerState, slots: usize) -> Result<Carried> {
-        let zeros = |t: &Tensor| zeros(t, slots);
-        let windows = [&state.pre_conv, &state.qk_conv].map(|w| w.as_ref().map(zeros).transpose());
-        let [pre_conv, qk_conv] = windows;
-        Ok(Carried { fast: zeros(state.fast.weights())?, pre_conv: pre_conv?, qk_conv: qk_conv? })
+        Carried::map(state, |tensor| zeros(tensor, slots))
     }
 
     /// A copy of the values that cross.
     pub(crate) fn of(state: &LayerState) -> Result<Carried> {
-        let [pre_conv, qk_conv] = [&state.pre_conv, &state.qk_conv].map(|w| w.as_ref().map(Tensor::copy).transpose());
-        Ok(Carried { fast: state.fast.weights().copy()?, pre_conv: pre_conv?, qk_conv: qk_conv? })
+        Carried::map(state, Tensor::copy)
     }
 
     /// Bytes of its tensors.
     pub fn bytes(&self) -> usize {
-        self.tensors().map(Tensor::bytes).sum()
+        self.tensors().map(|(_, tensor)| tensor.bytes()).sum()
     }
 
-    /// Fast weights, then the windows that there are.
-    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        [Some(&self.fast), self.pre_conv.as_ref(), self.qk_conv.as_ref()].into_iter().flatten()
+    /// The tensors, with their names in the state.
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> + Clone {
+        self.tensors.iter().map(|(name, tensor)| (*name, tensor))
+    }
+
+    /// The tensor with a name, if it is carried.
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors().find(|(theirs, _)| *theirs == name).map(|(_, tensor)| tensor)
     }
 
     /// [`Carried::tensors`], to write.
-    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
-        [Some(&mut self.fast), self.pre_conv.as_mut(), self.qk_conv.as_mut()].into_iter().flatten()
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+        self.tensors.iter_mut().map(|(name, tensor)| (*name, tensor))
     }
 
-    pub(super) fn parts(&self) -> Parts<'_> {
-        [Some(&self.fast), None, self.pre_conv.as_ref(), self.qk_conv.as_ref()]
+    /// Several tensors at once, to write.
+    pub fn some_mut<const N: usize>(&mut self, names: [&str; N]) -> [Option<&mut Tensor>; N] {
+        let mut found = [const { None }; N];
+        for (name, tensor) in self.tensors_mut() {
+            if let Some(at) = names.iter().position(|wanted| *wanted == name) {
+                found[at] = Some(tensor);
+            }
+        }
+        found
     }
 
     /// As gradients: for each route that of the slot it leaves its state in; zero for the others.
     pub(super) fn take(&self, routes: &[Route]) -> Result<Carried> {
-        let zeros = |t: &Tensor| zeros(t, routes.len());
-        let [pre_conv, qk_conv] = [&self.pre_conv, &self.qk_conv].map(|w| w.as_ref().map(zeros).transpose());
-        let mut own = Carried { fast: zeros(&self.fast)?, pre_conv: pre_conv?, qk_conv: qk_conv? };
+        let zeros = |(name, tensor): (&'static str, &Tensor)| Ok((name, zeros(tensor, routes.len())?));
+        let mut own = Carried { tensors: self.tensors().map(zeros).collect::<Result<_>>()? };
         for (i, route) in routes.iter().enumerate() {
             if let Some(slot) = route.to {
-                own.tensors_mut().zip(self.tensors()).for_each(|(own, slots)| copy_slot(slots, slot, own, i));
+                own.tensors_mut().zip(self.tensors()).for_each(|((_, own), (_, slots))| copy_slot(slots, slot, own, i));
             }
         }
         Ok(own)
@@ -107,7 +121,7 @@ impl Carried {
 
     /// As gradients: puts those of each route's beginning into the slot it came from; slots that were started afresh get zero.
     pub(super) fn put(&mut self, routes: &[Route], own: &Carried) {
-        for (slots, own) in self.tensors_mut().zip(own.tensors()) {
+        for ((_, slots), (_, own)) in self.tensors_mut().zip(own.tensors()) {
             for slot in routes.iter().filter_map(|route| route.to) {
                 let per_slot = slots.len() / slots.shape()[0];
                 slots.fill_zero_range(slot * per_slot..(slot + 1) * per_slot);
@@ -121,28 +135,9 @@ impl Carried {
     }
 }
 
-/// Fast weights, open rows, windows: what there is of them.
-pub(super) type Parts<'s> = [Option<&'s Tensor>; 4];
-
-/// Those of a layer's states.
-pub(super) fn parts(state: &LayerState) -> Parts<'_> {
-    [Some(state.fast.weights()), Some(state.fast.rows()), state.pre_conv.as_ref(), state.qk_conv.as_ref()]
-}
-
-/// Copies what there is of slot `i` to slot `j` of `to`.
-pub(super) fn copy_parts(from: Parts<'_>, i: usize, to: &mut LayerState, j: usize) {
-    let LayerState { fast, pre_conv, qk_conv } = to;
-    let (weights, rows) = fast.tensors_mut();
-    for (from, to) in from.into_iter().zip([Some(weights), Some(rows), pre_conv.as_mut(), qk_conv.as_mut()]) {
-        if let (Some(from), Some(to)) = (from, to) {
-            copy_slot(from, i, to, j);
-        }
-    }
-}
-
 /// Puts the states that sequences end with into the slots they go to.
 pub(super) fn leave(own: &LayerState, routes: &[Route], slots: &mut LayerState) {
-    for ((_, own), slots) in own.tensors().zip(slots.tensors_mut()) {
+    for ((_, own), (_, slots)) in own.tensors().zip(slots.tensors_mut()) {
         for (i, route) in routes.iter().enumerate() {
             if let Some(slot) = route.to {
                 copy_slot(own, i, slots, slot);

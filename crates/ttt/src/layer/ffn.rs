@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::layer::Pass;
 use crate::ops::{add, linear, rms_norm, step, swiglu};
-use crate::params::{BlockIds, ParamId, Params};
+use crate::params::{FeedForwardIds, ParamId, Params};
 use crate::tensor::Tensor;
 
 /// The sub-block's parameters.
@@ -18,8 +18,8 @@ pub(super) struct FeedForward {
 }
 
 impl FeedForward {
-    pub(super) fn new(config: &Config, ids: &BlockIds) -> FeedForward {
-        FeedForward { norm: ids.ffn_norm, gate: ids.gate_proj, up: ids.up_proj, down: ids.down_proj, eps: config.rms_norm_eps }
+    pub(super) fn new(config: &Config, ids: &FeedForwardIds) -> FeedForward {
+        FeedForward { norm: ids.norm, gate: ids.gate_proj, up: ids.up_proj, down: ids.down_proj, eps: config.rms_norm_eps }
     }
 
     /// `x [n, D]` to `[n, D]`, and the pre-activations `[gate | up] [n, 2 I]`.

@@ -4,22 +4,27 @@
 //! `backward` needs; `backward` adds parameter gradients to a flat [`Params`](crate::params::Params) and returns the gradient of its input. Sums over
 //! the several uses of one value (the residual stream, the input of q, k, v and the gates) are written out here, never in `ops/`.
 
+mod attention;
 mod block;
 mod carry;
 mod ffn;
+mod mamba;
+mod mixer;
 mod pre_conv;
+pub mod state;
 mod ttt;
 
+pub use attention::{AttentionLayer, AttentionSaved};
 pub use block::{Block, BlockSaved};
 pub(crate) use carry::routes;
 pub use carry::{Carried, Route};
+pub use mamba::{MambaLayer, MambaSaved, MambaState};
+pub use mixer::{MixerLayer, MixerSaved};
+pub use state::{LayerState, TttState};
 pub use ttt::{InnerStatistics, TttLayer, TttSaved};
 
-use crate::Result;
 use crate::batch::Segment;
-use crate::ops::inner::FastWeights;
 use crate::ops::rope;
-use crate::tensor::Tensor;
 use crate::weights::Weights;
 
 /// What a forward pass keeps for the backward pass: the one switch between inference, training and recomputation.
@@ -48,58 +53,27 @@ pub struct Pass<'a> {
     pub segments: &'a [Segment],
     /// Of each sequence, the slots of the states that it comes from and goes to. Without routes it works in its slot itself.
     pub routes: Option<&'a [Route]>,
-    /// Rotary angles.
-    pub rope: &'a rope::Table,
+    /// Rotary angles, where the mixer has heads.
+    pub rope: Option<&'a rope::Table>,
     /// Factor of the inner learning rate: below 1 while it warms up, otherwise 1.
     pub inner_lr: f64,
     /// What to keep for the backward pass.
     pub keep: Keep,
 }
 
-/// What one layer carries from token to token for every slot.
-#[derive(Clone, Debug)]
-pub struct LayerState {
-    /// Fast weights and the rows of the open mini-batch.
-    pub fast: FastWeights,
-    /// Last inputs of the convolution before the TTT layer, `[slots, taps - 1, D]`.
-    pub pre_conv: Option<Tensor>,
-    /// Last inputs of the convolutions for q and k, `[slots, taps - 1, D]`; both read the same.
-    pub qk_conv: Option<Tensor>,
-}
-
-impl LayerState {
-    /// Bytes of the state of all slots.
-    pub fn bytes(&self) -> usize {
-        let windows = [&self.pre_conv, &self.qk_conv].into_iter().flatten().map(Tensor::bytes).sum::<usize>();
-        self.fast.weights().bytes() + self.fast.rows().bytes() + windows
-    }
-
-    /// The tensors of the state, each `[slots, ...]`, with their names.
-    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        [
-            ("fast_weights", Some(self.fast.weights())),
-            ("open_rows", Some(self.fast.rows())),
-            ("pre_conv", self.pre_conv.as_ref()),
-            ("qk_conv", self.qk_conv.as_ref()),
-        ]
-        .into_iter()
-        .filter_map(|(name, tensor)| Some((name, tensor?)))
-    }
-
-    /// The tensors of the state, to write, in the order of [`LayerState::tensors`].
-    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
-        let (weights, rows) = self.fast.tensors_mut();
-        [Some(weights), Some(rows), self.pre_conv.as_mut(), self.qk_conv.as_mut()].into_iter().flatten()
-    }
-
-    /// Makes this the only handle to its tensors.
+impl<'a> Pass<'a> {
+    /// The rotary angles.
     ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`].
-    pub fn unshare(&mut self) -> Result<()> {
-        self.tensors_mut().try_for_each(|tensor| {
-            *tensor = tensor.copy()?;
-            Ok(())
-        })
+    /// # Panics
+    /// When the mixer has no heads.
+    pub(crate) fn rope(&self) -> &'a rope::Table {
+        self.rope.expect("rotary angles of a mixer with heads")
+    }
+
+    /// Row `row` of the batch as a sequence of one token in row `to`, which has read all that came before it.
+    pub(crate) fn alone(&self, row: usize, to: usize) -> Segment {
+        let of = self.segments.iter().find(|s| s.rows().contains(&row));
+        let segment = of.unwrap_or_else(|| panic!("row {row} of no segment"));
+        Segment { first_row: to, len: 1, slot: segment.slot, phase: segment.phase + row - segment.first_row }
     }
 }

@@ -5,7 +5,8 @@ mod decode;
 use crate::Result;
 use crate::config::{Config, Inner};
 use crate::device::view::View;
-use crate::layer::{Carried, Keep, Pass, carry};
+use crate::layer::state::{FAST_WEIGHTS, QK_CONV};
+use crate::layer::{Carried, Keep, Pass, TttState, carry};
 use crate::ops::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads};
 use crate::ops::rope::Direction;
 use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
@@ -26,6 +27,9 @@ pub struct TttLayer {
     head_dim: usize,
     mini_batch: usize,
     base_lr: f64,
+    /// Inputs that the convolutions of the block look back at; none without such a convolution.
+    pre_conv_window: Option<usize>,
+    qk_conv_window: Option<usize>,
 }
 
 /// What a TTT layer's backward pass needs.
@@ -57,7 +61,7 @@ struct OnCpu {
 
 impl OnCpu {
     fn pass<'b>(&'b self, gpu: &Pass<'b>) -> Pass<'b> {
-        Pass { weights: &self.weights, rope: &self.rope, ..*gpu }
+        Pass { weights: &self.weights, rope: Some(&self.rope), ..*gpu }
     }
 }
 
@@ -110,6 +114,8 @@ impl TttLayer {
             head_dim: config.head_dim(),
             mini_batch: config.mini_batch_size,
             base_lr: config.ttt_base_lr,
+            pre_conv_window: config.pre_conv.then_some(config.conv_kernel - 1),
+            qk_conv_window: config.share_qk.then_some(config.conv_kernel - 1),
         }
     }
 
@@ -150,18 +156,24 @@ impl TttLayer {
         FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.head_dim, self.mini_batch)
     }
 
+    /// The state of `slots` sequences of a block with this layer, not yet started.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn state(&self, weights: &Weights, slots: usize) -> Result<TttState> {
+        let window = |len: Option<usize>| {
+            len.map(|len| Tensor::zeros(weights.device(), &[slots, len, self.hidden], weights.dtype())).transpose()
+        };
+        let (pre_conv, qk_conv) = (window(self.pre_conv_window)?, window(self.qk_conv_window)?);
+        Ok(TttState { fast: self.fast_weights(weights, slots)?, pre_conv, qk_conv })
+    }
+
     /// `x [n, D]` (normed) to `[n, D]`. Without a state every segment starts from the learned initial weights.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn forward(
-        &self,
-        pass: &Pass<'_>,
-        x: View<'_>,
-        fast: Option<&mut FastWeights>,
-        window: Option<&mut Tensor>,
-    ) -> Result<(Tensor, Option<TttSaved>)> {
-        let Learned { projected, qk, lr, tok, z, inner, window } = self.learn(pass, x, self.last_projection(), fast, window)?;
+    pub fn forward(&self, pass: &Pass<'_>, x: View<'_>, state: Option<&mut TttState>) -> Result<(Tensor, Option<TttSaved>)> {
+        let Learned { projected, qk, lr, tok, z, inner, window } = self.learn(pass, x, self.last_projection(), state)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
         let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
         Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner, window })))
@@ -172,15 +184,8 @@ impl TttLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub fn forward_rows(
-        &self,
-        pass: &Pass<'_>,
-        x: View<'_>,
-        rows: &[usize],
-        fast: Option<&mut FastWeights>,
-        window: Option<&mut Tensor>,
-    ) -> Result<Tensor> {
-        let learned = self.learn(pass, x, self.ids.v_proj, fast, window)?;
+    pub fn forward_rows(&self, pass: &Pass<'_>, x: View<'_>, rows: &[usize], state: Option<&mut TttState>) -> Result<Tensor> {
+        let learned = self.learn(pass, x, self.ids.v_proj, state)?;
         let z = add::gather(learned.z.view(), rows)?;
         let gate = match self.ids.g_proj {
             Some(g_proj) => Some(linear::forward(add::gather(x, rows)?.view(), pass.weights.matrix(g_proj))?),
@@ -191,15 +196,12 @@ impl TttLayer {
     }
 
     /// Everything up to the output of the inner loop; the projections end with `last`.
-    fn learn(
-        &self,
-        pass: &Pass<'_>,
-        x: View<'_>,
-        last: ParamId,
-        fast: Option<&mut FastWeights>,
-        window: Option<&mut Tensor>,
-    ) -> Result<Learned> {
-        let (w, ids) = (pass.weights, &self.ids);
+    fn learn(&self, pass: &Pass<'_>, x: View<'_>, last: ParamId, state: Option<&mut TttState>) -> Result<Learned> {
+        let (w, ids, rope) = (pass.weights, &self.ids, pass.rope());
+        let (fast, window) = match state {
+            Some(state) => (Some(&mut state.fast), state.qk_conv.as_mut()),
+            None => (None, None),
+        };
         let group = match pass.keep {
             Keep::Saved { group } => Some(group),
             _ => None,
@@ -215,7 +217,7 @@ impl TttLayer {
                 let mut made = Vec::with_capacity(2);
                 for (weight, bias) in convs {
                     let mut y = conv::forward(shared, w.view(weight), w.view(bias), pass.segments, window.as_deref())?;
-                    rope::rotate(y.view_mut(), pass.rope, pass.segments, self.heads, Direction::Forward);
+                    rope::rotate(y.view_mut(), rope, pass.segments, self.heads, Direction::Forward);
                     made.push(y);
                 }
                 if let Some(window) = window {
@@ -227,7 +229,7 @@ impl TttLayer {
             None => {
                 for i in 0..2 {
                     let block = projected.view_mut().col_range(i * self.hidden..(i + 1) * self.hidden);
-                    rope::rotate(block, pass.rope, pass.segments, self.heads, Direction::Forward);
+                    rope::rotate(block, rope, pass.segments, self.heads, Direction::Forward);
                 }
                 None
             }
@@ -293,7 +295,10 @@ impl TttLayer {
         // The inner loop.
         let mut nothing = None;
         let (dfast, dwindow) = match dstate {
-            Some(Carried { fast, qk_conv, .. }) => (fast, qk_conv.as_mut()),
+            Some(carried) => {
+                let [fast, window] = carried.some_mut([FAST_WEIGHTS, QK_CONV]);
+                (fast.expect("fast weights are carried"), window)
+            }
             None => {
                 let state_len = FastWeights::state_len(self.inner, self.head_dim);
                 let zeros = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], w.storage().dtype())?;
@@ -334,7 +339,7 @@ impl TttLayer {
                 let start = || dwindow.as_deref().map(|w| carry::zeros(w, pass.segments.len())).transpose();
                 let (mut dshared, mut dstart): (Option<Tensor>, Option<Tensor>) = (None, None);
                 for ((weight, bias), mut dy) in convs.into_iter().zip(dqk) {
-                    rope::rotate(dy.view_mut(), pass.rope, pass.segments, self.heads, Direction::Backward);
+                    rope::rotate(dy.view_mut(), pass.rope(), pass.segments, self.heads, Direction::Backward);
                     let [dweight, dbias] = grads.views_mut([weight, bias]);
                     let shared = self.block(&projected, 0);
                     let mut dx_window = start()?;
@@ -357,7 +362,7 @@ impl TttLayer {
             _ => {
                 for i in 0..2 {
                     let block = dprojected.view_mut().col_range(i * d..(i + 1) * d);
-                    rope::rotate(block, pass.rope, pass.segments, self.heads, Direction::Backward);
+                    rope::rotate(block, pass.rope(), pass.segments, self.heads, Direction::Backward);
                 }
             }
         }
@@ -426,7 +431,7 @@ impl TttLayer {
         };
         Ok(Some(OnCpu {
             weights: pass.weights.float().on_cpu()?.into_owned().into(),
-            rope: pass.rope.to(host)?,
+            rope: pass.rope().to(host)?,
             saved,
             end: end.to(host)?,
         }))
@@ -435,7 +440,7 @@ impl TttLayer {
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
         let mut plain = Tensor::empty(k.device(), &[k.rows(), k.cols()], k.dtype())?;
         add::copy_to(plain.view_mut(), k);
-        rope::rotate(plain.view_mut(), pass.rope, pass.segments, self.heads, Direction::Backward);
+        rope::rotate(plain.view_mut(), pass.rope(), pass.segments, self.heads, Direction::Backward);
         let (mut sums, mut counts) = (vec![0.0; mini_batches], vec![0usize; mini_batches]);
         with_dtype!(k.dtype(), E => {
             use crate::tensor::Element;

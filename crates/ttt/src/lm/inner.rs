@@ -3,7 +3,7 @@
 use super::Lm;
 use crate::Result;
 use crate::batch::Batch;
-use crate::layer::{Block, BlockSaved, InnerStatistics, Keep, LayerState, Pass};
+use crate::layer::{BlockSaved, InnerStatistics, Keep, MixerSaved, Pass, TttLayer, TttSaved, TttState};
 use crate::ops::{embedding, rms_norm};
 use crate::state::States;
 use crate::tensor::Tensor;
@@ -13,7 +13,8 @@ use crate::tensor::Tensor;
 pub type InnerErrors = Vec<[f64; 3]>;
 
 impl Lm {
-    /// Inner-loop statistics of every layer over a batch of sequences that start from the initial weights.
+    /// Inner-loop statistics of every layer over a batch of sequences that start from the initial weights; of a mixer without an
+    /// inner loop there are none.
     ///
     /// # Errors
     /// A token outside the vocabulary, or memory.
@@ -21,12 +22,12 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         self.device.install(|| {
             let mut states = States::new(self, batch.slots())?;
-            Ok(self.measure(batch, &mut states, Block::statistics)?.1)
+            Ok(self.measure(batch, &mut states, |layer, pass, saved, end| layer.statistics(pass, saved, &end.fast))?.1)
         })
     }
 
-    /// [`Lm::forward`] that continues states and also returns each layer's errors. It holds every mini-batch's fast weights of one
-    /// layer at a time.
+    /// [`Lm::forward`] that continues states and also returns each layer's errors, none of a mixer without an inner loop. It holds
+    /// every mini-batch's fast weights of one layer at a time.
     ///
     /// # Errors
     /// A token outside the vocabulary, or memory.
@@ -37,27 +38,32 @@ impl Lm {
         self.check_tokens(&batch.tokens)?;
         assert!(batch.seqs.iter().all(|s| !s.fresh), "a measured pass starts a sequence afresh");
         self.device.install(|| {
-            let (x, errors) = self.measure(batch, states, Block::inner_errors)?;
+            let of =
+                |layer: &TttLayer, pass: &Pass<'_>, saved: &TttSaved, end: &TttState| layer.inner_errors(pass, saved, &end.fast);
+            let (x, errors) = self.measure(batch, states, of)?;
             let hidden = rms_norm::forward(x.view(), self.weights.view(self.ids.norm), self.config.rms_norm_eps)?;
             Ok((hidden, errors))
         })
     }
 
-    /// Reads a batch and measures each block behind it; returns the input of the final norm too.
+    /// Reads a batch and measures each TTT layer behind it; returns the input of the final norm too.
     fn measure<T>(
         &self,
         batch: &Batch,
         states: &mut States,
-        of: impl Fn(&Block, &Pass<'_>, &BlockSaved, &LayerState) -> Result<T>,
+        of: impl Fn(&TttLayer, &Pass<'_>, &TttSaved, &TttState) -> Result<T>,
     ) -> Result<(Tensor, Vec<T>)> {
         let segments = states.segments(batch);
-        let keep = Keep::Saved { group: 1 };
-        let pass = Pass { weights: &self.weights, segments: &segments, routes: None, rope: &self.rope, inner_lr: 1.0, keep };
+        let keep = if self.config.inner().is_some() { Keep::Saved { group: 1 } } else { Keep::Nothing };
+        let rope = self.rope(&segments)?;
+        let pass = Pass { weights: &self.weights, segments: &segments, routes: None, rope: rope.as_ref(), inner_lr: 1.0, keep };
         let mut x = embedding::forward(&batch.tokens, self.weights.matrix(self.ids.embed))?;
         let mut all = Vec::with_capacity(self.blocks.len());
         for (block, state) in self.blocks.iter().zip(&mut states.layers) {
             let (y, saved) = block.forward(&pass, x, Some(&mut *state))?;
-            all.push(of(block, &pass, &saved.expect("a pass that keeps activations returns them"), state)?);
+            if let (Some(layer), Some(MixerSaved::Ttt(saved))) = (block.mixer().ttt(), saved.as_ref().map(BlockSaved::mixer)) {
+                all.push(of(layer, &pass, saved, state.ttt())?);
+            }
             x = y;
         }
         states.advance(batch);

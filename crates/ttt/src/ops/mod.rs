@@ -13,6 +13,7 @@
 
 pub mod adamw;
 pub mod add;
+pub mod attention;
 pub mod conv;
 pub mod cross_entropy;
 pub mod embedding;
@@ -26,6 +27,8 @@ pub mod linear_attention;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
+pub mod selective_scan;
+pub mod silu;
 pub mod step;
 pub mod swiglu;
 pub mod token_scale;

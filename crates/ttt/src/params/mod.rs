@@ -4,6 +4,7 @@
 //! [`Params`] is one flat buffer over it; weights, gradients and both moments of the optimizer are four of them.
 
 mod init;
+mod model;
 mod table;
 
 use std::borrow::Cow;
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 pub use init::Init;
-pub use table::{BlockIds, Entry, ModelIds, ParamId, ParamTable, TttIds};
+pub use model::{AttentionIds, BlockIds, FeedForwardIds, MambaIds, MixerIds, ModelIds, TttIds};
+pub use table::{Entry, ParamId, ParamTable};
 
 use crate::Result;
 use crate::device::Device;
@@ -248,7 +250,7 @@ mod tests {
         let config = Config::preset("tiny", Inner::Linear).unwrap();
         let (table, ids) = ParamTable::new(&config);
         let mut params = Params::zeros(&Arc::new(table), &Device::cpu().unwrap(), DType::F32).unwrap();
-        let ttt = &ids.blocks[1].ttt;
+        let MixerIds::Ttt(ttt) = &ids.blocks[1].mixer else { panic!("a TTT layer") };
         let [mut gamma, mut w1] = params.views_mut([ttt.ttt_norm.0, ttt.initial[0]]);
         gamma.as_mat::<f32>().row_mut(3)[5] = 1.0;
         w1.as_mat::<f32>().row_mut(47)[47] = 2.0;

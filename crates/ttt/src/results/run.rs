@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::FOLDER;
-use crate::config::{Config, Inner};
+use crate::config::Config;
 use crate::eval::{InnerRow, LossRow};
 use crate::params::ParamTable;
 use crate::plan;
@@ -194,11 +194,8 @@ impl RunResults {
     /// What kind of model it is, and its size.
     pub fn model(&self) -> String {
         let config = &self.config;
-        let learner = match config.ttt_layer_type {
-            Inner::Linear => "TTT-Linear",
-            Inner::Mlp => "TTT-MLP",
-        };
-        let backbone = if config.use_gate && config.share_qk { ", Mamba backbone" } else { "" };
+        let learner = config.kind();
+        let backbone = if config.inner().is_some() && config.use_gate && config.share_qk { ", Mamba backbone" } else { "" };
         format!("{learner}{backbone}, {} x {}", config.num_hidden_layers, config.hidden_size)
     }
 
@@ -209,7 +206,7 @@ impl RunResults {
 
     /// Floating-point operations of training on a token, nothing recomputed.
     pub fn flops_per_token(&self) -> f64 {
-        let flops = plan::flops(&self.config);
+        let flops = plan::flops(&self.config, self.settings.train.sequence_length);
         if self.settings.train.only_initial_state { flops.training_initial_state() } else { flops.training }
     }
 

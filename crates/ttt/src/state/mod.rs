@@ -1,24 +1,28 @@
 //! What sequences carry from token to token: the learned state as a value, and as a file ([`file`](mod@file)).
 
 pub mod file;
+mod header;
 
-pub use file::{StateFile, StateHeader};
+pub use file::StateFile;
+pub use header::{Learner, StateHeader};
 
 use crate::Result;
 use crate::batch::{Batch, Segment};
+use crate::device::Device;
 use crate::layer::LayerState;
 use crate::lm::Lm;
-use crate::tensor::Tensor;
 
-/// The states of a number of slots, each of which holds one sequence: fast weights, open mini-batch, convolution windows and
-/// position. Its size does not depend on how much has been read.
+/// The states of a number of slots, each of which holds one sequence and its position. That of a TTT model, fast weights, open
+/// mini-batch and convolution windows, has the same size however much has been read; that of a Transformer grows, its keys and
+/// values.
 ///
 /// A fork is a copy of a slot ([`States::copy_slot`]) or of all of them ([`States::fork`]).
 #[derive(Debug)]
 pub struct States {
     pub(crate) layers: Vec<LayerState>,
     positions: Vec<u64>,
-    mini_batch: usize,
+    /// Tokens of a mini-batch of the inner loop, where there is one.
+    mini_batch: Option<usize>,
 }
 
 impl States {
@@ -27,22 +31,8 @@ impl States {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn new(model: &Lm, slots: usize) -> Result<States> {
-        let config = model.config();
-        let (device, dtype) = (model.device(), model.dtype());
-        let window = |wanted: bool| -> Result<Option<Tensor>> {
-            let shape = [slots, config.conv_kernel - 1, config.hidden_size];
-            wanted.then(|| Tensor::zeros(device, &shape, dtype)).transpose()
-        };
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
-        for block in model.blocks() {
-            let fast = block.ttt().fast_weights(model.weights(), slots)?;
-            layers.push(LayerState { fast, pre_conv: window(config.pre_conv)?, qk_conv: window(config.share_qk)? });
-        }
-        let mut states = States { layers, positions: vec![0; slots], mini_batch: config.mini_batch_size };
-        for slot in 0..slots {
-            states.reset(model, slot);
-        }
-        Ok(states)
+        let layers = model.blocks().iter().map(|block| block.state(model.weights(), slots)).collect::<Result<_>>()?;
+        Ok(States { layers, positions: vec![0; slots], mini_batch: model.config().mini_batch() })
     }
 
     /// Puts a slot back to the beginning of a sequence.
@@ -52,32 +42,27 @@ impl States {
     pub fn reset(&mut self, model: &Lm, slot: usize) {
         self.positions[slot] = 0;
         for (block, layer) in model.blocks().iter().zip(&mut self.layers) {
-            for tensor in layer.tensors_mut() {
-                let per_slot = tensor.len() / tensor.shape()[0];
-                tensor.fill_zero_range(slot * per_slot..(slot + 1) * per_slot);
-            }
-            block.ttt().start(model.weights(), &mut layer.fast, slot);
+            block.reset(model.weights(), layer, slot);
         }
     }
 
     /// A copy on the CPU when the states lie in a GPU's memory: what files are written from. All of it is f32 or f64 there.
     pub(crate) fn on_cpu(&self) -> Result<Option<States>> {
-        let Some(device) = self.layers.first().map(|layer| layer.fast.weights().device().clone()) else { return Ok(None) };
-        if device.as_cuda().is_none() {
-            return Ok(None);
-        }
+        let Some(device) = self.device().filter(|device| device.as_cuda().is_some()) else { return Ok(None) };
         let host = device.cpu_beside();
-        let to = |window: &Option<Tensor>| window.as_ref().map(|window| window.to(&host)).transpose();
-        let layer =
-            |l: &LayerState| Ok(LayerState { fast: l.fast.to(&host)?, pre_conv: to(&l.pre_conv)?, qk_conv: to(&l.qk_conv)? });
-        let layers = self.layers.iter().map(layer).collect::<Result<_>>()?;
+        let layers = self.layers.iter().map(|layer| layer.to(&host)).collect::<Result<_>>()?;
         Ok(Some(States { layers, positions: self.positions.clone(), mini_batch: self.mini_batch }))
+    }
+
+    /// Where they live.
+    fn device(&self) -> Option<&Device> {
+        self.layers.first()?.tensors().next().map(|(_, tensor)| tensor.device())
     }
 
     /// Takes the values of states on the CPU, of the same shape.
     pub(crate) fn set_from_cpu(&mut self, from: &States) -> Result<()> {
         for (to, from) in self.layers.iter_mut().zip(&from.layers) {
-            for ((_, from), to) in from.tensors().zip(to.tensors_mut()) {
+            for ((_, from), (_, to)) in from.tensors().zip(to.tensors_mut()) {
                 let moved = from.to(to.device())?;
                 *to = if moved.dtype() == to.dtype() { moved } else { moved.cast(to.dtype())? };
             }
@@ -101,6 +86,16 @@ impl States {
         self.positions[slot] = position;
     }
 
+    /// Whether the model has an inner loop, so that a slot may be inside a mini-batch.
+    pub(crate) fn has_mini_batches(&self) -> bool {
+        self.mini_batch.is_some()
+    }
+
+    /// What a [`Segment`] calls the phase of a slot that has read so many tokens.
+    pub(crate) fn phase_at(&self, position: u64) -> usize {
+        self.mini_batch.map_or(position as usize, |k| (position % k as u64) as usize)
+    }
+
     /// Bytes of all slots.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerState::bytes).sum()
@@ -116,13 +111,9 @@ impl States {
     /// # Panics
     /// When there is no such slot.
     pub fn copy_slot(&mut self, from: usize, to: usize) {
-        self.positions[to] = self.positions[from];
-        for layer in &mut self.layers {
-            for tensor in layer.tensors_mut() {
-                let per_slot = tensor.len() / tensor.shape()[0];
-                tensor.copy_within(from * per_slot..(from + 1) * per_slot, to * per_slot);
-            }
-        }
+        let tokens = self.positions[from];
+        self.positions[to] = tokens;
+        self.layers.iter_mut().for_each(|layer| layer.copy_slot(from, to, tokens as usize));
     }
 
     /// An independent copy of all slots.
@@ -146,8 +137,7 @@ impl States {
         let mut seen = vec![false; self.slots()];
         let segment = |s: &crate::batch::Seq| {
             assert!(!std::mem::replace(&mut seen[s.slot], true), "the batch names slot {} twice", s.slot);
-            let phase = (self.positions[s.slot] % self.mini_batch as u64) as usize;
-            Segment { first_row: s.first_row, len: s.len, slot: s.slot, phase }
+            Segment { first_row: s.first_row, len: s.len, slot: s.slot, phase: self.phase_at(self.positions[s.slot]) }
         };
         batch.seqs.iter().map(segment).collect()
     }

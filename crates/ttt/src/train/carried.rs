@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::hub::safetensors::{self, Dtype, File, Source};
+use crate::layer::state::Extent;
 use crate::state::States;
 use crate::tensor::with_dtype;
 use crate::{Error, Result};
@@ -44,8 +45,11 @@ pub(super) fn read(folder: &Path, states: &mut States) -> Result<()> {
         return Err(Error::format(path, format!("`{POSITIONS}` holds {}; I64 is needed", positions.dtype)));
     }
     for (i, layer) in states.layers.iter_mut().enumerate() {
-        let names: Vec<&str> = layer.tensors().map(|(name, _)| name).collect();
-        for (name, tensor) in names.into_iter().zip(layer.tensors_mut()) {
+        // What grows is as large as it was.
+        let grown = layer.tensors().filter(|(name, _)| Extent::of(name) == Extent::Tokens);
+        let tokens = grown.filter_map(|(name, _)| file.find(&format!("layers.{i}.{name}"))?.shape.get(1).copied()).max();
+        layer.reserve(tokens.unwrap_or(0))?;
+        for (name, tensor) in layer.tensors_mut() {
             let saved = file.tensor(&format!("layers.{i}.{name}"))?;
             saved.check_shape(tensor.shape())?;
             with_dtype!(tensor.dtype(), E => saved.read(tensor.as_mut_slice::<E>()))?;

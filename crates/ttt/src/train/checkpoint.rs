@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::data::Tokenizer;
 use crate::hub::safetensors::{self, Dtype, File};
-use crate::hub::{self, ModelFolder, SaveOptions, weights, write_atomic, write_folder};
+use crate::hub::{self, ModelFolder, SaveOptions, config_json, weights, write_atomic, write_folder};
 use crate::lm::Lm;
 use crate::state::States;
 use crate::train::step::Optimizer;
@@ -180,7 +180,9 @@ pub fn load(folder: &Path, model: &mut Lm, optimizer: &mut Optimizer, carried: O
     let state = TrainerState::read(folder)?;
     let saved = ModelFolder::open(folder)?;
     // How much is kept for the backward pass, and how long sequences are, is the run's affair.
-    let settled = |config: &Config| Config { scan_checkpoint_group_size: 0, max_position_embeddings: 0, ..config.clone() };
+    let settled = |config: &Config| {
+        config_json::fields(&Config { scan_checkpoint_group_size: 0, max_position_embeddings: 0, ..config.clone() })
+    };
     if settled(saved.config()) != settled(model.config()) {
         return Err(Error::format(folder.join("config.json"), "the checkpoint's model differs from the run's settings"));
     }

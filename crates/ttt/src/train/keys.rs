@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn names_of_fields() {
         let names = fields_of::<Config>();
-        assert_eq!(names[..2], ["model_type", "vocab_size"]);
+        assert_eq!(names[..2], ["mixer", "vocab_size"]);
         assert_eq!(names.last(), Some(&"scan_checkpoint_group_size"));
         assert_eq!(fields_of::<u32>(), &[] as &[&str]);
     }

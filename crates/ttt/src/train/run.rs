@@ -145,7 +145,7 @@ impl<'j> Run<'j> {
         let prompt = sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
-        let streams = Streams::new(sampler, settings.sequences_per_step(), settings.segmenting(config.mini_batch_size));
+        let streams = Streams::new(sampler, settings.sequences_per_step(), settings.segmenting(config.mini_batch().unwrap_or(1)));
         let validation = Sampler::new(corpus.validation().len(), settings.train.sequence_length, 0).map_err(|e| match e {
             Error::Data(message) => {
                 Error::Data(format!("validation part: {message}, name data.validation_paths, or raise data.validation_fraction"))
@@ -381,7 +381,7 @@ impl<'j> Run<'j> {
             let targets = |window: &usize| tokens.bytes_in(sampler.range(*window).start + 1..sampler.range(*window).end);
             let bytes = windows.iter().map(targets).sum();
             sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes)?);
-            if inner.is_none() {
+            if inner.is_none() && self.config.inner().is_some() {
                 // Of one segment: every mini-batch's weights are held for it.
                 inner = Some(self.inner_losses(&Batch::one(&m.batch.tokens[..settings.segment_length()]))?);
             }
@@ -414,7 +414,7 @@ impl<'j> Run<'j> {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
-        let flops = plan::flops(&self.config);
+        let flops = plan::flops(&self.config, self.job.settings.train.sequence_length);
         let per_token = if self.job.settings.train.only_initial_state { flops.training_initial_state() } else { flops.training };
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
@@ -460,7 +460,7 @@ impl<'j> Run<'j> {
     fn plot(&self) -> Result<()> {
         let records = metrics::read(self.job.folder.join("metrics.jsonl"))?;
         let millions = self.model.params().table().parameters() as f64 / 1e6;
-        let title = format!("TTT-{:?}, {millions:.1} million parameters", self.config.ttt_layer_type);
+        let title = format!("{}, {millions:.1} million parameters", self.config.kind());
         plot::write_loss_svg(self.job.folder.join("loss.svg"), &records, &title)
     }
 }

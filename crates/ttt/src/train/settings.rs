@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     AtPath, Error, Result,
-    config::{Backbone, Config, Inner},
+    config::{Backbone, Config, Inner, Mixer},
     data::Segmenting,
     device::Device,
     hub::ModelFolder,
@@ -78,13 +78,15 @@ pub struct Settings {
 /// Section `[model]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
-    /// Name of a size, one of [`crate::config::PRESETS`].
+    /// Name of a size, one of [`crate::config::PRESETS`], for Mamba also of [`crate::config::MAMBA_PRESETS`].
     pub preset: String,
-    /// The inner model.
+    /// What mixes tokens.
+    pub mixer: Mixer,
+    /// The inner model of a TTT layer.
     pub inner: Inner,
-    /// The block design.
+    /// The block design around a TTT layer.
     pub backbone: Backbone,
-    /// A model to start from; its `config.json` replaces the three fields above.
+    /// A model to start from; its `config.json` replaces the four fields above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folder: Option<PathBuf>,
     /// Fields of [`Config`] that win over the preset or the folder.
@@ -130,7 +132,7 @@ pub struct Optimizer {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay, multiplied by the learning rate.
+    /// Decoupled weight decay, multiplied by the learning rate; of all parameters but Mamba's A and D.
     pub weight_decay: f64,
     /// Largest norm of the gradient; 0 for no clipping.
     pub clip: f64,
@@ -336,10 +338,10 @@ impl Settings {
 
     /// All keys, such as `train.tokens`.
     pub fn keys() -> Vec<String> {
-        // The three are fixed or set elsewhere (see check_key).
-        let elsewhere = ["model_type", "ttt_layer_type", "scan_checkpoint_group_size"];
+        // The three are set elsewhere (see check_key).
+        let elsewhere = ["mixer", "ttt_layer_type", "scan_checkpoint_group_size"];
         let config = keys::fields_of::<Config>().iter().filter(|name| !elsewhere.contains(name));
-        let model: Vec<_> = ["preset", "inner", "backbone", "folder"].iter().chain(config).copied().collect();
+        let model: Vec<_> = ["preset", "mixer", "inner", "backbone", "folder"].iter().chain(config).copied().collect();
         let sections: [(&str, &[&str]); 8] = [
             ("model", &model),
             ("data", keys::fields_of::<Data>()),
@@ -370,8 +372,16 @@ impl Settings {
                 config.validate()?;
                 config
             }
-            None => Config::preset(&self.model.preset, self.model.inner)?.with_backbone(self.model.backbone),
+            None => match self.model.mixer {
+                Mixer::Ttt => Config::preset(&self.model.preset, self.model.inner)?.with_backbone(self.model.backbone),
+                Mixer::Attention => Config::transformer(&self.model.preset)?,
+                Mixer::Mamba => Config::mamba(&self.model.preset)?,
+            },
         };
+        if let Some(foreign) = self.model.overrides.keys().find(|name| !config.mixer.has_field(name)) {
+            let is = format!("{:?}", config.mixer).to_lowercase();
+            return Err(Error::Config(format!("model.{foreign} is no field of this model, whose mixer is {is}; leave it out")));
+        }
         config.max_position_embeddings = self.train.sequence_length;
         config.scan_checkpoint_group_size = self.train.checkpoint_group;
         let config = self.model.over(config).map_err(|e| Error::Config(format!("[model]: {}", e.message())))?;
@@ -404,6 +414,7 @@ impl Settings {
         self.carries().then(|| plan::Segments {
             slots: self.sequences_per_step(),
             per_step: self.train.segments_per_step,
+            sequence: self.train.sequence_length,
             gradient: self.train.carry == Carry::Gradient,
             recompute: self.train.recompute == Recompute::Segment,
         })
@@ -449,9 +460,9 @@ impl Settings {
 
     /// The inner learning rate of `config`, the run's model, over the run.
     pub fn inner_learning_rate(&self, config: &Config) -> InnerLearningRate {
-        let warmup = self.train.inner_lr_warmup.unwrap_or(match config.ttt_layer_type {
-            Inner::Linear => 0,
-            Inner::Mlp => self.warmup_steps(),
+        let warmup = self.train.inner_lr_warmup.unwrap_or(match config.inner() {
+            None | Some(Inner::Linear) => 0,
+            Some(Inner::Mlp) => self.warmup_steps(),
         });
         InnerLearningRate { init: self.train.inner_lr_init, base: config.ttt_base_lr, warmup }
     }
@@ -553,7 +564,8 @@ impl Settings {
         if let Some((key, _)) = at_least_one.iter().find(|(_, value)| *value == 0) {
             return wrong(format!("{key} is 0; it must be at least 1"));
         }
-        let (length, mini_batch, batch) = (train.sequence_length as u64, config.mini_batch_size as u64, train.batch_tokens);
+        let (length, mini_batch, batch) =
+            (train.sequence_length as u64, config.mini_batch().unwrap_or(1) as u64, train.batch_tokens);
         if !length.is_multiple_of(mini_batch) {
             return wrong(format!(
                 "train.sequence_length {length} is not a multiple of the mini-batch size {mini_batch}; {} is",
@@ -578,6 +590,9 @@ impl Settings {
         }
         if self.warmup_steps() > self.steps() {
             return wrong(format!("optimizer.warmup_steps {} is more than the run's {} steps", self.warmup_steps(), self.steps()));
+        }
+        if train.only_initial_state && config.inner().is_none() {
+            return wrong("train.only_initial_state is of a TTT model alone: this one has no initial fast weights".into());
         }
         if train.only_initial_state && self.model.folder.is_none() {
             return wrong("train.only_initial_state needs a trained model to start from: --init-from MODEL".into());
@@ -638,6 +653,7 @@ impl Model {
 /// Refuses unknown keys, and fields of `config.json` that another setting stands for.
 fn check_key(key: &str, origin: &str) -> Result<()> {
     let twin = match key {
+        "model.model_type" => Some("model.mixer"),
         "model.ttt_layer_type" => Some("model.inner"),
         "model.scan_checkpoint_group_size" => Some("train.checkpoint_group"),
         _ => None,

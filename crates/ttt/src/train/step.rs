@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::batch::Batch;
 use crate::dstates::DStates;
 use crate::layer::Keep;
+use crate::layer::state::Extent;
 use crate::lm::{Lm, Saved};
 use crate::ops::adamw::{self, Settings};
 use crate::ops::grad_norm;
@@ -169,8 +170,16 @@ impl Optimizer {
         let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
         let (m, v, made) = (self.m.data_mut(), self.v.data_mut(), self.step);
         let mut update = |weights: &mut Params, grads: &Params| {
-            let (data, copies) = weights.data_and_operands_mut();
-            device.install(|| adamw::step_with_copies(data, copies, grads.data(), m, v, made, settings.lr, scale, &settings.adamw));
+            let pieces = weights.table().decay_pieces();
+            let (data, mut copies) = weights.data_and_operands_mut();
+            device.install(|| {
+                for (piece, decays) in pieces {
+                    let decay = if decays { settings.adamw.weight_decay } else { 0.0 };
+                    let adamw = Settings { weight_decay: decay, ..settings.adamw };
+                    let copies = copies.as_deref_mut();
+                    adamw::step_part(data, copies, grads.data(), m, v, piece, made, settings.lr, scale, &adamw);
+                }
+            });
         };
         match &mut self.part {
             Some(Part { weights, grads }) => {
@@ -231,8 +240,11 @@ impl Optimizer {
             }
         }
         for (i, layer) in carried.iter().flat_map(|states| states.layers.iter().enumerate()) {
-            if let Some(element) = grad_norm::first_non_finite(layer.fast.weights().view()) {
-                return Ok(at(format!("carried fast weights of model.layers.{i}"), element));
+            // Whole tensors alone: rows of tokens or of a mini-batch beyond what was read are arbitrary.
+            for (name, tensor) in layer.tensors().filter(|(name, _)| Extent::of(name) == Extent::Whole) {
+                if let Some(element) = grad_norm::first_non_finite(tensor.view()) {
+                    return Ok(at(format!("carried {} of model.layers.{i}", name.replace('_', " ")), element));
+                }
             }
         }
         Ok(first_in(&self.grads, "gradient of ").unwrap_or_else(|| at("global norm of the gradient".into(), 0)))
@@ -334,7 +346,7 @@ mod tests {
             optimizer.step_segments(&mut model, &groups, carry, &settings)
         };
         step(&mut states).unwrap();
-        states.layers[2].fast.weights_mut().as_mut_slice::<f32>()[7] = f32::NAN;
+        states.layers[2].ttt_mut().fast.weights_mut().as_mut_slice::<f32>()[7] = f32::NAN;
         let error = step(&mut states).unwrap_err();
         let named = "carried fast weights of model.layers.2";
         // After the step, in which element 7 cost the whole head: its first element.

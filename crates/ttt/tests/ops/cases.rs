@@ -9,7 +9,7 @@ use ttt::tensor::Tensor;
 use crate::case::{Case, added, placed, tensor_of};
 
 /// Packed segments of the given lengths with phases and slots that differ.
-fn segments(lengths: &[usize]) -> Vec<Segment> {
+pub fn segments(lengths: &[usize]) -> Vec<Segment> {
     let mut first_row = 0;
     let segment = |(i, &len): (usize, &usize)| {
         first_row += len;
@@ -149,6 +149,98 @@ pub fn swiglu_case(n: usize, width: usize) -> Case {
         .backward(|v, dy| vec![swiglu::backward(dy[0].view(), v[0]).unwrap()])
 }
 
+pub fn silu_case(n: usize, d: usize) -> Case {
+    Case::new("silu", &[("x", &[n, d])])
+        .forward(|v| vec![silu::forward(v[0]).unwrap()])
+        .backward(|v, dy| vec![silu::backward(dy[0].view(), v[0]).unwrap()])
+}
+
+pub fn silu_gate_case(n: usize, d: usize) -> Case {
+    Case::new("silu gate", &[("gate", &[n, d]), ("x", &[n, d])]).forward(|v| vec![silu::gate(v[0], v[1]).unwrap()]).backward(
+        |v, dy| {
+            let mut dgate = tensor_of(v[0]);
+            let dx = silu::backward_gate(dy[0].view(), v[0], v[1], dgate.view_mut()).unwrap();
+            vec![dgate, dx]
+        },
+    )
+}
+
+/// Inputs of the selective scan, and the states that it starts from.
+pub const SCAN: [&str; 8] = ["x", "dt", "b", "c", "a_log", "d", "dt_bias", "state"];
+
+pub fn scan_inputs<'a>(v: &[View<'a>], segments: &'a [Segment]) -> selective_scan::Inputs<'a> {
+    let &[x, dt, b, c, a_log, d, dt_bias, ..] = v else { panic!("{} inputs of a scan", v.len()) };
+    selective_scan::Inputs { x, dt, b, c, a_log, d, dt_bias, segments }
+}
+
+/// Gradients of a scan's inputs and of the states it started from, which `dstate` becomes.
+pub fn scan_gradients(
+    v: &[View],
+    segments: &[Segment],
+    saved: &selective_scan::Saved,
+    dy: View,
+    mut dstate: Option<&mut Tensor>,
+) -> Vec<Tensor> {
+    let inputs = scan_inputs(v, segments);
+    // Not zero: they must be overwritten.
+    let [mut dx, mut ddt, mut db, mut dc] = [v[0], v[1], v[2], v[3]].map(tensor_of);
+    let (mut dd, mut ddt_bias) = (None, None);
+    let da_log = added(v[4], |da_log| {
+        dd = Some(added(v[5], |dd| {
+            ddt_bias = Some(added(v[6], |ddt_bias| {
+                let (dx, ddt, db, dc) = (dx.view_mut(), ddt.view_mut(), db.view_mut(), dc.view_mut());
+                let activations = selective_scan::InputGrads { dx, ddt, db, dc };
+                let (da_log, dd, ddt_bias) = (da_log.view_mut(), dd.view_mut(), ddt_bias.view_mut());
+                let parameters = selective_scan::ParamGrads { da_log, dd, ddt_bias };
+                selective_scan::backward(&inputs, saved, dy, dstate.take(), activations, parameters).unwrap();
+            }));
+        }));
+    });
+    vec![dx, ddt, db, dc, da_log, dd.unwrap(), ddt_bias.unwrap()]
+}
+
+/// Outputs: y and the states afterwards.
+pub fn scan_case(lengths: &'static [usize], channels: usize, states: usize) -> Case {
+    let (n, slots) = (lengths.iter().sum(), lengths.len());
+    let shape = [slots, states, channels];
+    let (wide, narrow) = ([n, channels], [n, states]);
+    let of_channels = [1, channels];
+    let shapes: [&[usize]; 8] =
+        [&wide, &wide, &narrow, &narrow, &[channels, states], &of_channels, &of_channels, &[slots * states, channels]];
+    let inputs: Vec<(&str, &[usize])> = SCAN.into_iter().zip(shapes).collect();
+    Case::new("selective_scan", &inputs)
+        .forward(move |v| {
+            let mut state = tensor_of(v[7]).reshape(&shape);
+            let (y, none) = selective_scan::forward(&scan_inputs(v, &segments(lengths)), Some(&mut state), false).unwrap();
+            assert!(none.is_none(), "what nobody asked for");
+            vec![y, state]
+        })
+        .backward(move |v, dy| {
+            let segments = segments(lengths);
+            let mut state = tensor_of(v[7]).reshape(&shape);
+            let (_, saved) = selective_scan::forward(&scan_inputs(v, &segments), Some(&mut state), true).unwrap();
+            let mut dstate = dy[1].copy().unwrap();
+            let mut gradients = scan_gradients(v, &segments, &saved.unwrap(), dy[0].view(), Some(&mut dstate));
+            gradients.push(dstate);
+            gradients
+        })
+}
+
+pub fn scan_case_without_states(channels: usize, states: usize) -> Case {
+    let n = LENGTHS.iter().sum();
+    let (wide, narrow) = ([n, channels], [n, states]);
+    let of_channels = [1, channels];
+    let shapes: [&[usize]; 7] = [&wide, &wide, &narrow, &narrow, &[channels, states], &of_channels, &of_channels];
+    let inputs: Vec<(&str, &[usize])> = SCAN.into_iter().zip(shapes).collect();
+    Case::new("selective_scan without states", &inputs)
+        .forward(move |v| vec![selective_scan::forward(&scan_inputs(v, &segments(&LENGTHS)), None, false).unwrap().0])
+        .backward(move |v, dy| {
+            let segments = segments(&LENGTHS);
+            let (_, saved) = selective_scan::forward(&scan_inputs(v, &segments), None, true).unwrap();
+            scan_gradients(v, &segments, &saved.unwrap(), dy[0].view(), None)
+        })
+}
+
 pub fn inner_lr_case(n: usize, d: usize, h: usize, scale: f64) -> Case {
     Case::new("inner_lr", &[("x", &[n, d]), ("w", &[h, d]), ("bias", &[1, h])])
         .in_f32(&[2])
@@ -221,6 +313,12 @@ pub fn odd_cases() -> Vec<Case> {
         rope_case(5, 10),
         gelu_gate_case(61, 771),
         swiglu_case(61, 771),
+        silu_case(61, 771),
+        silu_gate_case(61, 771),
+        scan_case(&[0, 64, 3, 193, 0, 65, 1], 131, 16),
+        scan_case(&[1, 1, 1, 1, 1], 771, 5),
+        scan_case(&[9], 7, 3),
+        scan_case_without_states(83, 16),
         inner_lr_case(61, 771, 11, 0.75).scaled(1, 0.05),
         inner_lr_case(5, 7, 3, 0.0),
         token_scale_case(16),

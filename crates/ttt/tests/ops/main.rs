@@ -1,9 +1,11 @@
 //! Every operation: gradients against finite differences in f64; the fast f32 version against the f64 reference in outputs and
 //! every gradient, at odd sizes; the same bits on one thread and on two.
 
+mod attention;
 #[allow(dead_code)] // what only the test of GPUs calls
 mod case;
 mod cases;
+mod scan;
 
 use case::{Case, filled};
 use cases::*;
@@ -25,6 +27,10 @@ fn small_cases() -> Vec<Case> {
         rope_case(2, 6),
         gelu_gate_case(3, 5),
         swiglu_case(3, 5),
+        silu_case(3, 5),
+        silu_gate_case(3, 5),
+        scan_case(&[0, 2, 67, 0, 3], 3, 2),
+        scan_case_without_states(2, 3),
         inner_lr_case(4, 5, 3, 0.25),
         inner_lr_case(2, 3, 2, 0.0),
         token_scale_case(9),

@@ -9,10 +9,12 @@ use std::sync::Arc;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 use ttt::batch::Batch;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Inner, Mixer};
 use ttt::device::Device;
+use ttt::layer::state::Extent;
 use ttt::lm::Lm;
 use ttt::params::{ParamId, ParamTable, Params};
+use ttt::state::States;
 use ttt::tensor::{DType, Element};
 
 /// Numbers and shape of a tensor.
@@ -150,4 +152,41 @@ pub fn relative(a: &[f64], b: &[f64]) -> f64 {
 
 pub fn as_f64<E: Element>(x: &[E]) -> Vec<f64> {
     x.iter().map(|x| x.to_f64()).collect()
+}
+
+/// The state of a slot, tensor by tensor, as much of it as there is; with the open rows of a mini-batch or without.
+pub fn state_values(model: &Lm, states: &States, slot: usize, open_rows: bool) -> Vec<Vec<f64>> {
+    let tokens = states.position(slot);
+    let phase = model.config().mini_batch().map_or(0, |k| (tokens % k as u64) as usize);
+    let mut all = Vec::new();
+    for i in 0..model.config().num_hidden_layers {
+        for (name, tensor) in states.layer(i).tensors() {
+            let extent = Extent::of(name);
+            if extent == Extent::OpenRows && !open_rows {
+                continue;
+            }
+            let values = tensor.to_f64_vec();
+            let per_slot = values.len() / states.slots();
+            let slab = &values[slot * per_slot..][..per_slot];
+            let ranges = extent.ranges(&tensor.shape()[1..], tokens as usize, phase);
+            all.push(ranges.into_iter().flat_map(|range| slab[range].to_vec()).collect());
+        }
+    }
+    all
+}
+
+/// A Transformer of the sizes of a TTT configuration; of several heads of queries `shared` share one of keys and values.
+pub fn transformer(like: Config, shared: usize) -> Config {
+    let num_key_value_heads = (shared > 1).then(|| like.num_attention_heads / shared);
+    let default = Config::default();
+    Config {
+        mixer: Mixer::Attention,
+        num_key_value_heads,
+        use_gate: false,
+        share_qk: false,
+        pre_conv: false,
+        ttt_layer_type: default.ttt_layer_type,
+        ttt_base_lr: default.ttt_base_lr,
+        ..like
+    }
 }

@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use ttt::batch::Segment;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Inner, Mixer};
 use ttt::device::Device;
 use ttt::device::view::View;
 use ttt::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
-use ttt::ops::{adamw, conv, cross_entropy, gelu_gate, linear, rms_norm, swiglu, ttt_linear, ttt_mlp};
+use ttt::ops::{adamw, conv, cross_entropy, gelu_gate, linear, rms_norm, selective_scan, silu, swiglu, ttt_linear, ttt_mlp};
 use ttt::plan::flops;
 use ttt::tensor::{DType, Tensor};
 
@@ -83,7 +83,11 @@ pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measure
     })?;
     time("gelu_gate", [10.0 * d as f64, 3.0 * row], &mut || Ok(gelu_gate::forward(x.view(), dy.view()).map(drop)?))?;
 
-    inner(config, &make, &segments, n, &mut time)?;
+    match config.mixer {
+        Mixer::Ttt => inner(config, &make, &segments, n, &mut time)?,
+        Mixer::Attention => attention(config, &make, &segments, n, &mut time)?,
+        Mixer::Mamba => mamba(config, &make, &segments, n, &mut time)?,
+    }
 
     let head = make.numbers(&[config.vocab_size, d])?;
     let mut dhead = make.zeros(&[config.vocab_size, d])?;
@@ -109,6 +113,66 @@ pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measure
 
 /// Measures one operation: its name, its cost per token and its work.
 type Time<'t> = dyn FnMut(&str, [f64; 2], &mut (dyn FnMut() -> Result<()> + Send)) -> Result<()> + 't;
+
+/// The attention of one layer.
+fn attention(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
+    let (d, kv, head_dim) = (config.hidden_size, config.key_value_size(), config.head_dim());
+    let [q, dout] = [make.numbers(&[n, d])?, make.numbers(&[n, d])?];
+    let [k, v] = [make.numbers(&[n, kv])?, make.numbers(&[n, kv])?];
+    let inputs = ttt::ops::attention::Inputs { q: q.view(), k: k.view(), v: v.view(), head_dim, past: None, segments };
+    let cost = flops(config, n / segments.len()).mixing / config.num_hidden_layers as f64;
+    let row = (4 * (2 * d + 2 * kv)) as f64;
+    time("attention", [cost, row], &mut || Ok(ttt::ops::attention::forward(&inputs).map(drop)?))?;
+    let [o, log_sum] = ttt::ops::attention::forward(&inputs)?;
+    let [mut dq, mut dk, mut dv] = [make.zeros(&[n, d])?, make.zeros(&[n, kv])?, make.zeros(&[n, kv])?];
+    // Scores are computed again: five products where the forward pass has two.
+    time("attention, backward", [2.5 * cost, 2.0 * row], &mut || {
+        let grads = ttt::ops::attention::Grads { dq: dq.view_mut(), dk: dk.view_mut(), dv: dv.view_mut() };
+        Ok(ttt::ops::attention::backward(&inputs, [&o, &log_sum], dout.view(), None, grads)?)
+    })
+}
+
+/// Scan, activation and gate of one Mamba layer.
+fn mamba(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
+    let (inner, states) = (config.inner_size(), config.state_size);
+    let row = (4 * inner) as f64;
+    let [x, dt, dy] = [make.numbers(&[n, inner])?, make.numbers(&[n, inner])?, make.numbers(&[n, inner])?];
+    time("silu", [4.0 * inner as f64, 2.0 * row], &mut || Ok(silu::forward(x.view()).map(drop)?))?;
+    time("silu gate", [5.0 * inner as f64, 3.0 * row], &mut || Ok(silu::gate(dt.view(), x.view()).map(drop)?))?;
+    let [b, c] = [make.numbers(&[n, states])?, make.numbers(&[n, states])?];
+    let mut a_log = make.zeros(&[inner, states])?;
+    for (i, x) in a_log.as_mut_slice::<f32>().iter_mut().enumerate() {
+        *x = ((i % states + 1) as f32).ln();
+    }
+    let [d, mut dt_bias] = [make.numbers(&[1, inner])?, make.zeros(&[1, inner])?];
+    // Steps of about 0.01, as a model starts with.
+    dt_bias.as_mut_slice::<f32>().fill(-4.6);
+    let inputs = selective_scan::Inputs {
+        x: x.view(),
+        dt: dt.view(),
+        b: b.view(),
+        c: c.view(),
+        a_log: a_log.view(),
+        d: d.view(),
+        dt_bias: dt_bias.view(),
+        segments,
+    };
+    let cost = (9 * inner * states) as f64;
+    time("selective_scan", [cost, 3.0 * row], &mut || Ok(selective_scan::forward(&inputs, None, false).map(drop)?))?;
+    let (_, saved) = selective_scan::forward(&inputs, None, true)?;
+    let saved = saved.expect("a pass that keeps states");
+    let [mut dx, mut ddt] = [make.zeros(&[n, inner])?, make.zeros(&[n, inner])?];
+    let [mut db, mut dc] = [make.zeros(&[n, states])?, make.zeros(&[n, states])?];
+    let mut da_log = make.zeros(&[inner, states])?;
+    let [mut dd, mut ddt_bias] = [make.zeros(&[1, inner])?, make.zeros(&[1, inner])?];
+    time("selective_scan, backward", [2.0 * cost, 6.0 * row], &mut || {
+        let (dx, ddt, db, dc) = (dx.view_mut(), ddt.view_mut(), db.view_mut(), dc.view_mut());
+        let activations = selective_scan::InputGrads { dx, ddt, db, dc };
+        let (da_log, dd, ddt_bias) = (da_log.view_mut(), dd.view_mut(), ddt_bias.view_mut());
+        let parameters = selective_scan::ParamGrads { da_log, dd, ddt_bias };
+        Ok(selective_scan::backward(&inputs, &saved, dy.view(), None, activations, parameters)?)
+    })
+}
 
 /// The inner loop of one layer.
 fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
@@ -148,7 +212,7 @@ fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
     };
     let initial: Vec<View<'_>> = start.iter().map(Tensor::view).collect();
     let mut state = FastWeights::zeros(make.0, DType::F32, kind, slots, heads, width, k)?;
-    let cost = flops(config).inner_loop / config.num_hidden_layers as f64;
+    let cost = flops(config, n).mixing / config.num_hidden_layers as f64;
     let row = (4 * d) as f64;
     let group = config.checkpoint_group();
     let forward = match kind {

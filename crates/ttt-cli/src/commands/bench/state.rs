@@ -13,12 +13,13 @@ use super::work;
 use crate::args::Bench;
 use crate::units;
 
-/// Measures with a state inside a mini-batch, so that there are open rows. The file lies in the system's folder for temporary
+/// Measures with a state inside a mini-batch, so that there are open rows; without an inner loop, with one of `--length` tokens. The file lies in the system's folder for temporary
 /// files; saving includes syncing it to the disk.
 pub fn run(args: &Bench, config: &Config, device: &Device, out: &mut dyn Write) -> Result<()> {
     let lm = work::model(config, device, None)?;
     let mut states = lm.states(1)?;
-    learn(&lm, &mut states, 0, &work::ids(3 * config.mini_batch_size - 1, config.vocab_size))?;
+    let tokens = config.mini_batch().map_or(args.length as usize, |k| 3 * k - 1);
+    learn(&lm, &mut states, 0, &work::ids(tokens, config.vocab_size))?;
     let start = Instant::now();
     lm.hash();
     let hash = start.elapsed().as_secs_f64();

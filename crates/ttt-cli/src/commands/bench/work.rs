@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use ttt::Storage;
 use ttt::batch::Batch;
-use ttt::config::Config;
+use ttt::config::{Config, Mixer};
 use ttt::device::Device;
 use ttt::generate::{Decoder, Draw, Sampling, Sequence, learn};
 use ttt::layer::Keep;
@@ -78,7 +78,7 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
         let counted = mask.iter().sum::<f64>().max(1.0);
         let weights: Vec<f64> = mask.iter().map(|m| m / counted).collect();
         // Weights are read forward and backward, gradients read and written.
-        let cost = [flops(config).training, 16.0 * parameters / n as f64];
+        let cost = [flops(config, length).training, 16.0 * parameters / n as f64];
         return measure(format!("train {shape}, no optimizer"), device, args.repeat, n as f64, cost, || {
             device.install(|| grads.data_mut().fill_zero());
             let (hidden, saved) = lm.forward(&batch, None, keep, 1.0)?;
@@ -88,8 +88,8 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
         });
     }
     let (mut optimizer, training, what) = match args.only_initial_state {
-        true => (Optimizer::of_initial_state(&lm)?, flops(config).training_initial_state(), "train W0"),
-        false => (Optimizer::new(&lm)?, flops(config).training, "train"),
+        true => (Optimizer::of_initial_state(&lm)?, flops(config, length).training_initial_state(), "train W0"),
+        false => (Optimizer::new(&lm)?, flops(config, length).training, "train"),
     };
     let micro_batches = [MicroBatch { batch, targets, mask }];
     let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
@@ -111,10 +111,15 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     let mut states = lm.states(batch.slots())?;
     let last: Vec<usize> = batch.seqs.iter().map(|s| s.first_row + s.len - 1).collect();
     let rows: Vec<usize> = if args.all_logits { (0..n).collect() } else { last };
-    // Head, and gate, output and feed-forward of the last block, are computed for the wanted rows alone.
+    // Head, and gate or queries, output and feed-forward of the last block, are computed for the wanted rows alone.
     let (d, i) = (config.hidden_size, config.intermediate_size);
-    let of_rows = 2.0 * (d * (config.vocab_size + (1 + usize::from(config.use_gate)) * d + 3 * i)) as f64;
-    let arithmetic = flops(config).forward() - of_rows * (1.0 - rows.len() as f64 / n as f64);
+    let last_block = match config.mixer {
+        Mixer::Ttt => (1 + usize::from(config.use_gate)) * d + 3 * i,
+        Mixer::Attention => 2 * d + 3 * i,
+        Mixer::Mamba => config.inner_size(),
+    };
+    let of_rows = 2.0 * (d * (config.vocab_size + last_block)) as f64;
+    let arithmetic = flops(config, args.length as usize).forward() - of_rows * (1.0 - rows.len() as f64 / n as f64);
     let cost = [arithmetic, lm.weights().bytes() as f64 / n as f64];
     let logits = if args.all_logits { "all logits" } else { "last logits" };
     measure(format!("prefill {} x {}, {logits}", args.batch, args.length), device, args.repeat, n as f64, cost, || {
@@ -152,7 +157,7 @@ pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Meas
         learn(&lm, &mut states, 0, &ids(after.saturating_sub(read) as usize, config.vocab_size))?;
         (1..slots).for_each(|slot| states.copy_slot(0, slot));
         // All weights once a step; each slot's state once a token.
-        let cost = [flops(config).forward(), (weights + states.bytes() as f64) / slots as f64];
+        let cost = [flops(config, after as usize + DECODED).forward(), (weights + states.bytes() as f64) / slots as f64];
         let name = format!("decode {slots}, after {after} tokens");
         let mut measured = match device.as_cuda() {
             Some(_) => {

@@ -196,8 +196,13 @@ impl Chat<'_> {
     }
 
     fn stats(&self, out: &mut dyn Write) -> Result<()> {
+        let Some(mini_batch) = self.lm.config().mini_batch() else {
+            writeln!(out, "this model has no inner loop to look at")?;
+            writeln!(out, "state  {}", units::bytes(self.now.states.bytes() as u64))?;
+            return Ok(());
+        };
         let Some((layers, tokens)) = self.now.inner_errors(self.lm)? else {
-            bail!("no mini-batch of {} tokens was read here yet", self.lm.config().mini_batch_size);
+            bail!("no mini-batch of {mini_batch} tokens was read here yet");
         };
         writeln!(out, "inner loss over the last {} tokens read here", units::grouped(tokens as u64))?;
         writeln!(out, "layer  {:>10}  {:>10}  {:>10}", "W0", "before", "after")?;

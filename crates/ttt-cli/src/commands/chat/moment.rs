@@ -77,7 +77,7 @@ impl Moment {
 
     /// Notes that the state will read `tokens` next, of which it returns how many it may read before it is asked again.
     pub fn note(&mut self, model: &Lm, tokens: &[u32]) -> Result<usize> {
-        let mini_batch = model.config().mini_batch_size;
+        let Some(mini_batch) = model.config().mini_batch() else { return Ok(tokens.len()) };
         let phase = (self.states.position(0) % mini_batch as u64) as usize;
         let recent = &mut self.recent;
         let since = recent.tokens.len() - recent.next.as_ref().map_or(0, |(_, before)| *before);

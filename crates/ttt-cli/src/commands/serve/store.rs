@@ -216,12 +216,12 @@ impl Store {
 mod tests {
     use super::*;
     use ttt::DType;
-    use ttt::config::Inner;
+    use ttt::state::Learner;
 
     fn header() -> StateHeader {
         StateHeader {
             model: "hash".into(),
-            learner: Inner::Linear,
+            learner: Learner::Linear,
             mini_batch: 16,
             tokens: 7,
             tokenizer: None,

@@ -24,7 +24,7 @@ use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
 
 use crate::batch::Segment;
-use crate::config::Config;
+use crate::config::{Config, Mixer};
 use crate::device::memory::{Buffer, Pool};
 use crate::device::view::{View, ViewMut};
 use crate::device::{Device, Kernels};
@@ -40,6 +40,11 @@ pub fn supports(config: &Config) -> Result<()> {
         true => Err(Error::Config(format!("{what} is {is}; on a GPU it is at most {most}; use --device cpu"))),
         false => Ok(()),
     };
+    match config.mixer {
+        Mixer::Ttt => {}
+        Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
+        Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
+    }
     limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS)?;
     limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;
     limit("num_attention_heads", config.num_attention_heads, crate::ops::inner_lr::cuda::MAX_HEADS)

@@ -52,7 +52,7 @@ impl TttLayer {
             rate: (w.operand(ids.lr_weight, ids.lr_weight), w.view(ids.lr_bias).reshape(1, self.heads), self.lr_scale(pass)),
             token_idx: w.view(ids.token_idx),
             norm: [w.view(ids.ttt_norm.0), w.view(ids.ttt_norm.1)],
-            rope: pass.rope,
+            rope: pass.rope(),
             convs: ids.convs.map(|convs| convs.map(|(weight, bias)| (w.view(weight), w.view(bias)))),
             segments: pass.segments,
         };

@@ -1,5 +1,7 @@
 //! On a GPU; here also [`crate::ops::grad_norm`].
 
+use std::ops::Range;
+
 use super::Factors;
 use crate::device::cuda::kernels::{Entry, Source};
 use crate::device::cuda::{Cuda, args, blocks};
@@ -29,25 +31,31 @@ fn quarter(x: &Tensor) -> usize {
     x.len() / 4
 }
 
-/// One update; `operands` gets the new parameters in bf16.
+/// One update of the elements `part`; `operands` gets the new parameters in bf16.
 pub(crate) fn step(
     cuda: &Cuda,
     params: &mut Tensor,
     operands: Option<&mut Tensor>,
     grads: &Tensor,
     [m, v]: [&mut Tensor; 2],
+    part: Range<usize>,
     f: Factors,
 ) {
-    let quarter = quarter(params);
+    let inside = part.start <= part.end && part.end <= 4 * quarter(params);
+    assert!(inside && part.start.is_multiple_of(4) && part.len().is_multiple_of(4), "{part:?} of {params:?}");
+    let (quarter, first) = (part.len() / 4, part.start as u64);
+    if quarter == 0 {
+        return;
+    }
     let operands = operands.map_or(0, |o| {
         assert!(o.len() == params.len() && o.dtype() == DType::Bf16, "{o:?} are no copies of {params:?}");
-        o.view_mut().as_view().address()
+        o.view_mut().as_view().address() + 2 * first
     });
     let list = args![
-        params.view_mut().as_view().address(),
-        grads.address(),
-        m.view_mut().as_view().address(),
-        v.view_mut().as_view().address(),
+        params.view_mut().as_view().address() + 4 * first,
+        grads.address() + 4 * first,
+        m.view_mut().as_view().address() + 4 * first,
+        v.view_mut().as_view().address() + 4 * first,
         operands,
         quarter,
         f.beta1 as f32,
@@ -61,7 +69,7 @@ pub(crate) fn step(
         f.lr as f32,
         f.grad_scale as f32
     ];
-    // SAFETY: all buffers have 4 * quarter elements (checked by the caller and above); all but `grads` are mutably borrowed.
+    // SAFETY: all buffers have first + 4 * quarter elements (checked by the caller and above); all but `grads` are mutably borrowed.
     unsafe { cuda.launch(&SOURCE, (DType::F32, "adamw"), blocks(quarter), 256, 0, list) };
 }
 

@@ -1,9 +1,11 @@
 //! AdamW (decoupled weight decay), as the paper's recipe has it: bias-corrected moments, eps outside the square root, decay
-//! times the current learning rate, no parameter excluded.
+//! times the current learning rate. Which elements decay is the caller's choice ([`step_part`]).
 
 mod cpu;
 pub(crate) mod cuda;
 mod reference;
+
+use std::ops::Range;
 
 use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
@@ -77,20 +79,44 @@ pub fn step_with_copies(
     grad_scale: f64,
     settings: &Settings,
 ) {
+    let all = 0..params.len();
+    step_part(params, operands, grads, m, v, all, step, lr, grad_scale, settings);
+}
+
+/// [`step_with_copies`] of the elements `part` alone: those that do not decay, say.
+///
+/// # Panics
+/// As there; when there are no such elements; on a GPU, when the part does not begin and end at multiples of 4.
+pub fn step_part(
+    params: &mut Tensor,
+    operands: Option<&mut Tensor>,
+    grads: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    part: Range<usize>,
+    step: u64,
+    lr: f64,
+    grad_scale: f64,
+    settings: &Settings,
+) {
     for (name, tensor) in [("grads", grads), ("m", &*m), ("v", &*v)] {
         expect_shape(name, [tensor.len(), 1], [params.len(), 1]);
     }
     let factors = Factors::new(step, lr, grad_scale, settings);
     let device = params.device().clone();
     if let Some(gpu) = device.as_cuda() {
-        return cuda::step(gpu, params, operands, grads, [m, v], factors);
+        return cuda::step(gpu, params, operands, grads, [m, v], part, factors);
     }
     assert!(operands.is_none(), "copies for products are a GPU's");
-    if fast(params.device(), params.dtype()) {
-        cpu::step(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors);
-    } else {
-        with_dtype!(params.dtype(), E => {
-            reference::step::<E>(params.as_mut_slice(), grads.as_slice(), m.as_mut_slice(), v.as_mut_slice(), factors)
-        });
-    }
+    let fast = fast(params.device(), params.dtype());
+    with_dtype!(params.dtype(), E => {
+        let (params, grads) = (&mut params.as_mut_slice::<E>()[part.clone()], &grads.as_slice::<E>()[part.clone()]);
+        let (m, v) = (&mut m.as_mut_slice::<E>()[part.clone()], &mut v.as_mut_slice::<E>()[part]);
+        if fast {
+            let [params, m, v] = [params, m, v].map(bytemuck::cast_slice_mut);
+            cpu::step(params, bytemuck::cast_slice(grads), m, v, factors);
+        } else {
+            reference::step(params, grads, m, v, factors);
+        }
+    });
 }

@@ -277,7 +277,7 @@ pub(crate) fn multiply_add3<S: Simd>(simd: S, y: &mut [f32], s: &[f32], [x, u, w
 /// e^x for |x| < 87, within 2 units in the last place: x = n ln 2 + r, and the Taylor polynomial of degree 7 on |r| <= ln 2 / 2
 /// (its remainder is below 6e-9).
 #[inline(always)]
-fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+pub(crate) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     let magic = simd.splat_f32s(12_582_912.0);
     let shifted = simd.mul_add_e_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E), magic);

@@ -30,6 +30,11 @@ pub(super) fn forward(x: Mat<f32>, w: WeightView, y: MatMut<f32>) {
     }
 }
 
+/// Writes `y = x wᵀ` on this thread alone.
+pub(crate) fn product(x: Mat<f32>, w: Mat<f32>, y: MatMut<f32>) {
+    pulp::Arch::new().dispatch(Block { x, w, scales: None, y });
+}
+
 fn of_type<T: Stored>(x: Mat<f32>, w: Mat<T>, scales: Option<&[f32]>, y: MatMut<f32>) {
     let block = (ELEMENTS_PER_UNIT / w.cols().max(1)).max(1).next_multiple_of(24);
     let units = w.rows().div_ceil(block);

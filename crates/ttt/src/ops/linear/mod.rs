@@ -4,7 +4,7 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
-mod few_rows;
+pub(crate) mod few_rows;
 pub(crate) mod reference;
 
 use crate::Result;

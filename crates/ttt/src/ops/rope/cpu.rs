@@ -7,12 +7,45 @@ use crate::device::view::{Mat, MatMut};
 use crate::ops::segments::within;
 use crate::ops::simd::vectorise;
 
-/// Turns every row of `x` in place.
-pub(crate) fn rotate(x: MatMut<f32>, cos: Mat<f32>, sin: Mat<f32>, segments: &[Segment], direction: Direction) {
-    let sign = match direction {
+fn sign(direction: Direction) -> f32 {
+    match direction {
         Direction::Forward => 1.0,
         Direction::Backward => -1.0,
-    };
+    }
+}
+
+/// Turns the two halves of each head of every row of `x` in place, by the row of the tables with the same number.
+pub(crate) fn rotate_halves(x: MatMut<f32>, cos: Mat<f32>, sin: Mat<f32>, direction: Direction) {
+    let sign = sign(direction);
+    let block = par::block_rows(x.cols());
+    par::for_row_blocks(x, block, |first, x| {
+        let rows = first..first + x.rows();
+        turn_halves(x, cos.row_range(rows.clone()), sin.row_range(rows), sign);
+    });
+}
+
+vectorise! {
+    fn turn_halves<'a>(x: MatMut<'a, f32>, cos: Mat<'a, f32>, sin: Mat<'a, f32>, sign: f32) {
+        let mut x = x;
+        for i in 0..x.rows() {
+            // Behind the middle the sine is positive, and the cosine the same.
+            let half = cos.cols() / 2;
+            let (cos, sin) = (&cos.row(i)[half..], &sin.row(i)[half..]);
+            for head in x.row_mut(i).chunks_exact_mut(2 * half) {
+                let (a, b) = head.split_at_mut(half);
+                for c in 0..half {
+                    let (first, second) = (a[c], b[c]);
+                    a[c] = first * cos[c] - second * (sign * sin[c]);
+                    b[c] = second * cos[c] + first * (sign * sin[c]);
+                }
+            }
+        }
+    }
+}
+
+/// Turns every row of `x` in place.
+pub(crate) fn rotate(x: MatMut<f32>, cos: Mat<f32>, sin: Mat<f32>, segments: &[Segment], direction: Direction) {
+    let sign = sign(direction);
     let block = par::block_rows(x.cols());
     par::for_row_blocks(x, block, |first, x| rotate_rows(x, first, cos, sin, segments, sign));
 }

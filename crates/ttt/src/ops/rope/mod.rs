@@ -1,5 +1,9 @@
-//! Rotary positions, interleaved pairs (`(x_2i, x_2i+1)` turns by `p ω_i`, `ω_i = θ^(-2i/d)`), where the position p is taken
-//! modulo the mini-batch size K: the paper's layer sees positions only within a mini-batch.
+//! Rotary positions: pairs of channels turn by `p ω_i`, `ω_i = θ^(-2i/d)`, where p is the position of the token.
+//!
+//! A TTT layer's pairs are neighbours (`(x_2i, x_2i+1)`), and it sees positions only within a mini-batch, modulo its size K: one
+//! table of K rows serves all passes. An attention layer's pairs are the two halves of a head (`(x_i, x_i+d/2)`, the convention of
+//! Hugging Face's Llama, so that its weights are held and written as they are), and it sees every position: a pass has a table
+//! with a row for each row of its batch, and no length is too long.
 
 mod cpu;
 pub(crate) mod cuda;
@@ -9,7 +13,7 @@ use crate::Result;
 use crate::batch::Segment;
 use crate::device::Device;
 use crate::device::view::{View, ViewMut};
-use crate::ops::{expect_segments, expect_shape, fast};
+use crate::ops::{add, expect_segments, expect_shape, fast};
 use crate::tensor::{DType, Tensor, with_dtype};
 
 /// Which way to turn.
@@ -21,12 +25,22 @@ pub enum Direction {
     Backward,
 }
 
+/// Which channels of a head turn together, and which row of a table is whose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Neighbours; row `(phase + i) mod K` is that of token i of a segment.
+    WithinMiniBatch,
+    /// Halves; row i is that of row i of the batch.
+    OfBatch,
+}
+
 /// Sines and cosines of all angles.
 #[derive(Clone, Debug)]
 pub struct Table {
-    /// `[k, d]`: `cos(p ω_i)` at `2i` and `2i + 1`.
+    kind: Kind,
+    /// `[rows, d]`: `cos(p ω_i)` at both channels of pair i.
     cos: Tensor,
-    /// `[k, d]`: `−sin(p ω_i)` at `2i`, `sin(p ω_i)` at `2i + 1`.
+    /// `[rows, d]`: `−sin(p ω_i)` at the first channel of pair i, `sin(p ω_i)` at the second.
     sin: Tensor,
 }
 
@@ -39,14 +53,44 @@ impl Table {
     /// # Panics
     /// When `head_dim` is odd.
     pub fn new(device: &Device, dtype: DType, mini_batch: usize, head_dim: usize, theta: f64) -> Result<Table> {
-        assert!(head_dim.is_multiple_of(2), "rotary positions need an even head size, not {head_dim}");
         if device.as_cuda().is_some() {
             return Table::new(&device.cpu_beside(), DType::F32, mini_batch, head_dim, theta)?.to(device);
         }
-        let mut cos = Tensor::empty(device, &[mini_batch, head_dim], dtype)?;
-        let mut sin = Tensor::empty(device, &[mini_batch, head_dim], dtype)?;
-        with_dtype!(dtype, E => reference::fill::<E>(cos.view_mut().into_mat(), sin.view_mut().into_mat(), theta));
-        Ok(Table { cos, sin })
+        let positions: Vec<usize> = (0..mini_batch).collect();
+        Table::filled(Kind::WithinMiniBatch, device, dtype, &positions, head_dim, theta)
+    }
+
+    /// The table of a batch whose tokens are at positions `phase`, `phase + 1`, ... of each segment, for heads of halves.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When `head_dim` is odd; on a GPU.
+    pub fn of_batch(device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
+        let positions: Vec<usize> = segments.iter().flat_map(|s| s.phase..s.phase + s.len).collect();
+        Table::filled(Kind::OfBatch, device, dtype, &positions, head_dim, theta)
+    }
+
+    fn filled(kind: Kind, device: &Device, dtype: DType, positions: &[usize], head_dim: usize, theta: f64) -> Result<Table> {
+        assert!(head_dim.is_multiple_of(2), "rotary positions need an even head size, not {head_dim}");
+        let mut cos = Tensor::empty(device, &[positions.len(), head_dim], dtype)?;
+        let mut sin = Tensor::empty(device, &[positions.len(), head_dim], dtype)?;
+        let pairs = kind.pairs(head_dim);
+        with_dtype!(dtype, E => reference::fill::<E>(cos.view_mut().into_mat(), sin.view_mut().into_mat(), positions, pairs, theta));
+        Ok(Table { kind, cos, sin })
+    }
+
+    /// Some rows of the table of a batch.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When a row does not exist, or the table is not one of a batch.
+    pub fn gather(&self, rows: &[usize]) -> Result<Table> {
+        assert_eq!(self.kind, Kind::OfBatch, "rows of a table of a mini-batch");
+        Ok(Table { kind: self.kind, cos: add::gather(self.cos.view(), rows)?, sin: add::gather(self.sin.view(), rows)? })
     }
 
     /// A copy on another device.
@@ -54,7 +98,7 @@ impl Table {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn to(&self, device: &Device) -> Result<Table> {
-        Ok(Table { cos: self.cos.to(device)?, sin: self.sin.to(device)? })
+        Ok(Table { kind: self.kind, cos: self.cos.to(device)?, sin: self.sin.to(device)? })
     }
 
     /// Cosines and sines, each `[K, d]`; sines are negative in even columns.
@@ -62,8 +106,8 @@ impl Table {
         [self.cos.view(), self.sin.view()]
     }
 
-    /// Number of positions K.
-    pub fn mini_batch(&self) -> usize {
+    /// Number of positions: K, or the rows of the batch.
+    pub fn positions(&self) -> usize {
         self.cos.shape()[0]
     }
 
@@ -73,7 +117,24 @@ impl Table {
     }
 }
 
-/// Turns each head of `x [n, heads·d]` in place; row i of a segment is at position `(phase + i) mod K`.
+/// Where the two channels of pair i lie in a head: at `i · step` and `apart` behind it.
+#[derive(Clone, Copy, Debug)]
+struct Pairs {
+    step: usize,
+    apart: usize,
+}
+
+impl Kind {
+    fn pairs(self, head_dim: usize) -> Pairs {
+        match self {
+            Kind::WithinMiniBatch => Pairs { step: 2, apart: 1 },
+            Kind::OfBatch => Pairs { step: 1, apart: head_dim / 2 },
+        }
+    }
+}
+
+/// Turns each head of `x [n, heads·d]` in place. With the table of a mini-batch row i of a segment is at position
+/// `(phase + i) mod K`; with that of a batch, at the batch's own.
 ///
 /// # Panics
 /// When `x` has not `heads·d` columns, or `segments` do not cover its rows one behind the other; on a GPU, when there is no memory
@@ -81,14 +142,29 @@ impl Table {
 pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, direction: Direction) {
     expect_segments(segments, x.rows());
     expect_shape("x", x.shape(), [x.rows(), heads * table.head_dim()]);
+    let whole = [Segment { first_row: 0, len: x.rows(), slot: 0, phase: 0 }];
+    let segments = match table.kind {
+        Kind::WithinMiniBatch => segments,
+        Kind::OfBatch => {
+            expect_shape("the table", [table.positions(), table.head_dim()], [x.rows(), table.head_dim()]);
+            &whole
+        }
+    };
+    let pairs = table.kind.pairs(table.head_dim());
     if let Some(gpu) = x.device().as_cuda() {
+        assert_eq!(table.kind, Kind::WithinMiniBatch, "a GPU turns neighbours alone");
         let tables = [table.cos.view(), table.sin.view()];
         cuda::rotate(gpu, &x, tables, segments, direction).expect("memory for the segments of a batch");
     } else if fast(x.device(), x.dtype()) {
-        cpu::rotate(x.into_mat(), table.cos.view().as_mat(), table.sin.view().as_mat(), segments, direction);
+        let (cos, sin) = (table.cos.view().as_mat(), table.sin.view().as_mat());
+        match table.kind {
+            Kind::WithinMiniBatch => cpu::rotate(x.into_mat(), cos, sin, segments, direction),
+            Kind::OfBatch => cpu::rotate_halves(x.into_mat(), cos, sin, direction),
+        }
     } else {
         with_dtype!(x.dtype(), E => {
-            reference::rotate::<E>(x.into_mat(), table.cos.view().as_mat(), table.sin.view().as_mat(), segments, direction)
+            let (cos, sin) = (table.cos.view().as_mat(), table.sin.view().as_mat());
+            reference::rotate::<E>(x.into_mat(), cos, sin, segments, pairs, direction)
         });
     }
 }

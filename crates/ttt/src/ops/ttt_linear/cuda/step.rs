@@ -96,7 +96,7 @@ pub(crate) fn step(
     expect_shape("the gate's bias", rate_bias.shape(), [1, heads]);
     expect_shape("token_idx", inputs.token_idx.shape(), [1, k]);
     inputs.norm.iter().for_each(|part| expect_shape("norm", part.shape(), [heads, d]));
-    assert!(inputs.rope.mini_batch() == k && inputs.rope.head_dim() == d, "angles of another layer");
+    assert!(inputs.rope.positions() == k && inputs.rope.head_dim() == d, "angles of another layer");
     assert!(width(&[normed, rate_weight]) == 8, "rows that are not aligned");
     expect_segments(inputs.segments, n);
     let mut seen = vec![false; state.slots()];
