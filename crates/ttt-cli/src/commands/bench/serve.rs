@@ -67,7 +67,7 @@ pub fn run(load: &Load, json_wanted: bool, out: &mut dyn Write) -> Result<()> {
         all.next.extend(seen.next);
         all.errors.extend(seen.errors);
     }
-    let [first, next] = [&mut all.first, &mut all.next].map(quantiles);
+    let [first, next] = [&mut all.first, &mut all.next].map(|times| quantiles(times));
     let rate = all.tokens as f64 / seconds;
     // Memory after a fifth of the time, when everything has been in use, and at the end.
     let at = |t: f64| memory.iter().find(|(time, _)| *time >= t).or(memory.last()).map(|(_, bytes)| *bytes);
@@ -198,7 +198,7 @@ fn words(tokens: u32, seed: u64) -> String {
 }
 
 /// Median, 95th and 99th percentile.
-fn quantiles(times: &mut Vec<f64>) -> [f64; 3] {
+fn quantiles(times: &mut [f64]) -> [f64; 3] {
     times.sort_by(f64::total_cmp);
     [0.5, 0.95, 0.99].map(|q| times.get(((times.len() as f64 - 1.0).max(0.0) * q).round() as usize).copied().unwrap_or(f64::NAN))
 }
@@ -258,7 +258,7 @@ mod tests {
     fn quantiles_are_of_the_sorted() {
         let mut times: Vec<f64> = (0..=100).rev().map(f64::from).collect();
         assert_eq!(quantiles(&mut times), [50.0, 95.0, 99.0]);
-        assert!(quantiles(&mut Vec::new())[0].is_nan());
+        assert!(quantiles(&mut [])[0].is_nan());
     }
 
     #[test]

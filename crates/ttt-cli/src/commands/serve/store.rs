@@ -47,6 +47,20 @@ pub struct Description {
     data: String,
 }
 
+/// What a description takes from the header of a state file.
+#[derive(Clone, Debug)]
+pub struct About {
+    tokens: u64,
+    pending: u64,
+    model: String,
+}
+
+impl From<&StateHeader> for About {
+    fn from(header: &StateHeader) -> About {
+        About { tokens: header.tokens, pending: header.pending.len() as u64, model: header.model.clone() }
+    }
+}
+
 impl Description {
     /// For clients.
     pub fn json(&self) -> serde_json::Value {
@@ -115,7 +129,7 @@ impl Store {
         owner: &Owner,
         name: Option<String>,
         parent: Option<String>,
-        header: &StateHeader,
+        about: About,
         state: Vec<u8>,
     ) -> Result<Description, Error> {
         let count = self.descriptions(owner).await?.len() as u64;
@@ -126,10 +140,10 @@ impl Store {
             id: format!("state-{}", hex(&random::<16>())),
             name,
             created: seconds(SystemTime::now()),
-            tokens: header.tokens,
-            pending: header.pending.len() as u64,
+            tokens: about.tokens,
+            pending: about.pending,
             bytes: state.len() as u64,
-            model: header.model.clone(),
+            model: about.model,
             parent,
             sha256: hex(&Sha256::digest(&state)),
             data: format!("{}.state", hex(&random::<16>())),
@@ -215,20 +229,9 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ttt::DType;
-    use ttt::state::Learner;
 
-    fn header() -> StateHeader {
-        StateHeader {
-            model: "hash".into(),
-            learner: Learner::Linear,
-            mini_batch: 16,
-            tokens: 7,
-            tokenizer: None,
-            pending: vec![3],
-            dtype: DType::F32,
-            layers: 2,
-        }
+    fn about() -> About {
+        About { tokens: 7, pending: 1, model: "hash".into() }
     }
 
     #[tokio::test]
@@ -236,7 +239,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path().join("s").to_str().unwrap(), 3).unwrap();
         let [me, you] = ["aa", "bb"].map(|o| Owner(o.into()));
-        let mine = store.put(&me, Some("book".into()), None, &header(), vec![1; 9]).await.unwrap();
+        let mine = store.put(&me, Some("book".into()), None, about(), vec![1; 9]).await.unwrap();
         assert_eq!(store.get(&me, &mine.id).await.unwrap(), mine);
         assert_eq!(store.read(&me, &mine).await.unwrap(), [1; 9]);
         assert!(matches!(store.get(&you, &mine.id).await, Err(Error::Unknown)));
@@ -248,9 +251,9 @@ mod tests {
         let renamed = store.rename(&me, &mine.id, Some("../x".into())).await.unwrap();
         assert_eq!((renamed.name.as_deref(), renamed.id == mine.id), (Some("../x"), true));
         for _ in 0..2 {
-            store.put(&me, None, None, &header(), vec![2]).await.unwrap();
+            store.put(&me, None, None, about(), vec![2]).await.unwrap();
         }
-        assert!(matches!(store.put(&me, None, None, &header(), vec![2]).await, Err(Error::Full(3))));
+        assert!(matches!(store.put(&me, None, None, about(), vec![2]).await, Err(Error::Full(3))));
         assert_eq!(store.list(&me).await.unwrap().len(), 3);
         store.delete(&me, &mine.id).await.unwrap();
         assert!(matches!(store.get(&me, &mine.id).await, Err(Error::Unknown)));
@@ -270,7 +273,7 @@ mod tests {
         std::fs::write(folder.path().join("aa/00.state"), [1]).unwrap();
         std::fs::write(folder.path().join("aa/00.json#1"), "{\"id\":").unwrap();
         assert!(store.list(&me).await.unwrap().is_empty());
-        store.put(&me, None, None, &header(), vec![1]).await.unwrap();
+        store.put(&me, None, None, about(), vec![1]).await.unwrap();
         assert_eq!(store.list(&me).await.unwrap().len(), 1);
     }
 }

@@ -16,7 +16,9 @@ fn bad_requests_get_their_status_and_the_server_lives() {
     let json = "application/json";
     let long = format!("{{\"prompt\": \"{}\"}}", "x".repeat(1000));
     let large = vec![b' '; 20_001];
-    let cases: &[(&str, &str, &str, &[u8], u16, &str)] = &[
+    // Method, address, type and body; status and a part of the message.
+    type Case<'a> = (&'a str, &'a str, &'a str, &'a [u8], u16, &'a str);
+    let cases: &[Case<'_>] = &[
         ("POST", "/v1/completions", json, b"{", 400, "EOF"),
         ("POST", "/v1/completions", json, b"[]", 400, ""),
         ("POST", "/v1/completions", json, b"\xff\xfe", 400, ""),

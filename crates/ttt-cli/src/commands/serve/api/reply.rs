@@ -157,8 +157,8 @@ impl<F: Format> Reply<F> {
             kept.insert("state".into(), BASE64_STANDARD.encode(&state).into());
         }
         if let Some(name) = &self.common.save {
-            let header = StateFile::from_bytes(state.clone())?.header().clone();
-            let described = self.app.store.put(&self.owner, name.clone(), self.parent.clone(), &header, state).await?;
+            let about = StateFile::from_bytes(state.clone())?.header().into();
+            let described = self.app.store.put(&self.owner, name.clone(), self.parent.clone(), about, state).await?;
             kept.insert("state_id".into(), described.id.into());
         }
         Ok(kept)

@@ -151,9 +151,9 @@ impl Learning {
                 }
                 Some(Event::Finished { state, .. }) => {
                     let state = state.expect("was asked for");
-                    let header = StateFile::from_bytes(state.clone())?.header().clone();
+                    let about = StateFile::from_bytes(state.clone())?.header().into();
                     let (name, parent) = (self.name.take(), self.parent.take());
-                    let description = self.app.store.put(&self.owner, name, parent, &header, state).await?;
+                    let description = self.app.store.put(&self.owner, name, parent, about, state).await?;
                     return Ok(Step::Done(Box::new(description)));
                 }
                 Some(Event::Failed(why)) => return Err(why.into()),
@@ -182,7 +182,7 @@ pub async fn upload(
     let name = named.name.map(checked_name).transpose()?;
     let header = app.engine.verify(body.to_vec()).await?;
     check_tokenizer(&app, &header)?;
-    let description = app.store.put(&owner, name, None, &header, body.to_vec()).await?;
+    let description = app.store.put(&owner, name, None, (&header).into(), body.to_vec()).await?;
     Ok((StatusCode::CREATED, Json(description.json())).into_response())
 }
 
@@ -237,8 +237,8 @@ pub async fn fork(
     let description = app.store.get(&owner, &id).await?;
     let bytes = app.store.read(&owner, &description).await?;
     let name = named.name.map(checked_name).transpose()?.or(description.name);
-    let header = StateFile::from_bytes(bytes.clone())?.header().clone();
-    let copy = app.store.put(&owner, name, Some(description.id), &header, bytes).await?;
+    let about = StateFile::from_bytes(bytes.clone())?.header().into();
+    let copy = app.store.put(&owner, name, Some(description.id), about, bytes).await?;
     Ok((StatusCode::CREATED, Json(copy.json())).into_response())
 }
 
