@@ -1,5 +1,7 @@
 //! The TTT layer (paper section 2): projections, convolutions, RoPE, the inner loop, post-norm, gate and output projection.
 
+mod decode;
+
 use crate::Result;
 use crate::config::{Config, Inner};
 use crate::device::view::View;
