@@ -13,7 +13,7 @@ import re
 import sys
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "crates", "ttt", "src")
-INCLUDES = [os.path.join(ROOT, "device", "cuda"), os.path.join(ROOT, "ops", "ttt_linear"), os.path.join(ROOT, "ops", "ttt_mlp")]
+INCLUDES = [os.path.join(ROOT, *folder) for folder in (("device", "cuda"), ("ops", "ttt_linear"), ("ops", "ttt_mlp"), ("ops", "step"))]
 
 
 def library():
@@ -66,7 +66,8 @@ def compile_source(path, arch, defines=(), max_registers=None):
 
 def kernels(path):
     """Entry points of a source."""
-    return re.findall(r"^KERNEL.*?\b(\w+)\(const __grid_constant__", open(path).read(), re.M)
+    text = open(path).read()
+    return re.findall(r"^KERNEL.*?\b(\w+)\(const __grid_constant__", text, re.M) + re.findall(r"^PRODUCT\((\w+), \d", text, re.M)
 
 
 def report(log):

@@ -22,7 +22,7 @@ class Emulator:
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "kernels.so")
         flags = ["g++", "-O2", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-D{define}"]
-        flags += [f"-I{os.path.join(HERE, 'emulate')}", f"-I{INCLUDES[1]}", f"-I{INCLUDES[2]}"]
+        flags += [f"-I{os.path.join(HERE, 'emulate')}", *(f"-I{folder}" for folder in INCLUDES[1:]), f"-I{os.path.join(ROOT, 'ops')}"]
         subprocess.run([*flags, os.path.join(HERE, "emulate", source), "-o", path], check=True)
         self.library = ctypes.CDLL(path)
 

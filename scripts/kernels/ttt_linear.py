@@ -72,7 +72,7 @@ def chain_shared(d):
 
 
 def decode_shared(d, k):
-    return 4 * (20 * d + (2 * d + 1) * k)
+    return 4 * (20 * d + (2 * d + 1) * k + d // 16)
 
 
 def ceil(a, b):

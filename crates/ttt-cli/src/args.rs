@@ -686,6 +686,15 @@ pub struct Bench {
     /// prefill: logits of every position, not of the last one only
     #[arg(long)]
     pub all_logits: bool,
+    /// decode on a GPU: temperature that tokens are chosen at; 0 takes the likeliest
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// decode on a GPU: choose among the k likeliest tokens only; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// decode on a GPU: choose among the likeliest tokens whose probabilities reach this sum
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f64,
     /// train: compute blocks again in the backward pass
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,

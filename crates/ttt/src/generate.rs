@@ -1,57 +1,19 @@
 //! Generation: a sampler that is a pure function of logits and random bits, and a loop that speaks token ids.
 
+mod decoder;
+mod recorded;
+
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
+
+pub use crate::ops::sample::{Choice, Draw, Sampling};
+pub use decoder::{Decoder, Sequence, Session};
 
 use crate::batch::Batch;
 use crate::lm::Lm;
 use crate::state::States;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
-
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampling {
-    /// Divides the logits; 0 takes the likeliest token.
-    pub temperature: f64,
-    /// Only the k likeliest tokens are eligible; 0 means all.
-    pub top_k: usize,
-    /// Only the smallest set of likeliest tokens whose probabilities reach this sum is eligible; 1 means all.
-    pub top_p: f64,
-    /// Seed of the random numbers.
-    pub seed: u64,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 }
-    }
-}
-
-impl Sampling {
-    /// Checks the ranges.
-    ///
-    /// # Errors
-    /// The field that is wrong and what it may be.
-    pub fn validate(&self) -> Result<()> {
-        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return Err(Error::Invalid(format!("the temperature is {}; it must be a number from 0 up", self.temperature)));
-        }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::Invalid(format!("top-p is {}; it must be above 0 and at most 1", self.top_p)));
-        }
-        Ok(())
-    }
-}
-
-/// A chosen token.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Choice {
-    /// Its id.
-    pub token: u32,
-    /// Its log-probability under the model, before temperature and cuts.
-    pub logprob: f64,
-}
 
 /// Chooses a token from logits, given a number in `[0, 1)`. Ties go to the smaller id.
 ///
@@ -96,12 +58,21 @@ pub fn choose(logits: &[f32], sampling: &Sampling, unit: f64) -> Choice {
     choice(order[weights.len() - 1])
 }
 
+/// Number `drawn` of a stream of random numbers in `[0, 1)`.
+fn unit(seed: u64, stream: u64, drawn: u64) -> f64 {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng.set_word_pos(2 * u128::from(drawn));
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// Continues one slot of some states token by token.
 pub struct Generator<'m> {
     model: &'m Lm,
-    sampling: Sampling,
-    rng: ChaCha8Rng,
-    logits: Vec<f32>,
+    draw: Draw,
+    /// Logits of what follows what was read, where they were computed and here.
+    last: Option<(Tensor, Vec<f32>)>,
+    decoder: Decoder<'m>,
 }
 
 /// Tokens read at once while a prompt is learned: long enough for full speed, short enough to bound memory.
@@ -114,7 +85,7 @@ impl<'m> Generator<'m> {
     /// Sampling settings out of range.
     pub fn new(model: &'m Lm, sampling: Sampling) -> Result<Generator<'m>> {
         sampling.validate()?;
-        Ok(Generator { model, sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed), logits: Vec::new() })
+        Ok(Generator { model, draw: Draw::new(sampling, 0), last: None, decoder: Decoder::new(model) })
     }
 
     /// Reads tokens into slot `slot`; afterwards [`Generator::choose`] can choose what follows.
@@ -126,16 +97,16 @@ impl<'m> Generator<'m> {
             return Err(Error::Invalid("there is no token to continue from: give a prompt of at least one token".into()));
         }
         if let Some(hidden) = prefill(self.model, states, slot, tokens)? {
-            self.logits.clear();
             let logits = self.model.logits(&hidden, &[0])?;
-            self.logits.extend(logits.to_f64_vec().iter().map(|x| *x as f32));
+            let values = logits.to_f64_vec().iter().map(|x| *x as f32).collect();
+            self.last = Some((logits, values));
         }
         Ok(())
     }
 
-    /// Logits of the token that follows what was read.
+    /// Logits of the token that follows what was read; none when nothing was.
     pub fn logits(&self) -> &[f32] {
-        &self.logits
+        self.last.as_ref().map_or(&[], |(_, logits)| logits)
     }
 
     /// Chooses the next token from what was read; it is not read yet.
@@ -143,8 +114,54 @@ impl<'m> Generator<'m> {
     /// # Panics
     /// When nothing was read.
     pub fn choose(&mut self) -> Choice {
-        let unit = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        choose(&self.logits, &self.sampling, unit)
+        let Draw { sampling, stream, drawn } = self.draw;
+        self.draw.drawn += 1;
+        choose(self.logits(), &sampling, unit(sampling.seed, stream, drawn))
+    }
+
+    /// Chooses up to `limit` tokens from what was read on, and reads each but the last; on a GPU without waiting for the host
+    /// between them ([`Decoder`]). Ends behind a token of `ends`, which is neither read nor given to `each`, and when `each` returns
+    /// false, behind the tokens that are under way by then, which it is given too. Returns the token chosen last, if any: what comes
+    /// next has to read it first.
+    ///
+    /// # Errors
+    /// Memory, or what `each` returns.
+    ///
+    /// # Panics
+    /// When nothing was read.
+    pub fn write<E: From<Error>>(
+        &mut self,
+        states: &mut States,
+        slot: usize,
+        limit: usize,
+        ends: [Option<u32>; 2],
+        mut each: impl FnMut(Choice) -> std::result::Result<bool, E>,
+    ) -> std::result::Result<Option<u32>, E> {
+        if limit == 0 {
+            return Ok(None);
+        }
+        let (logits, _) = self.last.take().expect("something was read");
+        let sequence = Sequence { slot, draw: self.draw, ends };
+        let mut session = self.decoder.start(states, &[sequence], &logits)?;
+        // On a CPU a step that is under way is done.
+        let ahead = if self.model.device().as_cuda().is_some() { 2 } else { 0 };
+        let (mut begun, mut open, mut last) = (1, true, None);
+        loop {
+            while open && begun < limit && session.waiting() <= ahead {
+                session.step()?;
+                begun += 1;
+            }
+            let Some(choices) = session.take() else { break };
+            let Some(choice) = choices[0] else { continue };
+            self.draw.drawn += 1;
+            last = Some(choice.token);
+            if session.ended() {
+                open = false;
+            } else {
+                open &= each(choice)?;
+            }
+        }
+        Ok(last)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The language model: embedding, blocks, final norm and output matrix, and the one way through them.
 
 mod inner;
+mod step;
 
 pub use inner::InnerErrors;
 

@@ -183,6 +183,20 @@ static void launch(void (*kernel)(P), const P* params, u32 count, u32 threads, u
 }
 }  // namespace emu
 
+#define __shared__ static
+struct uint4 { u32 x, y, z, w; };
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float emu_exp(float x) { return expf(x); }
+#define __expf emu_exp
+static inline float __fmul_rn(float x, float y) { return x * y; }
+static inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+static inline u64 __umul64hi(u64 x, u64 y) { return (u64)((unsigned __int128)x * y >> 64); }
+template <class T> static T atomicAdd(T* at, T x) {
+    const T old = *at;
+    *at += x;
+    return old;
+}
+
 static inline void __syncthreads() { emu::meet(emu::blocks[emu::rank()], blockDim.x); }
 DEVICE void cluster_sync() { emu::meet(emu::cluster, emu::fibers.size()); }
 DEVICE u32 cluster_rank() { return emu::rank(); }
@@ -339,6 +353,13 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
 }
 
 DEVICE void prefetch(const void*) {}
+DEVICE void load_constant4(u32 (&x)[4], const void* at) {
+    if ((u64)at % 16) emu::fail("a misaligned address");
+    memcpy(x, at, 16);
+}
+DEVICE void load_global4(u32 (&x)[4], const void* at) { load_constant4(x, at); }
+DEVICE void overlap_next() {}
+DEVICE void overlap_wait() {}
 
 DEVICE void emu_copy(u32 to, const void* from, u32 bytes, bool present) {
     if (present && (u64)from % bytes) emu::fail("a misaligned address");

@@ -54,18 +54,14 @@ pub fn run(args: &Generate, out: &mut dyn Write) -> Result<()> {
     }
     let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
     let start = Instant::now();
-    while tokens.len() < args.max_new_tokens {
-        let choice = generator.choose();
-        pending = choice.token;
-        if !args.no_eos && Some(choice.token) == eos {
-            break;
-        }
-        tokens.push(choice.token);
-        logprobs.push(choice.logprob);
-        output.push(choice.token)?;
-        if tokens.len() < args.max_new_tokens {
-            generator.read(&mut states, 0, &[choice.token])?;
-        }
+    if args.max_new_tokens > 0 {
+        let ends = [if args.no_eos { None } else { eos }, None];
+        let last = generator.write(&mut states, 0, args.max_new_tokens, ends, |choice| {
+            tokens.push(choice.token);
+            logprobs.push(choice.logprob);
+            output.push(choice.token).map(|()| true)
+        })?;
+        pending = last.expect("at least one token was chosen");
     }
     let written = start.elapsed().as_secs_f64();
     let text = output.finish()?;

@@ -4,6 +4,7 @@ use std::alloc::Layout;
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 
 use crate::device::cuda::context::Context;
 use crate::tensor::Element;
@@ -31,9 +32,14 @@ enum Source {
     Gpu(Arc<Context>),
 }
 
+/// Memory that nobody uses, by size class.
+type Free = BTreeMap<usize, Vec<NonNull<u8>>>;
+
 #[derive(Default)]
 struct PoolState {
-    free: BTreeMap<usize, Vec<NonNull<u8>>>,
+    free: Free,
+    /// While a thread sets memory aside: the thread, and what it has returned since.
+    aside: Option<(ThreadId, Free)>,
     in_use: usize,
     peak: usize,
     system_allocations: usize,
@@ -70,7 +76,9 @@ impl Pool {
     pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
         let capacity = size_class(bytes);
         let mut state = self.state.lock().expect("memory pool");
-        let reused = state.free.get_mut(&capacity).and_then(Vec::pop);
+        let aside = state.aside.as_mut().filter(|(thread, _)| *thread == std::thread::current().id());
+        let own = aside.and_then(|(_, free)| free.get_mut(&capacity)?.pop());
+        let reused = own.or_else(|| state.free.get_mut(&capacity)?.pop());
         let ptr = match reused {
             Some(ptr) => ptr,
             None => {
@@ -86,6 +94,19 @@ impl Pool {
         state.in_use += capacity;
         state.peak = state.peak.max(state.in_use);
         Ok(Buffer { ptr, capacity, pool: self.clone() })
+    }
+
+    /// Runs `work` and keeps the memory that this thread returns meanwhile for its repetition: nobody else gets it before the
+    /// second result is dropped. Within `work` it is handed out again as always.
+    ///
+    /// # Panics
+    /// When another thread is doing the same.
+    pub(crate) fn set_aside<T>(self: &Arc<Self>, work: impl FnOnce() -> T) -> (T, Aside) {
+        let begin = |aside| std::mem::replace(&mut self.state.lock().expect("memory pool").aside, aside);
+        assert!(begin(Some((std::thread::current().id(), Free::new()))).is_none(), "two threads set memory aside");
+        let done = work();
+        let (_, free) = begin(None).expect("memory was set aside above");
+        (done, Aside { free, pool: self.clone() })
     }
 
     /// What is held now and what was held at most.
@@ -206,7 +227,29 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let mut state = self.pool.state.lock().expect("memory pool");
         state.in_use -= self.capacity;
-        state.free.entry(self.capacity).or_default().push(self.ptr);
+        let free = match &mut state.aside {
+            Some((thread, free)) if *thread == std::thread::current().id() => free,
+            _ => &mut state.free,
+        };
+        free.entry(self.capacity).or_default().push(self.ptr);
+    }
+}
+
+/// Memory that a piece of work used and returned, kept for its repetition. Dropping it returns it to its pool.
+pub(crate) struct Aside {
+    free: Free,
+    pool: Arc<Pool>,
+}
+
+// SAFETY: the pointers own their memory and nobody else holds them.
+unsafe impl Send for Aside {}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let mut state = self.pool.state.lock().expect("memory pool");
+        for (capacity, buffers) in std::mem::take(&mut self.free) {
+            state.free.entry(capacity).or_default().extend(buffers);
+        }
     }
 }
 
@@ -223,6 +266,20 @@ mod tests {
         let second = pool.take(1020).unwrap();
         assert_eq!(second.ptr, address);
         assert_eq!(pool.usage(), Usage { in_use: 1024, peak: 1024, system_allocations: 1 });
+    }
+
+    #[test]
+    fn memory_set_aside_is_not_handed_out() {
+        let pool = Arc::new(Pool::default());
+        let (addresses, aside) = pool.set_aside(|| {
+            let first = pool.take(1000).unwrap().ptr;
+            (first, pool.take(1000).unwrap().ptr)
+        });
+        assert_eq!(addresses.0, addresses.1, "within the work it is used again");
+        let other = pool.take(1000).unwrap();
+        assert_ne!(other.ptr, addresses.0);
+        drop(aside);
+        assert_eq!(pool.take(1000).unwrap().ptr, addresses.0);
     }
 
     #[test]

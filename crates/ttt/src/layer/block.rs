@@ -19,6 +19,8 @@ pub struct Block {
     pre_conv: Option<PreConv>,
     norm: ParamId,
     eps: f64,
+    /// Taps of its convolutions.
+    taps: usize,
     mixer: MixerLayer,
     ffn: Option<FeedForward>,
 }
@@ -87,6 +89,7 @@ impl Block {
             pre_conv: ids.pre_conv.map(|ids| PreConv::new(config, ids)),
             norm: ids.norm,
             eps: config.rms_norm_eps,
+            taps: config.conv_kernel,
             mixer: MixerLayer::new(config, &ids.mixer),
             ffn: ids.feed_forward.as_ref().map(|ids| FeedForward::new(config, ids)),
         }
@@ -157,6 +160,9 @@ impl Block {
 
     /// [`Block::forward`] with every sequence in the slot that its segment names.
     fn run(&self, pass: &Pass<'_>, x: Tensor, mut state: Option<&mut LayerState>) -> Result<(Tensor, Option<BlockSaved>)> {
+        if let Some(state) = state.as_deref_mut().filter(|_| self.decodes(pass, &x)) {
+            return Ok((self.decode(pass, x, state)?, None));
+        }
         let pre_window = state.as_deref_mut().and_then(LayerState::pre_conv_mut);
         let kept = matches!(pass.keep, Keep::Saved { .. });
         let window = pre_window.as_deref().filter(|_| kept).map(Tensor::copy).transpose()?;
@@ -180,6 +186,25 @@ impl Block {
         };
         let saved = mixer.map(|mixer| BlockSaved::Whole(Box::new(Activations { input, window, mixer_input, mixer, ffn })));
         Ok((y, saved))
+    }
+
+    /// Whether a pass is a step of one token for each sequence on a GPU that has kernels for it.
+    fn decodes(&self, pass: &Pass<'_>, x: &Tensor) -> bool {
+        let one_each = pass.keep == Keep::Nothing && !pass.segments.is_empty() && pass.segments.iter().all(|s| s.len == 1);
+        one_each && matches!(&self.mixer, MixerLayer::Ttt(ttt) if ttt.decodes(x, self.taps))
+    }
+
+    /// [`Block::run`] of such a pass, in few launches. Works in `x`.
+    fn decode(&self, pass: &Pass<'_>, mut x: Tensor, state: &mut LayerState) -> Result<Tensor> {
+        let (MixerLayer::Ttt(ttt), LayerState::Ttt(state)) = (&self.mixer, state) else {
+            panic!("a TTT layer and its state decode in few launches, not {:?}", self.mixer)
+        };
+        let before = self.pre_conv.as_ref().zip(state.pre_conv.as_mut());
+        ttt.decode(pass, &mut x, before, (self.norm, self.eps), &mut state.fast, state.qk_conv.as_mut())?;
+        if let Some(ffn) = &self.ffn {
+            ffn.decode(pass, &mut x)?;
+        }
+        Ok(x)
     }
 
     /// [`Block::forward`] of which only some rows are wanted, as of the last block when a prompt is read. Keeps nothing.

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::config::Config;
 use crate::layer::Pass;
-use crate::ops::{add, linear, rms_norm, swiglu};
+use crate::ops::{add, linear, rms_norm, step, swiglu};
 use crate::params::{FeedForwardIds, ParamId, Params};
 use crate::tensor::Tensor;
 
@@ -31,6 +31,13 @@ impl FeedForward {
         let mut y = linear::forward(hidden.view(), pass.weights.matrix(self.down))?;
         add::add_to(y.view_mut(), x.view());
         Ok((y, gate_up))
+    }
+
+    /// `x [n, D]` becomes the sub-block's output, in few launches on a GPU.
+    pub(super) fn decode(&self, pass: &Pass<'_>, x: &mut Tensor) -> Result<()> {
+        let gate_up = pass.weights.matrices(self.gate, self.up);
+        let hidden = step::norm_swiglu(x.view(), pass.weights.view(self.norm), self.eps, gate_up)?;
+        step::add_linear(x, hidden.view(), pass.weights.matrix(self.down))
     }
 
     /// Gradient of `x` from the gradient of the output.

@@ -2,8 +2,10 @@
 
 use crate::Result;
 use crate::config::Config;
+use crate::device::WeightView;
+use crate::device::view::View;
 use crate::layer::{Pass, carry};
-use crate::ops::{add, conv, rms_norm};
+use crate::ops::{add, conv, rms_norm, step};
 use crate::params::{ParamId, Params};
 use crate::tensor::Tensor;
 
@@ -31,6 +33,27 @@ impl PreConv {
         }
         add::add_to(y.view_mut(), x.view());
         Ok(y)
+    }
+
+    /// `x [n, D]` becomes the sub-block's output for one token of each sequence. Returns the product of its norm with a matrix and
+    /// that norm ([`step::norm_linear`]), and, if `window` was not moved on yet, what comes next into it.
+    pub(super) fn decode(
+        &self,
+        pass: &Pass<'_>,
+        x: &mut Tensor,
+        (scale, eps): (View<'_>, f64),
+        matrix: WeightView<'_>,
+        window: &mut Tensor,
+    ) -> Result<((Tensor, Tensor), Option<Tensor>)> {
+        let [norm, weight, bias] = [self.norm, self.weight, self.bias].map(|id| pass.weights.view(id));
+        if x.view().rows() <= step::FUSED_ROWS {
+            let conv = step::Conv { scale: norm, weight, bias, segments: pass.segments, window };
+            let made = step::conv_norm_linear(x.view(), conv, scale, eps, matrix)?;
+            *x = made.residual;
+            return Ok((made.product, Some(made.now)));
+        }
+        step::add_conv(x, norm, self.eps, [weight, bias], pass.segments, window)?;
+        Ok((step::norm_linear(x.view(), scale, eps, matrix)?, None))
     }
 
     /// Gradient of `x` from the gradient of the output, for sequences that began with `window`, or with an empty one. `dwindow`

@@ -26,8 +26,10 @@ pub mod linear;
 pub mod linear_attention;
 pub mod rms_norm;
 pub mod rope;
+pub mod sample;
 pub mod selective_scan;
 pub mod silu;
+pub mod step;
 pub mod swiglu;
 pub mod token_scale;
 pub mod ttt_batch;
@@ -53,6 +55,9 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &layer_norm::cuda::SOURCE,
     &rms_norm::cuda::SOURCE,
     &rope::cuda::SOURCE,
+    &sample::cuda::SOURCE,
+    &step::cuda::PRODUCTS,
+    &step::cuda::ROWS,
     &swiglu::cuda::SOURCE,
     &ttt_linear::cuda::PLAIN,
     &ttt_linear::cuda::FORWARD_48,

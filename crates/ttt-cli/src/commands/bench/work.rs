@@ -5,7 +5,7 @@ use ttt::Storage;
 use ttt::batch::Batch;
 use ttt::config::{Config, Mixer};
 use ttt::device::Device;
-use ttt::generate::learn;
+use ttt::generate::{Decoder, Draw, Sampling, Sequence, learn};
 use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::ops::adamw;
@@ -21,6 +21,7 @@ use crate::args::{Bench, Recompute};
 const DECODE_AFTER: u64 = 64;
 /// Tokens decoded for one measurement.
 const DECODED: usize = 16;
+const DECODED_ON_GPU: usize = 256;
 /// Seed of the weights.
 const SEED: u64 = 0;
 
@@ -131,7 +132,9 @@ pub fn prefill(args: &Bench, config: &Config, device: &Device) -> Result<Measure
     })
 }
 
-/// Writing token by token in every slot at once, after each number of tokens that is wanted.
+/// Writing token by token in every slot at once, after each number of tokens that is wanted. On a GPU a token is chosen, read by the
+/// next step and taken by the host meanwhile, as generation does; on a CPU the same token is read again and again, and nothing is
+/// chosen.
 pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measured>> {
     let lm = model(config, device, args.dtype)?;
     let slots = args.batch as usize;
@@ -140,7 +143,12 @@ pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Meas
     wanted.dedup();
     let one: Vec<[u32; 1]> = ids(slots, config.vocab_size).into_iter().map(|id| [id]).collect();
     let (step, rows) = (Batch::packed(&one), (0..slots).collect::<Vec<_>>());
-    let weights = lm.weights().bytes() as f64;
+    // In bf16 those that products read.
+    let weights = lm.weights().bytes() as f64 * if lm.dtype() == DType::Bf16 { 0.5 } else { 1.0 };
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: SEED };
+    let sequence = |slot: &usize| Sequence { slot: *slot, draw: Draw::new(sampling, *slot as u64), ends: [None; 2] };
+    let sequences: Vec<Sequence> = rows.iter().map(sequence).collect();
+    let mut decoder = Decoder::new(&lm);
     let mut states = lm.states(slots)?;
     let mut all = Vec::new();
     for after in wanted {
@@ -151,13 +159,27 @@ pub fn decode(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Meas
         // All weights once a step; each slot's state once a token.
         let cost = [flops(config, after as usize + DECODED).forward(), (weights + states.bytes() as f64) / slots as f64];
         let name = format!("decode {slots}, after {after} tokens");
-        let mut measured = measure(name, device, args.repeat, (slots * DECODED) as f64, cost, || {
-            for _ in 0..DECODED {
+        let mut measured = match device.as_cuda() {
+            Some(_) => {
                 let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
-                lm.logits(&hidden, &rows)?;
+                let logits = lm.logits(&hidden, &rows)?;
+                let mut session = decoder.start(&mut states, &sequences, &logits)?;
+                measure(name, device, args.repeat, (slots * DECODED_ON_GPU) as f64, cost, || {
+                    for _ in 0..DECODED_ON_GPU {
+                        session.step()?;
+                        session.take();
+                    }
+                    Ok(())
+                })?
             }
-            Ok(())
-        })?;
+            None => measure(name, device, args.repeat, (slots * DECODED) as f64, cost, || {
+                for _ in 0..DECODED {
+                    let (hidden, _) = lm.forward(&step, Some(&mut states), Keep::Nothing, 1.0)?;
+                    lm.logits(&hidden, &rows)?;
+                }
+                Ok(())
+            })?,
+        };
         measured.decoded = Some([after, states.bytes() as u64]);
         all.push(measured);
     }

@@ -1,6 +1,7 @@
 //! The driver's context of one GPU: one stream that orders everything, memory, copies, launches.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
@@ -38,6 +39,8 @@ pub struct Info {
     pub free: usize,
     /// Newest CUDA version that the driver knows, as `13.0`.
     pub driver: String,
+    /// Whether a kernel may start before the one ahead of it is done, also in a graph: Hopper or newer, driver 12.3 or newer.
+    pub overlaps: bool,
 }
 
 /// A driver error as ours.
@@ -94,17 +97,19 @@ impl Context {
             let mut driver = 0;
             // SAFETY: the pointer is to an integer of this frame.
             unsafe { sys::cuDriverGetVersion(&mut driver).result()? };
+            let compute = (
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            );
             Ok(Info {
                 name: result::device::get_name(self.device)?,
-                compute: (
-                    attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                    attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-                ),
+                compute,
                 multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
                 shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
                 memory,
                 free,
                 driver: format!("{}.{}", driver / 1000, driver % 1000 / 10),
+                overlaps: compute >= (9, 0) && driver >= 12_030,
             })
         };
         read().map_err(|e| failed("asking the driver about the GPU", e))
@@ -224,6 +229,148 @@ impl Context {
         expect("starting a kernel", unsafe {
             result::launch_kernel(function, (grid[0], grid[1], grid[2]), (block as u32, 1, 1), shared as u32, self.stream, args)
         });
+    }
+
+    /// [`Context::launch`] of a kernel that may start before the one ahead of it is done.
+    ///
+    /// # Panics
+    /// As [`Context::launch`].
+    ///
+    /// # Safety
+    /// As [`Context::launch`]; the kernel waits itself for what it needs (`overlap_wait` in prelude.cuh).
+    pub(crate) unsafe fn launch_overlapped(
+        &self,
+        function: sys::CUfunction,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        args: &mut [*mut c_void],
+    ) {
+        self.bind();
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let grid = grid.map(|n| n as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream,
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        // SAFETY: the caller's promise; arguments and attributes are copied before the call returns.
+        expect("starting a kernel", unsafe {
+            sys::cuLaunchKernelEx(&config, function, args.as_mut_ptr(), std::ptr::null_mut()).result()
+        });
+    }
+}
+
+/// A point among what was queued, to wait for.
+pub(crate) struct Mark {
+    event: sys::CUevent,
+    context: Arc<Context>,
+}
+
+// SAFETY: as for the context.
+unsafe impl Send for Mark {}
+
+impl Mark {
+    /// A point that is reached at once.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Mark> {
+        context.bind();
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(|e| failed("making an event", e))?;
+        Ok(Mark { event, context: context.clone() })
+    }
+
+    /// Moves it behind everything queued.
+    ///
+    /// # Panics
+    /// When the driver refuses.
+    pub(crate) fn set(&self) {
+        self.context.bind();
+        // SAFETY: event and stream live.
+        expect("marking a point", unsafe { result::event::record(self.event, self.context.stream) });
+    }
+
+    /// Waits until it is reached.
+    ///
+    /// # Panics
+    /// When a kernel before it has failed.
+    pub(crate) fn wait(&self) {
+        self.context.bind();
+        // SAFETY: the event lives.
+        expect("waiting for the GPU", unsafe { result::event::synchronize(self.event) });
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        self.context.bind();
+        // SAFETY: nobody uses it any more.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+/// Main memory that kernels write.
+pub(crate) struct Pinned {
+    pointer: *mut c_void,
+    bytes: usize,
+    context: Arc<Context>,
+}
+
+// SAFETY: it owns its memory.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// When the system has not so much.
+    pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Pinned> {
+        context.bind();
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: a plain allocation; it is freed in `drop`, and zeroed here.
+        let pointer = unsafe {
+            let pointer = result::malloc_host(bytes.max(1), flags).map_err(|e| failed("memory that a GPU writes", e))?;
+            pointer.cast::<u8>().write_bytes(0, bytes);
+            pointer
+        };
+        Ok(Pinned { pointer, bytes, context: context.clone() })
+    }
+
+    /// Its address for kernels: with unified addresses the host's own.
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+
+    /// Copies what lies from element `first` on. The caller has waited for who writes there.
+    ///
+    /// # Panics
+    /// When it does not lie inside.
+    pub(crate) fn read<T: bytemuck::Pod>(&self, first: usize, to: &mut [T]) {
+        assert!((first + to.len()) * size_of::<T>() <= self.bytes, "elements {first} and {} more", to.len());
+        for (i, to) in to.iter_mut().enumerate() {
+            // SAFETY: inside (checked), aligned to a page; any bits are a `T`. Volatile: a kernel may write it.
+            *to = unsafe { self.pointer.cast::<T>().add(first + i).read_volatile() };
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.context.synchronize();
+        // SAFETY: nobody uses it any more.
+        let _ = unsafe { result::free_host(self.pointer) };
     }
 }
 

@@ -6,11 +6,13 @@
 mod blas;
 pub mod compile;
 pub mod context;
+pub(crate) mod graph;
 pub mod kernels;
 pub mod libraries;
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{result, sys};
@@ -72,6 +74,8 @@ pub struct Cuda {
     info: Info,
     host: Device,
     poison: bool,
+    /// Whether launches are being recorded, not run.
+    recording: AtomicBool,
     context: Arc<Context>,
 }
 
@@ -87,9 +91,15 @@ unsafe impl Sync for Function {}
 pub(crate) struct Uploaded {
     buffer: Buffer,
     count: usize,
+    rows: usize,
 }
 
 impl Uploaded {
+    /// Number of segments.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
     /// For each segment four ints: first row, length, slot, phase.
     pub(crate) fn segments(&self) -> u64 {
         self.buffer.address()
@@ -98,6 +108,12 @@ impl Uploaded {
     /// For each row the index of its segment.
     pub(crate) fn of_row(&self) -> u64 {
         self.buffer.address() + 16 * self.count as u64
+    }
+
+    /// For each segment five ints: as [`Uploaded::segments`], then 0, as the kernels of the inner models want them where nothing is
+    /// kept.
+    pub(crate) fn without_checkpoints(&self) -> u64 {
+        self.of_row() + 4 * self.rows as u64
     }
 }
 
@@ -125,7 +141,22 @@ impl Cuda {
             load(unit, image, &mut functions)?;
         }
         let memory = Arc::new(Pool::of_gpu(&context));
-        Ok(Cuda { segments: Mutex::default(), memory, blas, functions, info, host, poison: options.poison, context })
+        Ok(Cuda {
+            segments: Mutex::default(),
+            memory,
+            blas,
+            functions,
+            info,
+            host,
+            poison: options.poison,
+            recording: AtomicBool::new(false),
+            context,
+        })
+    }
+
+    /// A handle to the context.
+    pub(crate) fn shared_context(&self) -> &Arc<Context> {
+        &self.context
     }
 
     /// The context.
@@ -198,10 +229,39 @@ impl Cuda {
         unsafe { self.launch_pointers(source, kernel, grid, block, shared, &mut [pointer.cast_mut().cast()]) };
     }
 
+    /// [`Cuda::launch_with`] of a kernel that may start before the one ahead of it is done, where the GPU can do that.
+    ///
+    /// # Panics
+    /// As [`Cuda::launch`].
+    ///
+    /// # Safety
+    /// As [`Cuda::launch_with`]; the kernel waits itself for what it needs (`overlap_wait` in prelude.cuh).
+    pub(crate) unsafe fn launch_overlapped<P: Copy>(
+        &self,
+        source: &'static Source,
+        kernel: (DType, &'static str),
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        params: &P,
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        if !self.info.overlaps {
+            // SAFETY: the caller's promise.
+            return unsafe { self.launch_with(source, kernel, grid, block, shared, params) };
+        }
+        let function = self.function(source, kernel, shared);
+        let pointer: *const P = params;
+        // SAFETY: the caller's promise.
+        unsafe { self.context.launch_overlapped(function, grid, block, shared, &mut [pointer.cast_mut().cast()]) };
+    }
+
     unsafe fn launch_pointers(
         &self,
         source: &'static Source,
-        (dtype, kernel): (DType, &'static str),
+        kernel: (DType, &'static str),
         grid: [usize; 3],
         block: usize,
         shared: usize,
@@ -210,6 +270,16 @@ impl Cuda {
         if grid.contains(&0) {
             return;
         }
+        let function = self.function(source, kernel, shared);
+        // SAFETY: the caller's promise.
+        unsafe { self.context.launch(function, grid, block, shared, args) };
+    }
+
+    /// A kernel that may have `shared` bytes of shared memory.
+    ///
+    /// # Panics
+    /// When there is no such kernel, or not so much memory.
+    fn function(&self, source: &'static Source, (dtype, kernel): (DType, &'static str), shared: usize) -> sys::CUfunction {
         let Some(function) = self.functions.get(&(source.name, dtype, kernel)) else {
             panic!("there is no kernel {kernel} of {} for {dtype:?}", source.name);
         };
@@ -225,15 +295,17 @@ impl Cuda {
             unsafe { result::function::set_function_attribute(function.0, attribute, shared as i32) }
                 .unwrap_or_else(|e| panic!("{kernel}: {shared} bytes of shared memory: {e}"));
         }
-        // SAFETY: the caller's promise.
-        unsafe { self.context.launch(function.0, grid, block, shared, args) };
+        function.0
     }
 
     /// Numbers in the GPU's memory.
     ///
     /// # Errors
-    /// [`Error::OutOfGpuMemory`].
+    /// [`Error::OutOfGpuMemory`]; while launches are recorded for a graph, which would upload again what the host's memory then holds.
     pub(crate) fn upload<T: bytemuck::Pod>(&self, data: &[T]) -> Result<Buffer> {
+        if self.recording.load(Ordering::Relaxed) {
+            return Err(Error::Device("a step that uploads numbers cannot be recorded".into()));
+        }
         let buffer = self.memory.take(size_of_val(data))?;
         self.context.upload(buffer.address(), data);
         Ok(buffer)
@@ -242,7 +314,7 @@ impl Cuda {
     /// Segments in the GPU's memory. Those of the last batch are kept: all layers ask for the same.
     ///
     /// # Errors
-    /// [`Error::OutOfGpuMemory`].
+    /// As [`Cuda::upload`].
     pub(crate) fn segments(&self, segments: &[Segment]) -> Result<Arc<Uploaded>> {
         let mut kept = self.segments.lock().expect("uploaded segments");
         if let Some((of, uploaded)) = &*kept
@@ -250,16 +322,52 @@ impl Cuda {
         {
             return Ok(uploaded.clone());
         }
-        let rows: usize = segments.iter().map(|s| s.len).sum();
-        let mut data: Vec<u32> = Vec::with_capacity(4 * segments.len() + rows);
-        data.extend(segments.iter().flat_map(|s| [s.first_row, s.len, s.slot, s.phase].map(|n| n as u32)));
-        for (i, segment) in segments.iter().enumerate() {
-            data.resize(data.len() + segment.len, i as u32);
-        }
-        let uploaded = Arc::new(Uploaded { buffer: self.upload(&data)?, count: segments.len() });
+        let uploaded = Arc::new(self.upload_segments(segments)?);
         *kept = Some((segments.to_vec(), uploaded.clone()));
         Ok(uploaded)
     }
+
+    /// A copy of segments in the GPU's memory that nobody else has.
+    ///
+    /// # Errors
+    /// As [`Cuda::upload`].
+    pub(crate) fn upload_segments(&self, segments: &[Segment]) -> Result<Uploaded> {
+        let data = segment_words(segments);
+        let rows = data.len() - 9 * segments.len();
+        Ok(Uploaded { buffer: self.upload(&data)?, count: segments.len(), rows })
+    }
+
+    /// Puts other segments, of the same number and lengths, into such a copy.
+    ///
+    /// # Panics
+    /// When there is no room.
+    pub(crate) fn rewrite_segments(&self, uploaded: &Uploaded, segments: &[Segment]) {
+        let data = segment_words(segments);
+        assert_eq!(data.len(), 9 * uploaded.count + uploaded.rows, "numbers of segments");
+        self.context.upload(uploaded.buffer.address(), &data);
+    }
+
+    /// Runs `work`, for which segments equal to `segments` are those of `live`, whatever it holds.
+    pub(crate) fn with_segments<T>(&self, (segments, live): (&[Segment], &Arc<Uploaded>), work: impl FnOnce() -> T) -> T {
+        let put = |kept| *self.segments.lock().expect("uploaded segments") = kept;
+        put(Some((segments.to_vec(), live.clone())));
+        let done = work();
+        put(None);
+        done
+    }
+}
+
+/// Segments as they lie in the GPU's memory (see [`Uploaded`]).
+fn segment_words(segments: &[Segment]) -> Vec<u32> {
+    let rows: usize = segments.iter().map(|s| s.len).sum();
+    let four = |s: &Segment| [s.first_row, s.len, s.slot, s.phase].map(|n| n as u32);
+    let mut data: Vec<u32> = Vec::with_capacity(9 * segments.len() + rows);
+    data.extend(segments.iter().flat_map(four));
+    for (i, segment) in segments.iter().enumerate() {
+        data.resize(data.len() + segment.len, i as u32);
+    }
+    data.extend(segments.iter().flat_map(|s| four(s).into_iter().chain([0])));
+    data
 }
 
 /// Loads a module and adds its kernels.

@@ -174,6 +174,31 @@ DEVICE void store_global4(void* at, const u32 (&x)[4]) {
 
 // Asks for a line of global memory to be brought into L2.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" :: "l"(at)); }
+// 16 bytes that no kernel in flight writes, and that are read once.
+DEVICE void load_constant4(u32 (&x)[4], const void* at) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at));
+}
+DEVICE void load_global4(u32 (&x)[4], const void* at) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(at) : "memory");
+}
+
+// ---- launches that overlap ---------------------------------------------------------------------------------------------------
+// A kernel that the host launches with overlap may start before the one ahead of it is done. Before `overlap_wait` it reads only
+// what no kernel since the last launch without overlap has written, and writes nothing; every thread that does anything later
+// calls it, so that the end of a kernel means the end of all before it.
+
+// Lets the next kernel start once every block has come here or is done.
+DEVICE void overlap_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel ahead is done and what it wrote can be read.
+DEVICE void overlap_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---- asynchronous copies ----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 //! The TTT layer (paper section 2): projections, convolutions, RoPE, the inner loop, post-norm, gate and output projection.
 
+mod decode;
 mod learner;
 mod statistics;
 

@@ -65,7 +65,13 @@ pub(crate) fn convert(cuda: &Cuda, y: &ViewMut, x: View) {
 
 /// `y[i] = x[rows[i]]`, or with `scatter` `y[rows[i]] = x[i]`.
 pub(crate) fn rows(cuda: &Cuda, y: &ViewMut, x: View, index: &[u32], scatter: bool) -> Result<()> {
-    let index_buffer = cuda.upload(index)?;
+    let buffer = cuda.upload(index)?;
+    rows_at(cuda, y, x, (buffer.address(), index.len()), scatter);
+    Ok(())
+}
+
+/// [`rows`] whose index lies in the GPU's memory.
+pub(crate) fn rows_at(cuda: &Cuda, y: &ViewMut, x: View, (index, rows): (u64, usize), scatter: bool) {
     let wide = width(&[y.as_view(), x]);
     let kernel = match (scatter, wide) {
         (false, 1) => "gather1",
@@ -73,11 +79,10 @@ pub(crate) fn rows(cuda: &Cuda, y: &ViewMut, x: View, index: &[u32], scatter: bo
         (true, 1) => "scatter1",
         (true, _) => "scatter8",
     };
-    let (rows, cols) = (index.len(), x.cols());
-    let args = args![y.as_view().address(), y.as_view().stride(), x.address(), x.stride(), index_buffer.address(), rows, cols];
+    let cols = x.cols();
+    let args = args![y.as_view().address(), y.as_view().stride(), x.address(), x.stride(), index, rows, cols];
     // SAFETY: the matrices have `cols` columns, and the rows that are named (checked by the caller).
     unsafe { cuda.launch(&SOURCE, (x.dtype(), kernel), blocks(rows * cols / wide), 256, 0, args) };
-    Ok(())
 }
 
 /// `y[i] = x[i % x.rows()]`.

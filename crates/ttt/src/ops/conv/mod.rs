@@ -135,7 +135,7 @@ fn window_rows(window: &Tensor) -> usize {
     window.shape()[1]
 }
 
-fn expect_window(window: &Tensor, segments: &[Segment], memory: usize, channels: usize) {
+pub(crate) fn expect_window(window: &Tensor, segments: &[Segment], memory: usize, channels: usize) {
     let slots = segments.iter().map(|s| s.slot + 1).max().unwrap_or(0);
     let fits = matches!(*window.shape(), [s, m, c] if s >= slots && m == memory && c == channels);
     assert!(fits, "a window tensor is {:?} and should be [at least {slots}, {memory}, {channels}]", window.shape());

@@ -5,6 +5,7 @@ use crate::device::cuda::kernels::{Entry, Source};
 use crate::device::cuda::{Cuda, args};
 use crate::device::view::{View, ViewMut};
 use crate::ops::add;
+use crate::ops::sample::cuda::Tokens;
 use crate::tensor::{DType, Tensor};
 
 /// The kernels.
@@ -24,6 +25,17 @@ const PIECE: usize = 64;
 /// `y[i] = table[ids[i]]`.
 pub(crate) fn forward(cuda: &Cuda, ids: &[u32], table: View, y: &ViewMut) -> Result<()> {
     add::cuda::rows(cuda, y, table, ids, false)
+}
+
+/// [`forward`] for ids that lie in the GPU's memory.
+///
+/// # Panics
+/// When they are of another vocabulary.
+pub(crate) fn forward_of(cuda: &Cuda, tokens: &Tokens, table: View) -> Result<Tensor> {
+    assert_eq!(tokens.vocab(), table.rows(), "vocabulary");
+    let mut y = Tensor::empty(table.device(), &[tokens.rows(), table.cols()], table.dtype())?;
+    add::cuda::rows_at(cuda, &y.view_mut(), table, (tokens.address(), tokens.rows()), false);
+    Ok(y)
 }
 
 /// `dtable[ids[i]] += dy[i]`.

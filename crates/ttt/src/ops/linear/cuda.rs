@@ -1,11 +1,14 @@
-//! On a GPU: cuBLASLt.
+//! On a GPU: cuBLASLt, and for few rows kernels of our own.
 
 use crate::device::cuda::{Cuda, Operand};
 use crate::device::view::{View, ViewMut};
+use crate::ops::step;
 
 /// `y = x wᵀ`.
 pub(crate) fn forward(cuda: &Cuda, x: View, w: View, y: &ViewMut) {
-    cuda.product(x.into(), Operand::from(w).transposed(), y.into(), false);
+    if !step::cuda::few_rows(cuda, x, w, y.as_view()) {
+        cuda.product(x.into(), Operand::from(w).transposed(), y.into(), false);
+    }
 }
 
 /// `dx = dy w`.

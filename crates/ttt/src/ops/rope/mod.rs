@@ -12,7 +12,7 @@ mod reference;
 use crate::Result;
 use crate::batch::Segment;
 use crate::device::Device;
-use crate::device::view::ViewMut;
+use crate::device::view::{View, ViewMut};
 use crate::ops::{add, expect_segments, expect_shape, fast};
 use crate::tensor::{DType, Tensor, with_dtype};
 
@@ -113,6 +113,11 @@ impl Table {
     /// [`crate::Error::OutOfMemory`].
     pub fn to(&self, device: &Device) -> Result<Table> {
         Ok(Table { kind: self.kind, cos: self.cos.to(device)?, sin: self.sin.to(device)? })
+    }
+
+    /// Cosines and sines, each `[K, d]`; sines are negative in even columns.
+    pub(crate) fn parts(&self) -> [View<'_>; 2] {
+        [self.cos.view(), self.sin.view()]
     }
 
     /// Number of positions: K, or the rows of the batch.

@@ -1,5 +1,7 @@
 //! On a GPU: parameters of the kernels, and their launches.
 
+pub(crate) mod step;
+
 use crate::Result;
 use crate::batch::Segment;
 use crate::config::Inner;
@@ -40,7 +42,7 @@ macro_rules! fast {
         fast!($forward, "forward", $d, [("ttt_linear_forward", $registers), ("ttt_linear_forward_chain", 255)]);
         fast!($backward, "backward", $d, [("ttt_linear_backward", $registers), ("ttt_linear_backward_prepare", $registers)]);
         fast!($chain, "backward_chain", $d, [("ttt_linear_backward_chain", 255)]);
-        fast!($decode, "decode", $d, [("ttt_linear_decode", 168)]);
+        fast!($decode, "decode", $d, [("ttt_linear_decode", 168), ("ttt_linear_step", 168)]);
     };
     ($name:ident, $file:literal, $d:literal, [$(($kernel:literal, $registers:expr)),*]) => {
         /// Fast kernels of one head size.
@@ -65,6 +67,16 @@ static FAST: [Fast; 3] = [
     Fast { head_dim: 64, forward: &FORWARD_64, backward: &BACKWARD_64, chain: &CHAIN_64, decode: &DECODE_64 },
     Fast { head_dim: 96, forward: &FORWARD_96, backward: &BACKWARD_96, chain: &CHAIN_96, decode: &DECODE_96 },
 ];
+
+/// The decoding kernels of a head size.
+fn decode(head_dim: usize) -> Option<&'static Source> {
+    FAST.iter().find(|fast| fast.head_dim == head_dim).map(|fast| fast.decode)
+}
+
+/// Bytes of shared memory of the decoding kernels.
+fn decode_shared(head_dim: usize, mini_batch: usize) -> usize {
+    Shared::new(head_dim, mini_batch).decode
+}
 
 /// The fast kernels, where they cover the type, the sizes and the layout, and this GPU has the shared memory.
 fn fast(cuda: &Cuda, inputs: &Inputs, others: &[View]) -> Option<&'static Fast> {
@@ -97,7 +109,7 @@ impl Shared {
                 + 72 * d
                 + 64,
             chain: 4 * (2 * tile + RECORD * d + 512) + warps * (16 * 48 + patch + 1024),
-            decode: 4 * (20 * d + (2 * d + 1) * k),
+            decode: 4 * (20 * d + (2 * d + 1) * k + warps),
         }
     }
 }
@@ -286,7 +298,11 @@ pub(crate) fn forward(
     let boundaries = Tensor::empty(device, &[decoupled * parts, d * d + d], DType::F32)?;
     let opened = Tensor::empty(device, &[decoupled, k - 1, 2 * d], DType::F32)?;
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
-    let uploaded = cuda.upload(&list)?;
+    // Where nothing is kept, checkpoints have no places.
+    let (with_checkpoints, without) = match keep {
+        Some(_) => (Some(cuda.upload(&list)?), None),
+        None => (None, Some(cuda.segments(segments)?)),
+    };
     let start = if keep == Some(1) { Some(state.weights().copy()?) } else { None };
     let (weights, rows) = state.tensors_mut();
     let params = ForwardParams {
@@ -297,7 +313,10 @@ pub(crate) fn forward(
         tok: tok.address(),
         gamma: gamma.address(),
         beta: beta.address(),
-        segments: uploaded.address(),
+        segments: match (&with_checkpoints, &without) {
+            (Some(list), _) => list.address(),
+            (None, list) => list.as_ref().map_or(0, |list| list.without_checkpoints()),
+        },
         z: z.address(),
         weights: weights.view_mut().as_view().address(),
         rows: rows.view_mut().as_view().address(),
@@ -483,6 +502,8 @@ mod tests {
             equal("sizeof(ForwardParams)", size_of::<ForwardParams>()),
             equal("sizeof(BackwardParams)", size_of::<BackwardParams>()),
             equal("sizeof(ReduceParams)", size_of::<ReduceParams>()),
+            equal("sizeof(StepParams)", size_of::<step::Params>()),
+            equal("__INTADDR__(&((StepParams*)0)->rate_scale)", offset_of!(step::Params, rate_scale)),
             equal("__INTADDR__(&((ForwardParams*)0)->opened)", offset_of!(ForwardParams, opened)),
             equal("__INTADDR__(&((ForwardParams*)0)->q_stride)", offset_of!(ForwardParams, q_stride)),
             equal("__INTADDR__(&((ForwardParams*)0)->parts)", offset_of!(ForwardParams, parts)),

@@ -24,7 +24,7 @@ struct Segment {
 //   forward, forward_chain      4 (3 * 16 (2 d + 16) + 64) + 192 d + 8 d
 //   backward, backward_prepare  2 (5 * 16 (2 d + 16) + 64) + (2 d + 48) (2 d + 16) + 304 d + 64
 //   backward_chain              4 (2 * 16 (2 d + 16) + 128 d + 512) + 192 d
-//   decode                      4 (20 d + (2 d + 1) K)
+//   decode, step                4 (20 d + (2 d + 1) K + d / 16)
 //   plain, reduce               0
 
 // S = d * d + d fast weights of a head: [W row-major [in, out] | b].
@@ -54,6 +54,34 @@ struct ForwardParams {
     u32 group;      // mini-batches of a checkpoint group, >= 1
     u32 split;      // mini-batches of a part, a multiple of group; 0: not decoupled
     u32 parts;      // parts of the longest segment, ceil(mini-batches / split); 1 when not decoupled
+};
+
+// One token of each of some sequences from the projections on: convolutions or none, RoPE, gate of the learning rate. bf16.
+struct StepParams {
+    const void* projected;    // [rows, stride]: column blocks of H d: with convolutions [their input | v ..], else [q | k | v ..]
+    const void* normed;       // [rows, H d]: what the projections and the gate read
+    const void* rate_weight;  // [H, H d]
+    const float* rate_bias;   // [H]
+    const float* token_idx;   // [K]: tok_i = max(0, 1 / (i + 1) + token_idx_i)
+    const float* gamma;       // [H, d]
+    const float* beta;        // [H, d]
+    const float* cosine;      // [K, d]
+    const float* sine;        // [K, d], negative in even columns
+    const float* taps_of[2];  // k, q: [H d, taps]. Null: no convolutions
+    const float* bias_of[2];  // k, q: [H d]
+    void* window;             // [slots, taps - 1, H d], moved on
+    const u32* segments;      // [rows][first row, length, slot, phase]; length 0: nothing is done
+    void* z;                  // [rows, H d], written
+    float* weights;           // as in the forward
+    float* rows;
+    void* pre_window;         // [slots, pre_taps - 1, H d]: of the convolution before the layer, moved on by
+    const void* pre_now;      // [rows, H d]. Null: somebody else does it
+    u32 stride;
+    u32 heads;
+    u32 mini_batch;
+    u32 taps;         // <= 8
+    u32 pre_taps;     // <= 8
+    float rate_scale; // base rate / d
 };
 
 // All phases are 0; an update by a tail shorter than K was dropped.

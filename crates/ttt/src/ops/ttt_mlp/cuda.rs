@@ -201,7 +201,11 @@ pub(crate) fn forward(
     let decode = decode && keep.is_none() && segments.iter().all(|s| s.len == 1);
     let scratch_len = if fast || decode { 0 } else { scratch_lens(d, k)[0] };
     let scratch = Tensor::empty(device, &[blocks * scratch_len], DType::F32)?;
-    let uploaded = cuda.upload(&list)?;
+    // Where nothing is kept, checkpoints have no places.
+    let (with_checkpoints, without) = match keep {
+        Some(_) => (Some(cuda.upload(&list)?), None),
+        None => (None, Some(cuda.segments(segments)?)),
+    };
     let start = if keep == Some(1) { Some(state.weights().copy()?) } else { None };
     let (weights, rows) = state.tensors_mut();
     let params = ForwardParams {
@@ -212,7 +216,10 @@ pub(crate) fn forward(
         tok: tok.address(),
         gamma: gamma.address(),
         beta: beta.address(),
-        segments: uploaded.address(),
+        segments: match (&with_checkpoints, &without) {
+            (Some(list), _) => list.address(),
+            (None, list) => list.as_ref().map_or(0, |list| list.without_checkpoints()),
+        },
         z: z.address(),
         weights: weights.view_mut().as_view().address(),
         rows: rows.view_mut().as_view().address(),

@@ -31,6 +31,7 @@ KERNEL __launch_bounds__(MLP_THREADS, DECODE_BLOCKS) ttt_mlp_decode(const __grid
     float *m1 = shared + Shared::M1, *m2 = shared + Shared::M2;
     const u32 K = p.mini_batch, head = blockIdx.x % p.heads, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const Segment seg = p.segments[blockIdx.x / p.heads];
+    if (seg.len == 0) return; // a sequence that has ended
     const u32 phase = seg.phase, row = seg.first_row;
     const u64 place = (u64)seg.slot * p.heads + head;
     float* state = p.weights + place * MLP_STATE;
