@@ -409,11 +409,15 @@ impl Lm {
 
     /// The rotary angles of a pass.
     fn rope(&self, segments: &[Segment]) -> Result<Option<rope::Table>> {
-        if self.config.mixer != Mixer::Attention {
+        if self.config.mini_batch().is_some() || self.config.mixer == Mixer::Mamba {
             return Ok(self.rope.clone());
         }
         let (head_dim, theta) = (self.config.head_dim(), self.config.rope_theta);
-        Ok(Some(rope::Table::of_batch(&self.device, self.dtype(), segments, head_dim, theta)?))
+        let table = match self.config.mixer {
+            Mixer::Ttt => rope::Table::neighbours_of_batch,
+            Mixer::Attention | Mixer::Mamba => rope::Table::of_batch,
+        };
+        Ok(Some(table(&self.device, self.dtype(), segments, head_dim, theta)?))
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

@@ -3,9 +3,9 @@
 mod support;
 
 use proptest::prelude::*;
-use support::{Random, relative, shaken_model, transformer};
+use support::{Random, relative, rungs, shaken_model, transformer};
 use ttt::batch::Batch;
-use ttt::config::{Config, Inner};
+use ttt::config::{Config, Inner, Mixer};
 use ttt::device::{Device, Kernels};
 use ttt::layer::Keep;
 use ttt::lm::Lm;
@@ -41,6 +41,9 @@ fn all_configs() -> Vec<Config> {
             all.push(transformer(like, 1 + bits % 2));
         }
     }
+    // Both backbones.
+    let ladder = [0, 14].map(|bits| all.iter().filter(|c| c.mixer == Mixer::Ttt).nth(bits).expect("32 of them").clone());
+    all.extend(ladder.iter().flat_map(rungs));
     all
 }
 
@@ -91,9 +94,10 @@ fn gradients_are_finite_differences_in_every_configuration() {
                 model.params_mut().data_mut().as_mut_slice::<f64>().iter_mut().zip(moved).for_each(|(x, v)| *x = v);
                 loss(&model, &batch, &targets, &weights)
             };
-            // Fourth-order central difference.
+            // Sixth-order central difference.
             let h = 2e-5;
-            let numeric = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
+            let mut difference = |step: f64| at(step * h) - at(-step * h);
+            let numeric = (45.0 * difference(1.0) - 9.0 * difference(2.0) + difference(3.0)) / (60.0 * h);
             let analytic: f64 = grads.iter().zip(&direction).map(|(g, d)| g * d).sum();
             assert!((numeric - analytic).abs() < 1e-6 * analytic.abs().max(1e-2), "{config:?}: {numeric} and {analytic}");
         }
@@ -121,10 +125,12 @@ fn gradients_are_bit_identical_whatever_is_kept() {
     }
 }
 
-/// The tiny preset of every mixer.
-fn tiny() -> [Config; 3] {
+/// The tiny preset of every mixer and learner.
+fn tiny() -> Vec<Config> {
     let ttt = |inner| Config::preset("tiny", inner).unwrap();
-    [ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap()]
+    let mut all = vec![ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap()];
+    all.extend(rungs(&all[0]));
+    all
 }
 
 fn logits(model: &Lm, tokens: &[u32]) -> Vec<f64> {
@@ -154,15 +160,29 @@ fn state_values(model: &Lm, states: &States, slot: usize) -> Vec<f64> {
 enum Kind {
     Ttt(Inner, bool),
     Transformer(bool),
+    /// A rung of the ladder, with the Mamba backbone or without.
+    Rung(usize, bool),
 }
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 18] = [
     Kind::Ttt(Inner::Linear, true),
     Kind::Ttt(Inner::Mlp, true),
     Kind::Ttt(Inner::Linear, false),
     Kind::Ttt(Inner::Mlp, false),
     Kind::Transformer(true),
     Kind::Transformer(false),
+    Kind::Rung(0, false),
+    Kind::Rung(1, false),
+    Kind::Rung(2, false),
+    Kind::Rung(3, false),
+    Kind::Rung(4, false),
+    Kind::Rung(5, false),
+    Kind::Rung(6, false),
+    Kind::Rung(7, false),
+    Kind::Rung(0, true),
+    Kind::Rung(2, true),
+    Kind::Rung(4, true),
+    Kind::Rung(6, true),
 ];
 
 /// Two blocks of a shape whose head size the fast kernels cover.
@@ -170,6 +190,11 @@ fn small(kind: Kind, mini_batch_size: usize) -> Config {
     let (inner, mamba) = match kind {
         Kind::Ttt(inner, mamba) => (inner, mamba),
         Kind::Transformer(shared) => return transformer(small(KINDS[0], mini_batch_size), 1 + usize::from(shared)),
+        Kind::Rung(rung, mamba) => {
+            let mut like = small(Kind::Ttt(Inner::Linear, mamba), mini_batch_size);
+            like.ttt_base_lr = 1.0;
+            return rungs(&like)[rung].clone();
+        }
     };
     Config {
         vocab_size: 40,
@@ -194,7 +219,7 @@ fn split<'t>(tokens: &'t [u32], cuts: &[usize]) -> Vec<&'t [u32]> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     /// Any cutting of a sequence into calls, with other sequences in other slots, gives the logits and the state of one call.
     #[test]

@@ -93,7 +93,7 @@ fn bad_files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("phases", noted(&good, &[("phase", "3"), ("tokens", "7")]), "[heads, 3, row] is needed"),
         ("tokens", noted(&good, &[("tokens", "18446744073709551614")]), "not a number from 0"),
         ("no-tokens", noted(&good, &[("tokens", "")]), "`tokens` is missing"),
-        ("learner", noted(&good, &[("learner", "mlpp")]), "none of linear, mlp, attention and mamba"),
+        ("learner", noted(&good, &[("learner", "mlpp")]), "none of linear, mlp, batch, linear_attention, attention, mamba"),
         ("type", edit(&good, |h, _| h[weights]["dtype"] = json!("I32")), "holds I32"),
         ("shape", edit(&good, |h, _| h[weights]["shape"] = json!([4, 10])), "has shape [4, 10]; [2, 20] is needed"),
         ("rank", edit(&good, |h, _| h[weights]["shape"] = json!([40])), "two axes"),

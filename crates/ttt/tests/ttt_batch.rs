@@ -4,11 +4,11 @@
 mod ttt_case;
 
 use ttt::batch::Segment;
-use ttt::config::Inner;
+use ttt::config::{Inner, TokenScale};
 use ttt::device::{Device, Kernels};
 use ttt::ops::inner::Variant;
 use ttt::ops::linear_attention::{self, Kind};
-use ttt::ops::ttt_batch::{self, TokenScale};
+use ttt::ops::ttt_batch;
 use ttt::tensor::{DType, Tensor};
 use ttt_case::{Case, close, largest, noise, variants};
 

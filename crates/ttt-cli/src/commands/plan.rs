@@ -104,10 +104,17 @@ pub fn describe(config: &Config) -> String {
         }
         Mixer::Attention | Mixer::Mamba => config.kind().to_owned(),
     };
-    let (ffn, k) = (config.intermediate_size, config.mini_batch_size);
+    let ffn = config.intermediate_size;
     let heads = format!("{} heads", config.num_attention_heads);
     let (before, after) = match config.mixer {
-        Mixer::Ttt => (format!("{heads}, feed-forward {ffn}"), format!(", mini-batch {k}")),
+        Mixer::Ttt => {
+            let mini_batch = match config.mini_batch() {
+                Some(k) => format!(", mini-batch {k}"),
+                None if config.linear_attention.is_some() => String::new(),
+                None => ", mini-batch the sequence".into(),
+            };
+            (format!("{heads}, feed-forward {ffn}"), mini_batch)
+        }
         Mixer::Attention if config.key_value_heads() < config.num_attention_heads => {
             (format!("{heads}, {} of keys and values, feed-forward {ffn}", config.key_value_heads()), String::new())
         }

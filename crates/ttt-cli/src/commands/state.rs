@@ -48,6 +48,8 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
     let learner = match header.learner {
         Learner::Linear => "TTT-Linear",
         Learner::Mlp => "TTT-MLP",
+        Learner::Batch => "TTT-Linear in one mini-batch",
+        Learner::LinearAttention => "linear attention",
         Learner::Attention => "attention",
         Learner::Mamba => "Mamba",
     };

@@ -8,6 +8,7 @@ mod commands;
 mod compare;
 mod evaluate;
 mod flow;
+mod ladder;
 mod mamba;
 mod quantize;
 mod serve;

@@ -1,6 +1,6 @@
 //! Pictures as values: plots with their lines and axes, drawn as SVG, as PNG, or by a page that reads them as JSON.
 //!
-//! All pictures of this crate look the same because all of them are drawn here ([`draw`]); what they show is put together beside the
+//! All pictures of this crate look the same because all of them are drawn here; what they show is put together beside the
 //! numbers that they show ([`crate::train::plot`], [`crate::eval`], [`crate::results`]).
 
 mod draw;

@@ -1,9 +1,11 @@
 //! Hyperparameters of a model: those of a TTT model have the names and defaults of the official `TTTConfig`, those of the two
 //! baselines the names of Hugging Face's Llama and Mamba where it has them ([`crate::hub::config_json`] maps the others).
 
+pub(crate) mod ladder;
 mod presets;
 mod validate;
 
+pub use ladder::{LinearAttention, SEQUENCE, TokenScale};
 pub use presets::{MAMBA_PRESETS, PRESETS};
 
 use serde::{Deserialize, Serialize};
@@ -60,7 +62,7 @@ impl Mixer {
             "eos_token_id",
             "tie_word_embeddings",
         ];
-        shared.contains(&name) || also.contains(&name)
+        shared.contains(&name) || also.contains(&name) || (self == Mixer::Ttt && ladder::FIELDS.contains(&name))
     }
 }
 
@@ -127,8 +129,24 @@ pub struct Config {
     pub ttt_layer_type: Inner,
     /// Base inner learning rate: 1.0 for TTT-Linear, 0.1 for TTT-MLP.
     pub ttt_base_lr: f64,
-    /// Tokens per inner gradient step, K.
+    /// Tokens per inner gradient step, K, or [`SEQUENCE`].
+    #[serde(with = "ladder::mini_batch")]
     pub mini_batch_size: usize,
+    /// Linear attention in the place of the inner model; the fields `ttt_...` and `mini_batch_size` then say nothing.
+    pub linear_attention: Option<LinearAttention>,
+    /// LayerNorm in the inner model.
+    pub ttt_layer_norm: bool,
+    /// `x +` in the inner model; without it, it learns v itself and not `v - k`.
+    pub ttt_residual: bool,
+    /// Bias in the inner model.
+    pub ttt_bias: bool,
+    /// Learned initial fast weights; without them, they are 0.
+    pub ttt_learnable_init: bool,
+    /// Learned inner learning rates: the gate of every token and head and the scale of every position. Without them the rate is
+    /// `ttt_base_lr` itself and the scale `ttt_token_scale`.
+    pub ttt_learnable_lr: bool,
+    /// Scale of the sum of gradients that a token sees, where it is not learned.
+    pub ttt_token_scale: TokenScale,
     /// A causal convolution before the TTT layer in every block.
     pub pre_conv: bool,
     /// Taps of every convolution.
@@ -168,6 +186,13 @@ impl Default for Config {
             ttt_layer_type: Inner::Linear,
             ttt_base_lr: 1.0,
             mini_batch_size: 16,
+            linear_attention: None,
+            ttt_layer_norm: true,
+            ttt_residual: true,
+            ttt_bias: true,
+            ttt_learnable_init: true,
+            ttt_learnable_lr: true,
+            ttt_token_scale: TokenScale::Mean,
             pre_conv: false,
             conv_kernel: 4,
             num_key_value_heads: None,
@@ -197,14 +222,15 @@ impl Config {
         self
     }
 
-    /// The inner model, where there is one.
+    /// The inner model that learns in mini-batches, where there is one.
     pub fn inner(&self) -> Option<Inner> {
-        (self.mixer == Mixer::Ttt).then_some(self.ttt_layer_type)
+        (self.mixer == Mixer::Ttt && !self.sums()).then_some(self.ttt_layer_type)
     }
 
     /// What people call such a model.
     pub fn kind(&self) -> &'static str {
         match (self.mixer, self.ttt_layer_type) {
+            (Mixer::Ttt, _) if self.linear_attention.is_some() => "linear attention",
             (Mixer::Ttt, Inner::Linear) => "TTT-Linear",
             (Mixer::Ttt, Inner::Mlp) => "TTT-MLP",
             (Mixer::Attention, _) => "Transformer",
@@ -214,7 +240,7 @@ impl Config {
 
     /// Tokens of a mini-batch of the inner loop, K, where there is one.
     pub fn mini_batch(&self) -> Option<usize> {
-        (self.mixer == Mixer::Ttt).then_some(self.mini_batch_size)
+        self.inner().map(|_| self.mini_batch_size)
     }
 
     /// Whether blocks have a feed-forward part.

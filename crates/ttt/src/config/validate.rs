@@ -35,8 +35,8 @@ impl Config {
         if self.mixer != Mixer::Mamba {
             self.validate_heads()?;
         }
-        if self.mixer == Mixer::Ttt && !(1..=64).contains(&self.mini_batch_size) {
-            return wrong(format!("mini_batch_size is {}; it must be from 1 to 64", self.mini_batch_size));
+        if self.mixer == Mixer::Ttt {
+            self.validate_ladder()?;
         }
         if self.hidden_act != "silu" {
             return wrong(format!("hidden_act is `{}`; the models here use `silu`", self.hidden_act));

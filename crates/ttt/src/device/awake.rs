@@ -12,7 +12,11 @@ const MOST: usize = 15;
 const PATIENCE: usize = 64;
 
 /// Work does not wait longer than this for threads to wake up.
-const PUNCTUAL: Duration = Duration::from_micros(200);
+const PUNCTUAL: Duration = Duration::from_micros(100);
+
+/// A thread that found no work for so long goes to sleep after all: the pass does something that does not split, or other programs
+/// need the processor.
+const IDLE: Duration = Duration::from_micros(300);
 
 thread_local! {
     /// Whether this thread is inside [`with_workers`].
@@ -64,23 +68,24 @@ impl Watch {
         self.came.fetch_or(Watch::CLOSED, Ordering::AcqRel);
     }
 
-    /// Works on what there is until all is over.
+    /// Works on what there is until all is over, or there is nothing for too long.
     fn stand(&self) {
         if self.came.fetch_add(1, Ordering::AcqRel) >= Watch::CLOSED {
             return;
         }
-        let mut idle = 0;
+        let (mut idle, mut since) = (0, Instant::now());
         while self.came.load(Ordering::Acquire) < Watch::OVER {
             if rayon::yield_now() == Some(rayon::Yield::Executed) {
-                idle = 0;
+                (idle, since) = (0, Instant::now());
                 continue;
             }
             idle += 1;
-            if idle < PATIENCE {
+            if idle % PATIENCE > 0 {
                 std::hint::spin_loop();
-            } else {
-                idle = 0;
+            } else if since.elapsed() < IDLE {
                 std::thread::yield_now();
+            } else {
+                return;
             }
         }
     }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::FileDType;
 use super::atomic::write_atomic;
 use super::open_file;
-use crate::config::{Config, Mixer};
+use crate::config::{Config, Mixer, ladder};
 use crate::{AtPath, Error, Result};
 
 /// Longest JSON file that is read, in bytes; an index of ten thousand tensors has one million.
@@ -271,8 +271,13 @@ pub fn write_generation(path: &Path, config: &Config) -> Result<()> {
 pub fn fields(config: &Config) -> Map<String, Value> {
     let dialect = Dialect::of(config.mixer);
     let Ok(Value::Object(all)) = serde_json::to_value(config) else { unreachable!("a Config is an object") };
+    let Ok(defaults) = serde_json::to_value(Config::default()) else { unreachable!("a Config is an object") };
     let mut fields = Map::new();
     for (ours, value) in all {
+        // What no official model has is not written where it says nothing.
+        if ladder::FIELDS.contains(&&*ours) && defaults.get(&ours) == Some(&value) {
+            continue;
+        }
         match ours.as_str() {
             "mixer" => fields.insert("model_type".to_owned(), json!(dialect.model_type)),
             _ if !config.mixer.has_field(&ours) => None,

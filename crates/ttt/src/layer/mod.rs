@@ -21,6 +21,7 @@ pub use carry::{Carried, Route};
 pub use mamba::{MambaLayer, MambaSaved, MambaState};
 pub use mixer::{MixerLayer, MixerSaved};
 pub use state::{LayerState, TttState};
+pub(crate) use ttt::Learner;
 pub use ttt::{InnerStatistics, TttLayer, TttSaved};
 
 use crate::batch::Segment;

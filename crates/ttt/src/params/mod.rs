@@ -14,7 +14,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 pub use init::Init;
-pub use model::{AttentionIds, BlockIds, FeedForwardIds, MambaIds, MixerIds, ModelIds, TttIds};
+pub use model::{AttentionIds, BlockIds, FeedForwardIds, LrIds, MambaIds, MixerIds, ModelIds, TttIds};
 pub use table::{Entry, ParamId, ParamTable};
 
 use crate::Result;
@@ -251,10 +251,11 @@ mod tests {
         let (table, ids) = ParamTable::new(&config);
         let mut params = Params::zeros(&Arc::new(table), &Device::cpu().unwrap(), DType::F32).unwrap();
         let MixerIds::Ttt(ttt) = &ids.blocks[1].mixer else { panic!("a TTT layer") };
-        let [mut gamma, mut w1] = params.views_mut([ttt.ttt_norm.0, ttt.initial[0]]);
+        let gamma_id = ttt.ttt_norm.unwrap().0;
+        let [mut gamma, mut w1] = params.views_mut([gamma_id, ttt.initial[0]]);
         gamma.as_mat::<f32>().row_mut(3)[5] = 1.0;
         w1.as_mat::<f32>().row_mut(47)[47] = 2.0;
-        assert_eq!(params.values::<f32>(ttt.ttt_norm.0)[3 * 48 + 5], 1.0);
+        assert_eq!(params.values::<f32>(gamma_id)[3 * 48 + 5], 1.0);
         assert_eq!(params.values::<f32>(ttt.initial[0])[47 * 48 + 47], 2.0);
     }
 }

@@ -20,18 +20,25 @@ pub struct TttIds {
     pub o_proj: ParamId,
     /// Weight and bias of the convolutions for q and k.
     pub convs: Option<[(ParamId, ParamId); 2]>,
-    /// Offset of the token scale.
-    pub token_idx: ParamId,
-    /// Weight of the inner learning rate's gate.
-    pub lr_weight: ParamId,
-    /// Bias of the inner learning rate's gate.
-    pub lr_bias: ParamId,
-    /// Weight and bias of the LayerNorm inside f.
-    pub ttt_norm: (ParamId, ParamId),
+    /// The learned inner learning rate; none where it is fixed.
+    pub lr: Option<LrIds>,
+    /// Weight and bias of the LayerNorm inside f, where there is one.
+    pub ttt_norm: Option<(ParamId, ParamId)>,
     /// Weight and bias of the LayerNorm before the output projection.
     pub post_norm: (ParamId, ParamId),
-    /// Initial fast weights: W1, b1 (TTT-Linear) or W1, b1, W2, b2 (TTT-MLP).
+    /// Initial fast weights: W1, b1 (TTT-Linear) or W1, b1, W2, b2 (TTT-MLP); none where they are 0.
     pub initial: Vec<ParamId>,
+}
+
+/// Parameters of the learned inner learning rate.
+#[derive(Clone, Copy, Debug)]
+pub struct LrIds {
+    /// Offset of the token scale, for each position of a mini-batch; none where the mini-batch is the sequence.
+    pub token_idx: Option<ParamId>,
+    /// Weight of the gate.
+    pub weight: ParamId,
+    /// Bias of the gate.
+    pub bias: ParamId,
 }
 
 /// Parameters of one attention layer.
@@ -179,14 +186,18 @@ fn ttt_layer(t: &mut ParamTable, config: &Config, s: &str) -> TttIds {
             )
         })
     });
-    let token_idx = t.add(&format!("{s}learnable_token_idx"), &[k], Init::Zeros);
-    let lr_weight = t.add(&format!("{s}learnable_ttt_lr_weight"), &[h, 1, d], inner_normal);
-    let lr_bias = t.add(&format!("{s}learnable_ttt_lr_bias"), &[h, 1], Init::Zeros);
-    let ttt_norm =
-        (t.add(&format!("{s}ttt_norm_weight"), &[h, hd], Init::Ones), t.add(&format!("{s}ttt_norm_bias"), &[h, hd], Init::Zeros));
+    let lr = config.learns_lr().then(|| LrIds {
+        token_idx: (!config.sums()).then(|| t.add(&format!("{s}learnable_token_idx"), &[k], Init::Zeros)),
+        weight: t.add(&format!("{s}learnable_ttt_lr_weight"), &[h, 1, d], inner_normal),
+        bias: t.add(&format!("{s}learnable_ttt_lr_bias"), &[h, 1], Init::Zeros),
+    });
+    let ttt_norm = config.norms_inner().then(|| {
+        (t.add(&format!("{s}ttt_norm_weight"), &[h, hd], Init::Ones), t.add(&format!("{s}ttt_norm_bias"), &[h, hd], Init::Zeros))
+    });
     let post_norm =
         (t.add(&format!("{s}post_norm.weight"), &[d], Init::Ones), t.add(&format!("{s}post_norm.bias"), &[d], Init::Zeros));
     let inner_shapes: &[(&str, [usize; 3], Init)] = match config.ttt_layer_type {
+        _ if !config.learns_init() => &[],
         Inner::Linear => &[("W1", [h, hd, hd], inner_normal), ("b1", [h, 1, hd], Init::Zeros)],
         Inner::Mlp => &[
             ("W1", [h, hd, 4 * hd], inner_normal),
@@ -199,7 +210,7 @@ fn ttt_layer(t: &mut ParamTable, config: &Config, s: &str) -> TttIds {
     for id in &initial {
         t.mark_initial_state(*id);
     }
-    TttIds { q_proj, k_proj, v_proj, g_proj, o_proj, convs, token_idx, lr_weight, lr_bias, ttt_norm, post_norm, initial }
+    TttIds { q_proj, k_proj, v_proj, g_proj, o_proj, convs, lr, ttt_norm, post_norm, initial }
 }
 
 /// A block of Hugging Face's Llama.

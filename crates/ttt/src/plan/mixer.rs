@@ -2,6 +2,7 @@
 
 use super::replay::{Kept, Ledger, Of, Shape};
 use crate::config::Mixer;
+use crate::layer::Learner;
 use crate::ops::inner::FastWeights;
 use crate::ops::{partials, selective_scan};
 
@@ -30,7 +31,7 @@ impl Shape<'_> {
         if config.share_qk {
             kept.qk = l.take(rows) + l.take(rows);
         }
-        kept.small = l.take(self.n * config.num_attention_heads) + l.take(config.mini_batch_size);
+        kept.small = self.take_rates(l);
         let own = match of {
             Of::None => l.take(self.lens.len() * self.state_len()) + l.take(self.lens.len() * self.open_rows()),
             _ => 0,
@@ -52,6 +53,15 @@ impl Shape<'_> {
         out
     }
 
+    /// Inner learning rates and token scales, or their gradients.
+    fn take_rates(&self, l: &mut Ledger) -> usize {
+        match Learner::of(self.config) {
+            Learner::MiniBatch { mini_batch, .. } => l.take(self.n * self.config.num_attention_heads) + l.take(mini_batch),
+            Learner::Batch { .. } => l.take(self.n * self.config.num_attention_heads),
+            Learner::Attention(_) => 0,
+        }
+    }
+
     fn ttt_backward(&self, l: &mut Ledger, kept: &Kept, dstates: bool) -> usize {
         let (config, rows) = (self.config, self.rows());
         let dprojected = l.take(rows * self.projections());
@@ -70,7 +80,7 @@ impl Shape<'_> {
         let dz = l.take(rows);
         l.free(dnormed + kept.z);
         let dstate = if dstates { 0 } else { l.take(self.lens.len() * self.state_len()) };
-        let dlr = l.take(self.n * config.num_attention_heads) + l.take(config.mini_batch_size);
+        let dlr = self.take_rates(l);
         let dqk = if config.share_qk { l.take(rows) + l.take(rows) } else { 0 };
         l.free(kept.fast_weights + dz + kept.qk + dstate);
         if config.share_qk {
@@ -179,17 +189,18 @@ impl Shape<'_> {
     }
 
     fn state_len(&self) -> usize {
-        self.config.num_attention_heads * FastWeights::state_len(self.config.ttt_layer_type, self.config.head_dim())
+        self.config.num_attention_heads * Learner::of(self.config).state_len(self.config.head_dim())
     }
 
     fn checkpoints(&self, group: usize) -> usize {
-        let per_sequence = |len: &usize| len.div_ceil(self.config.mini_batch_size).div_ceil(group);
+        // Without mini-batches, the state that a sequence began with.
+        let per_sequence = |len: &usize| self.config.mini_batch().map_or(1, |k| len.div_ceil(k).div_ceil(group));
         self.lens.iter().map(per_sequence).sum::<usize>() * self.state_len()
     }
 
     fn open_rows(&self) -> usize {
         let row = FastWeights::row_len(self.config.ttt_layer_type, self.config.head_dim());
-        self.config.num_attention_heads * (self.config.mini_batch_size - 1) * row
+        self.config.num_attention_heads * self.config.mini_batch().map_or(0, |k| k - 1) * row
     }
 
     /// What crosses a cut of `slots` sequences of a layer, or its gradients.

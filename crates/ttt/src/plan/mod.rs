@@ -6,10 +6,10 @@
 mod mixer;
 mod replay;
 
-use crate::config::{Config, Inner, Mixer};
+use crate::config::{Config, Mixer};
 use crate::device::memory::size_class;
 use crate::generate::PREFILL_CHUNK;
-use crate::layer::Keep;
+use crate::layer::{Keep, Learner};
 use crate::params::{Entry, ParamTable};
 use crate::weights::Storage;
 use replay::{Ledger, Of, Shape};
@@ -44,14 +44,10 @@ pub fn flops(config: &Config, tokens: usize) -> Flops {
     let feed_forward = if config.has_feed_forward() { 2.0 * 3.0 * d * i } else { 0.0 };
     let (projections, mixing) = match config.mixer {
         Mixer::Ttt => {
-            let (h, hd, k) = (config.num_attention_heads as f64, config.head_dim() as f64, config.mini_batch_size as f64);
+            let (h, hd) = (config.num_attention_heads as f64, config.head_dim() as f64);
+            let gate = if config.learns_lr() { d * h } else { 0.0 };
             let projections = 3.0 + f64::from(u8::from(!config.share_qk)) + f64::from(u8::from(config.use_gate));
-            // Per mini-batch and head: 6 n d^2 + 4 n^2 d forward, twice that backward (TTT-Linear); 56 n d^2 + 20 n^2 d (TTT-MLP).
-            let (square, rows) = match config.ttt_layer_type {
-                Inner::Linear => (6.0, 4.0),
-                Inner::Mlp => (56.0, 20.0),
-            };
-            (2.0 * (projections * d * d + d * h), h * (square * hd * hd + rows * k * hd))
+            (2.0 * (projections * d * d + gate), h * Learner::of(config).flops(hd))
         }
         // q, k, v and the output; scores and sums of values over half of the tokens, a token's own among them.
         Mixer::Attention => (2.0 * (2.0 * d * d + 2.0 * d * config.key_value_size() as f64), 4.0 * d * (tokens as f64 + 1.0) / 2.0),

@@ -25,6 +25,10 @@ pub enum Learner {
     Linear,
     /// TTT-MLP.
     Mlp,
+    /// TTT-Linear in one mini-batch as long as the sequence.
+    Batch,
+    /// Linear attention.
+    LinearAttention,
     /// Attention.
     Attention,
     /// Mamba.
@@ -32,11 +36,14 @@ pub enum Learner {
 }
 
 impl Learner {
-    const ALL: [Learner; 4] = [Learner::Linear, Learner::Mlp, Learner::Attention, Learner::Mamba];
+    const ALL: [Learner; 6] =
+        [Learner::Linear, Learner::Mlp, Learner::Batch, Learner::LinearAttention, Learner::Attention, Learner::Mamba];
 
     /// That of a model.
     pub fn of(config: &Config) -> Learner {
         match (config.mixer, config.ttt_layer_type) {
+            (Mixer::Ttt, _) if config.linear_attention.is_some() => Learner::LinearAttention,
+            (Mixer::Ttt, _) if config.sums() => Learner::Batch,
             (Mixer::Ttt, Inner::Linear) => Learner::Linear,
             (Mixer::Ttt, Inner::Mlp) => Learner::Mlp,
             (Mixer::Attention, _) => Learner::Attention,
@@ -49,6 +56,8 @@ impl Learner {
         match self {
             Learner::Linear => "linear",
             Learner::Mlp => "mlp",
+            Learner::Batch => "batch",
+            Learner::LinearAttention => "linear_attention",
             Learner::Attention => "attention",
             Learner::Mamba => "mamba",
         }
@@ -57,7 +66,7 @@ impl Learner {
     /// The tensors of a layer: name, number of axes, whether every layer has it.
     fn tensors(self) -> &'static [(&'static str, usize, bool)] {
         match self {
-            Learner::Linear | Learner::Mlp => {
+            Learner::Linear | Learner::Mlp | Learner::Batch | Learner::LinearAttention => {
                 &[(FAST_WEIGHTS, 2, true), (OPEN_ROWS, 3, true), (PRE_CONV, 2, false), (QK_CONV, 2, false)]
             }
             Learner::Attention => &[(KEYS, 2, true), (VALUES, 2, true)],
@@ -68,7 +77,7 @@ impl Learner {
     /// The tensor of fixed size that remembers the text, if there is one.
     pub(super) fn memory(self) -> Option<&'static str> {
         match self {
-            Learner::Linear | Learner::Mlp => Some(FAST_WEIGHTS),
+            Learner::Linear | Learner::Mlp | Learner::Batch | Learner::LinearAttention => Some(FAST_WEIGHTS),
             Learner::Attention => None,
             Learner::Mamba => Some(RECURRENT),
         }
@@ -142,8 +151,10 @@ impl StateHeader {
         };
         let learner = text("learner")?;
         let learner = Learner::ALL.into_iter().find(|known| known.name() == learner);
-        let learner =
-            learner.ok_or_else(|| damaged("`learner` in its metadata is none of linear, mlp, attention and mamba".into()))?;
+        let learner = learner.ok_or_else(|| {
+            let known = Learner::ALL.map(Learner::name).join(", ");
+            damaged(format!("`learner` in its metadata is none of {known}"))
+        })?;
         let mini_batch = number("mini_batch_size", 1, 1 << 32)? as usize;
         // A position that counts on would overflow.
         let tokens = number("tokens", 0, i64::MAX as u64)?;

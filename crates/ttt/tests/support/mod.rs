@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 use ttt::batch::Batch;
-use ttt::config::{Config, Inner, Mixer};
+use ttt::config::{Config, Inner, LinearAttention, Mixer, SEQUENCE, TokenScale};
 use ttt::device::Device;
 use ttt::layer::state::Extent;
 use ttt::lm::Lm;
@@ -189,4 +189,40 @@ pub fn transformer(like: Config, shared: usize) -> Config {
         ttt_base_lr: default.ttt_base_lr,
         ..like
     }
+}
+
+/// The paper's ladder made of a TTT-Linear's configuration: the rungs before the published models, in order, and behind them what
+/// else their fields can be combined to.
+pub fn rungs(like: &Config) -> [Config; 8] {
+    let attention = |kind| Config { linear_attention: Some(kind), ..like.clone() };
+    let equal = Config {
+        mini_batch_size: SEQUENCE,
+        ttt_layer_norm: false,
+        ttt_residual: false,
+        ttt_bias: false,
+        ttt_learnable_init: false,
+        ttt_learnable_lr: false,
+        ttt_base_lr: 1.0,
+        ttt_token_scale: TokenScale::Sum,
+        ..like.clone()
+    };
+    let init = Config { ttt_bias: true, ttt_learnable_init: true, ..equal.clone() };
+    let norm = Config {
+        ttt_layer_norm: true,
+        ttt_residual: true,
+        ttt_base_lr: 0.5 / like.head_dim() as f64,
+        ttt_token_scale: TokenScale::Mean,
+        ..init.clone()
+    };
+    let mini_batch = Config { mini_batch_size: like.mini_batch_size, ..norm.clone() };
+    [
+        attention(LinearAttention::Normalised),
+        attention(LinearAttention::Plain),
+        equal,
+        init,
+        norm,
+        mini_batch,
+        Config { mini_batch_size: SEQUENCE, ..like.clone() },
+        Config { ttt_learnable_init: false, ttt_layer_norm: false, ..like.clone() },
+    ]
 }

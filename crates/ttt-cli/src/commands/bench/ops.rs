@@ -176,7 +176,9 @@ fn mamba(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
 
 /// The inner loop of one layer.
 fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
-    let (heads, width, k) = (config.num_attention_heads, config.head_dim(), config.mini_batch_size);
+    // Batch descent and linear attention are not mini-batches.
+    let Some(k) = config.mini_batch() else { return Ok(()) };
+    let (heads, width) = (config.num_attention_heads, config.head_dim());
     let (d, kind) = (config.hidden_size, config.ttt_layer_type);
     let [q, keys, v, dz] = [&[n, d][..]; 4].map(|shape| make.numbers(shape));
     let (q, keys, v, dz) = (q?, keys?, v?, dz?);

@@ -102,8 +102,7 @@ impl Moment {
 
     /// Mean errors of every layer over the full mini-batches among the last tokens, and how many tokens those are.
     pub fn inner_errors(&self, model: &Lm) -> Result<Option<(Vec<Errors>, usize)>> {
-        let mini_batch = model.config().mini_batch_size;
-        let Some(base) = &self.recent.base else { return Ok(None) };
+        let (Some(mini_batch), Some(base)) = (model.config().mini_batch(), &self.recent.base) else { return Ok(None) };
         let whole = self.recent.tokens.len() / mini_batch * mini_batch;
         if whole == 0 {
             return Ok(None);

@@ -97,7 +97,7 @@ impl<'a> Reader<'a> {
     fn new(args: &Eval, lm: &'a Lm, tokenizer: &'a Tokenizer) -> Result<Reader<'a>> {
         let judge = Judge::new(lm, args.context, !args.report.no_inner)?;
         let start = args.state_in.as_deref().map(|file| state::start(lm, Some(file), Some(tokenizer))).transpose()?;
-        let report = Report::new(lm.config().mini_batch_size, args.report.buckets as usize);
+        let report = Report::new(lm.config().mini_batch().unwrap_or(1), args.report.buckets as usize);
         Ok(Reader { tokenizer, start, judge, report, name: String::new(), bytes: 0, unseen: 0, documents: 0, skipped: 0 })
     }
 

@@ -45,6 +45,11 @@ pub fn supports(config: &Config) -> Result<()> {
         Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
         Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
     }
+    if config.sums() || !config.ttt_layer_norm || !config.ttt_residual {
+        let message = "mini-batches as long as the sequence, linear attention, and inner models without LayerNorm or residual do not \
+                       run on a GPU yet; use --device cpu";
+        return Err(Error::Config(message.into()));
+    }
     limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS)?;
     limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;
     limit("num_attention_heads", config.num_attention_heads, crate::ops::inner_lr::cuda::MAX_HEADS)

@@ -1,5 +1,6 @@
 //! One token of each sequence on a GPU, in few launches.
 
+use super::learner::Learner;
 use super::{LAYER_NORM_EPS, TttLayer};
 use crate::Result;
 use crate::config::Inner;
@@ -8,14 +9,25 @@ use crate::layer::pre_conv::PreConv;
 use crate::ops::inner::FastWeights;
 use crate::ops::step;
 use crate::ops::ttt_linear::cuda::step as token;
-use crate::params::ParamId;
+use crate::params::{LrIds, ParamId};
 use crate::tensor::{DType, Tensor};
 
 impl TttLayer {
     /// Whether [`TttLayer::decode`] is for this layer and such activations.
     pub(in crate::layer) fn decodes(&self, x: &Tensor, taps: usize) -> bool {
-        let gpu = x.device().as_cuda().filter(|_| x.dtype() == DType::Bf16 && self.inner == Inner::Linear);
-        gpu.is_some_and(|gpu| token::covers(gpu, x.dtype(), self.head_dim, self.mini_batch, taps))
+        let gpu = x.device().as_cuda().filter(|_| x.dtype() == DType::Bf16 && self.learned_rate().is_some());
+        match (gpu, self.learner) {
+            (Some(gpu), Learner::MiniBatch { inner: Inner::Linear, mini_batch }) => {
+                token::covers(gpu, x.dtype(), self.head_dim, mini_batch, taps)
+            }
+            _ => false,
+        }
+    }
+
+    /// Weight and bias of the learning rate's gate, token scale, and LayerNorm of the inner model, where all of them are learned.
+    fn learned_rate(&self) -> Option<(LrIds, ParamId, (ParamId, ParamId))> {
+        let lr = self.ids.lr?;
+        Some((lr, lr.token_idx?, self.ids.ttt_norm?))
     }
 
     /// The convolution before the layer and the layer for one token of each sequence: `x` becomes `x' = x + conv(norm(x))`, or stays
@@ -36,6 +48,7 @@ impl TttLayer {
         window: Option<&mut Tensor>,
     ) -> Result<()> {
         let (w, ids) = (pass.weights, &self.ids);
+        let (lr, token_idx, ttt_norm) = self.learned_rate().expect("a learned rate");
         let device = x.device().clone();
         let gpu = device.as_cuda().expect("a GPU");
         let matrix = w.matrices(ids.q_proj, self.last_projection());
@@ -49,9 +62,9 @@ impl TttLayer {
         let inputs = token::Inputs {
             projected: projected.view(),
             normed: normed.view(),
-            rate: (w.operand(ids.lr_weight, ids.lr_weight), w.view(ids.lr_bias).reshape(1, self.heads), self.lr_scale(pass)),
-            token_idx: w.view(ids.token_idx),
-            norm: [w.view(ids.ttt_norm.0), w.view(ids.ttt_norm.1)],
+            rate: (w.operand(lr.weight, lr.weight), w.view(lr.bias).reshape(1, self.heads), self.lr_scale(pass)),
+            token_idx: w.view(token_idx),
+            norm: [w.view(ttt_norm.0), w.view(ttt_norm.1)],
             rope: pass.rope(),
             convs: ids.convs.map(|convs| convs.map(|(weight, bias)| (w.view(weight), w.view(bias)))),
             segments: pass.segments,

@@ -63,6 +63,16 @@ impl FastWeights {
         Ok(FastWeights { inner, slots, heads, head_dim, mini_batch, weights, rows })
     }
 
+    /// Zeros of a learner that carries `len` sums a head from token to token and has no mini-batches, for `slots` sequences.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn of_sums(device: &Device, dtype: DType, slots: usize, heads: usize, head_dim: usize, len: usize) -> Result<FastWeights> {
+        let weights = Tensor::zeros(device, &[slots, heads, len], dtype)?;
+        let rows = Tensor::zeros(device, &[slots, heads, 0, Self::row_len(Inner::Linear, head_dim)], dtype)?;
+        Ok(FastWeights { inner: Inner::Linear, slots, heads, head_dim, mini_batch: 1, weights, rows })
+    }
+
     /// Number of fast weights of a head, S: `d² + d` (`[W1 | b1]`) or `8d² + 5d` (`[W1 | b1 | W2 | b2]`).
     pub fn state_len(inner: Inner, head_dim: usize) -> usize {
         weight_lens(inner, head_dim).iter().sum()

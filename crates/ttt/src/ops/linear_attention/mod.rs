@@ -18,10 +18,13 @@ use crate::Result;
 use crate::batch::Segment;
 use crate::device::view::{Mat, MatMut, View, ViewMut};
 use crate::ops::{expect_segments, expect_shape, fast};
-use crate::tensor::{DType, Element, Tensor, with_dtype};
+use crate::tensor::{Element, Tensor, with_dtype};
 
 /// Added to the normaliser, as in the code of Katharopoulos et al. (arXiv 2006.16236).
 pub(crate) const EPS: f64 = 1e-6;
+
+/// Tokens of a chunk of the fast code.
+pub(crate) use cpu::CHUNK;
 
 /// Which linear attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,12 +235,4 @@ fn run_backward<E: Element>(
         }
         Ok(())
     })
-}
-
-/// States of `slots` sequences that have read nothing.
-///
-/// # Errors
-/// [`crate::Error::OutOfMemory`].
-pub fn zeros(device: &crate::Device, dtype: DType, slots: usize, heads: usize, d: usize) -> Result<Tensor> {
-    Tensor::zeros(device, &[slots, heads, state_len(d)], dtype)
 }

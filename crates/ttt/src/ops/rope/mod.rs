@@ -29,9 +29,11 @@ pub enum Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// Neighbours; row `(phase + i) mod K` is that of token i of a segment.
-    WithinMiniBatch,
+    MiniBatch,
     /// Halves; row i is that of row i of the batch.
-    OfBatch,
+    Halves,
+    /// Neighbours; row i is that of row i of the batch.
+    Neighbours,
 }
 
 /// Sines and cosines of all angles.
@@ -57,7 +59,7 @@ impl Table {
             return Table::new(&device.cpu_beside(), DType::F32, mini_batch, head_dim, theta)?.to(device);
         }
         let positions: Vec<usize> = (0..mini_batch).collect();
-        Table::filled(Kind::WithinMiniBatch, device, dtype, &positions, head_dim, theta)
+        Table::filled(Kind::MiniBatch, device, dtype, &positions, head_dim, theta)
     }
 
     /// The table of a batch whose tokens are at positions `phase`, `phase + 1`, ... of each segment, for heads of halves.
@@ -69,7 +71,19 @@ impl Table {
     /// When `head_dim` is odd; on a GPU.
     pub fn of_batch(device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
         let positions: Vec<usize> = segments.iter().flat_map(|s| s.phase..s.phase + s.len).collect();
-        Table::filled(Kind::OfBatch, device, dtype, &positions, head_dim, theta)
+        Table::filled(Kind::Halves, device, dtype, &positions, head_dim, theta)
+    }
+
+    /// The same for heads of neighbours: a TTT layer whose mini-batch is the whole sequence.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When `head_dim` is odd; on a GPU.
+    pub fn neighbours_of_batch(device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
+        let positions: Vec<usize> = segments.iter().flat_map(|s| s.phase..s.phase + s.len).collect();
+        Table::filled(Kind::Neighbours, device, dtype, &positions, head_dim, theta)
     }
 
     fn filled(kind: Kind, device: &Device, dtype: DType, positions: &[usize], head_dim: usize, theta: f64) -> Result<Table> {
@@ -89,7 +103,7 @@ impl Table {
     /// # Panics
     /// When a row does not exist, or the table is not one of a batch.
     pub fn gather(&self, rows: &[usize]) -> Result<Table> {
-        assert_eq!(self.kind, Kind::OfBatch, "rows of a table of a mini-batch");
+        assert_ne!(self.kind, Kind::MiniBatch, "rows of a table of a mini-batch");
         Ok(Table { kind: self.kind, cos: add::gather(self.cos.view(), rows)?, sin: add::gather(self.sin.view(), rows)? })
     }
 
@@ -127,8 +141,8 @@ struct Pairs {
 impl Kind {
     fn pairs(self, head_dim: usize) -> Pairs {
         match self {
-            Kind::WithinMiniBatch => Pairs { step: 2, apart: 1 },
-            Kind::OfBatch => Pairs { step: 1, apart: head_dim / 2 },
+            Kind::MiniBatch | Kind::Neighbours => Pairs { step: 2, apart: 1 },
+            Kind::Halves => Pairs { step: 1, apart: head_dim / 2 },
         }
     }
 }
@@ -144,22 +158,22 @@ pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, dir
     expect_shape("x", x.shape(), [x.rows(), heads * table.head_dim()]);
     let whole = [Segment { first_row: 0, len: x.rows(), slot: 0, phase: 0 }];
     let segments = match table.kind {
-        Kind::WithinMiniBatch => segments,
-        Kind::OfBatch => {
+        Kind::MiniBatch => segments,
+        Kind::Halves | Kind::Neighbours => {
             expect_shape("the table", [table.positions(), table.head_dim()], [x.rows(), table.head_dim()]);
             &whole
         }
     };
     let pairs = table.kind.pairs(table.head_dim());
     if let Some(gpu) = x.device().as_cuda() {
-        assert_eq!(table.kind, Kind::WithinMiniBatch, "a GPU turns neighbours alone");
+        assert_eq!(table.kind, Kind::MiniBatch, "a GPU turns neighbours alone");
         let tables = [table.cos.view(), table.sin.view()];
         cuda::rotate(gpu, &x, tables, segments, direction).expect("memory for the segments of a batch");
     } else if fast(x.device(), x.dtype()) {
         let (cos, sin) = (table.cos.view().as_mat(), table.sin.view().as_mat());
         match table.kind {
-            Kind::WithinMiniBatch => cpu::rotate(x.into_mat(), cos, sin, segments, direction),
-            Kind::OfBatch => cpu::rotate_halves(x.into_mat(), cos, sin, direction),
+            Kind::MiniBatch | Kind::Neighbours => cpu::rotate(x.into_mat(), cos, sin, segments, direction),
+            Kind::Halves => cpu::rotate_halves(x.into_mat(), cos, sin, direction),
         }
     } else {
         with_dtype!(x.dtype(), E => {

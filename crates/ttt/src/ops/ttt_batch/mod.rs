@@ -20,31 +20,10 @@ use super::inner::wrap::Wrap;
 use super::linear_attention::{self, block, blocks, slots_of, tasks_at_once};
 use crate::Result;
 use crate::batch::Segment;
-use crate::device::Device;
+use crate::config::TokenScale;
 use crate::device::view::{Mat, MatMut, View, ViewMut};
 use crate::ops::{add, expect_segments, expect_shape, fast};
-use crate::tensor::{DType, Element, Tensor, with_dtype};
-
-/// Scale τ of the sum of gradients that a token sees.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TokenScale {
-    /// 1/(t + 1): the mean of the gradients up to its own, as in the official code.
-    #[default]
-    Mean,
-    /// 1: their sum, as in the paper's equation 6.
-    Sum,
-}
-
-impl TokenScale {
-    /// τ of the token at a position.
-    pub fn at(self, position: usize) -> f64 {
-        match self {
-            TokenScale::Mean => 1.0 / (position + 1) as f64,
-            TokenScale::Sum => 1.0,
-        }
-    }
-}
+use crate::tensor::{Element, Tensor, with_dtype};
 
 /// Elements of a head's state, `[W0 | b0 | SW | Sb]`.
 pub fn state_len(d: usize) -> usize {
@@ -161,14 +140,6 @@ impl<'a> Inputs<'a> {
             position: segment.phase,
         }
     }
-}
-
-/// States of `slots` sequences whose initial weights are 0.
-///
-/// # Errors
-/// [`crate::Error::OutOfMemory`].
-pub fn zeros(device: &Device, dtype: DType, slots: usize, heads: usize, d: usize) -> Result<Tensor> {
-    Tensor::zeros(device, &[slots, heads, state_len(d)], dtype)
 }
 
 /// Puts a slot back to the beginning: the initial weights `[W1 [h*d, d], b1 [h, d]]`, or those that are given of them, the others 0,

@@ -1,18 +1,24 @@
 //! The TTT layer (paper section 2): projections, convolutions, RoPE, the inner loop, post-norm, gate and output projection.
 
 mod decode;
+mod learner;
+mod statistics;
 
 use crate::Result;
-use crate::config::{Config, Inner};
+use crate::config::{Config, TokenScale};
 use crate::device::view::View;
 use crate::layer::state::{FAST_WEIGHTS, QK_CONV};
 use crate::layer::{Carried, Keep, Pass, TttState, carry};
-use crate::ops::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads};
+use crate::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
 use crate::ops::rope::Direction;
-use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale, ttt_linear, ttt_mlp};
+use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale};
 use crate::params::{ParamId, Params, TttIds};
-use crate::tensor::{Tensor, with_dtype};
+use crate::tensor::{DType, Tensor, with_dtype};
 use crate::weights::Weights;
+
+use learner::Kept;
+pub(crate) use learner::Learner;
+pub use statistics::InnerStatistics;
 
 /// LayerNorm's epsilon is fixed in all official code.
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -20,12 +26,15 @@ const LAYER_NORM_EPS: f64 = 1e-6;
 /// A TTT layer's parameters and sizes.
 #[derive(Clone, Debug)]
 pub struct TttLayer {
-    ids: TttIds,
-    inner: Inner,
+    ids: Box<TttIds>,
+    learner: Learner,
+    /// LayerNorm and residual of the inner model.
+    variant: Variant,
+    /// τ where it is not learned.
+    token_scale: TokenScale,
     hidden: usize,
     heads: usize,
     head_dim: usize,
-    mini_batch: usize,
     base_lr: f64,
     /// Inputs that the convolutions of the block look back at; none without such a convolution.
     pre_conv_window: Option<usize>,
@@ -39,29 +48,29 @@ pub struct TttSaved {
     projected: Tensor,
     /// q and k after their convolutions and RoPE, when they are shared; otherwise they are rotated in `projected`.
     qk: Option<[Tensor; 2]>,
-    /// Inner learning rates `[n, h]`.
-    lr: Tensor,
-    /// Token scales `[1, K]`.
-    tok: Tensor,
+    rates: Rates,
     /// Output of the inner loop `[n, D]`.
     z: Tensor,
-    /// Kept fast weights.
-    inner: inner::Saved,
+    /// What was kept of the states.
+    inner: Kept,
     /// The convolutions' window at the beginning, when the sequences had one.
     window: Option<Tensor>,
 }
 
-/// A pass of a GPU on the CPU (see [`TttLayer::statistics`]).
-struct OnCpu {
-    weights: Weights,
-    rope: rope::Table,
-    saved: TttSaved,
-    end: FastWeights,
+/// What the learner reads beside q, k and v. Linear attention reads none of it.
+#[derive(Debug)]
+struct Rates {
+    /// Inner learning rates `[n, h]`; of linear attention without rows.
+    lr: Tensor,
+    /// Token scales `[1, K]`; without mini-batches without columns.
+    tok: Tensor,
+    /// `[h, d]` in the place of a LayerNorm's weight and bias that the inner model does not have.
+    no_norm: Option<Tensor>,
 }
 
-impl OnCpu {
-    fn pass<'b>(&'b self, gpu: &Pass<'b>) -> Pass<'b> {
-        Pass { weights: &self.weights, rope: Some(&self.rope), ..*gpu }
+impl Rates {
+    fn bytes(&self) -> usize {
+        self.lr.bytes() + self.tok.bytes() + self.no_norm.as_ref().map_or(0, Tensor::bytes)
     }
 }
 
@@ -69,32 +78,17 @@ impl OnCpu {
 struct Learned {
     projected: Tensor,
     qk: Option<[Tensor; 2]>,
-    lr: Tensor,
-    tok: Tensor,
+    rates: Rates,
     z: Tensor,
-    inner: Option<inner::Saved>,
+    inner: Option<Kept>,
     window: Option<Tensor>,
-}
-
-/// Squared errors of the inner loop, one value a full mini-batch, each a mean over sequences, heads and channels (the statistics
-/// of the official JAX code).
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct InnerStatistics {
-    /// Spread of the target `v - k` (k before RoPE) of the first token of each mini-batch around its mean over the sequence.
-    pub target_variance: Vec<f64>,
-    /// Error of the last token under the initial weights.
-    pub initial: Vec<f64>,
-    /// Error of the last token under the weights at the start of its mini-batch.
-    pub before: Vec<f64>,
-    /// Error of the last token under the weights after its mini-batch.
-    pub after: Vec<f64>,
 }
 
 impl TttSaved {
     /// Bytes held for the backward pass.
     pub fn bytes(&self) -> usize {
         let qk = self.qk.iter().flatten().chain(&self.window).map(Tensor::bytes).sum::<usize>();
-        self.projected.bytes() + qk + self.lr.bytes() + self.tok.bytes() + self.z.bytes() + self.inner.bytes()
+        self.projected.bytes() + qk + self.rates.bytes() + self.z.bytes() + self.inner.bytes()
     }
 
     /// Bytes of kept fast weights among [`TttSaved::bytes`].
@@ -107,12 +101,13 @@ impl TttLayer {
     /// The layer of a model whose parameters are `ids`.
     pub fn new(config: &Config, ids: &TttIds) -> TttLayer {
         TttLayer {
-            ids: ids.clone(),
-            inner: config.ttt_layer_type,
+            ids: Box::new(ids.clone()),
+            learner: Learner::of(config),
+            variant: Variant { layer_norm: config.ttt_layer_norm, residual: config.ttt_residual },
+            token_scale: config.ttt_token_scale,
             hidden: config.hidden_size,
             heads: config.num_attention_heads,
             head_dim: config.head_dim(),
-            mini_batch: config.mini_batch_size,
             base_lr: config.ttt_base_lr,
             pre_conv_window: config.pre_conv.then_some(config.conv_kernel - 1),
             qk_conv_window: config.share_qk.then_some(config.conv_kernel - 1),
@@ -138,9 +133,9 @@ impl TttLayer {
         self.base_lr * pass.inner_lr / self.head_dim as f64
     }
 
-    /// Slot `slot` starts from the learned initial weights.
+    /// Slot `slot`, which holds zeros, starts from the learned initial weights, where there are any.
     pub fn start(&self, weights: &Weights, fast: &mut FastWeights, slot: usize) {
-        fast.start(slot, &self.initial(weights));
+        self.learner.start(fast, slot, &self.initial(weights));
     }
 
     fn initial<'a>(&self, weights: &'a Weights) -> Vec<View<'a>> {
@@ -153,7 +148,7 @@ impl TttLayer {
     /// [`crate::Error::OutOfMemory`].
     pub fn fast_weights(&self, weights: &Weights, slots: usize) -> Result<FastWeights> {
         let (device, dtype) = (weights.device(), weights.storage().dtype());
-        FastWeights::zeros(device, dtype, self.inner, slots, self.heads, self.head_dim, self.mini_batch)
+        self.learner.zeros(device, dtype, slots, self.heads, self.head_dim)
     }
 
     /// The state of `slots` sequences of a block with this layer, not yet started.
@@ -173,10 +168,10 @@ impl TttLayer {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn forward(&self, pass: &Pass<'_>, x: View<'_>, state: Option<&mut TttState>) -> Result<(Tensor, Option<TttSaved>)> {
-        let Learned { projected, qk, lr, tok, z, inner, window } = self.learn(pass, x, self.last_projection(), state)?;
+        let Learned { projected, qk, rates, z, inner, window } = self.learn(pass, x, self.last_projection(), state)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
         let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
-        Ok((out, inner.map(|inner| TttSaved { projected, qk, lr, tok, z, inner, window })))
+        Ok((out, inner.map(|inner| TttSaved { projected, qk, rates, z, inner, window })))
     }
 
     /// [`TttLayer::forward`] of which only some rows are wanted: all tokens are learned from, but gate and output are computed
@@ -234,22 +229,19 @@ impl TttLayer {
                 None
             }
         };
-        let lr_bias = w.view(ids.lr_bias).reshape(1, self.heads);
-        let lr = inner_lr::forward(x, w.operand(ids.lr_weight, ids.lr_weight), lr_bias, self.lr_scale(pass))?;
-        let tok = token_scale::forward(w.view(ids.token_idx))?;
-
+        let rates = self.rates(pass, x)?;
         let (z, inner) = {
-            let inputs = self.inputs(pass, &projected, &qk, &lr, &tok);
+            let inputs = self.inputs(pass, &projected, &qk, &rates);
             match fast {
-                Some(fast) => self.inner_forward(&inputs, fast, group)?,
+                Some(fast) => self.learner.forward(&inputs, fast, group)?,
                 None => {
                     let mut fast = self.fast_weights(w, pass.segments.len())?;
-                    fast.start_all(&self.initial(w));
-                    self.inner_forward(&inputs, &mut fast, group)?
+                    self.learner.start_all(&mut fast, &self.initial(w));
+                    self.learner.forward(&inputs, &mut fast, group)?
                 }
             }
         };
-        Ok(Learned { projected, qk, lr, tok, z, inner, window: start })
+        Ok(Learned { projected, qk, rates, z, inner, window: start })
     }
 
     /// Gradient of `x` from the gradient of the output. `dstate`, of one slot a sequence, holds the gradient of what the sequences
@@ -268,7 +260,7 @@ impl TttLayer {
         grads: &mut Params,
     ) -> Result<Tensor> {
         let (w, ids, d) = (pass.weights, &self.ids, self.hidden);
-        let TttSaved { projected, qk, lr, tok, z, inner, window } = saved;
+        let TttSaved { projected, qk, rates, z, inner, window } = saved;
         let (device, dtype, n) = (&z.device().clone(), z.dtype(), x.rows());
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
@@ -300,19 +292,23 @@ impl TttLayer {
                 (fast.expect("fast weights are carried"), window)
             }
             None => {
-                let state_len = FastWeights::state_len(self.inner, self.head_dim);
+                let state_len = self.learner.state_len(self.head_dim);
                 let zeros = Tensor::zeros(device, &[pass.segments.len(), self.heads, state_len], w.storage().dtype())?;
                 (nothing.insert(zeros), None)
             }
         };
-        let mut dlr = Tensor::empty(device, lr.shape(), lr.dtype())?;
-        let mut dtok = Tensor::zeros(device, tok.shape(), tok.dtype())?;
+        let mut dlr = Tensor::empty(device, rates.lr.shape(), rates.lr.dtype())?;
+        let mut dtok = Tensor::zeros(device, rates.tok.shape(), rates.tok.dtype())?;
+        let mut no_norm = match &rates.no_norm {
+            Some(none) => Some([none.copy()?, none.copy()?]),
+            None => None,
+        };
         let mut dqk = match &qk {
             Some(_) => Some([Tensor::empty(device, &[n, d], dtype)?, Tensor::empty(device, &[n, d], dtype)?]),
             None => None,
         };
         {
-            let inputs = self.inputs(pass, &projected, &qk, &lr, &tok);
+            let inputs = self.inputs(pass, &projected, &qk, &rates);
             let v = self.v_block();
             let (before_v, rest) = dprojected.view_mut().split_cols(v * d);
             let (dv, _) = rest.split_cols(d);
@@ -320,18 +316,23 @@ impl TttLayer {
                 Some([dq, dk]) => (dq.view_mut(), dk.view_mut()),
                 None => before_v.split_cols(d),
             };
-            let [dgamma, dbeta] = grads.views_mut([ids.ttt_norm.0, ids.ttt_norm.1]);
+            let [dgamma, dbeta] = match (&mut no_norm, ids.ttt_norm) {
+                (Some([dgamma, dbeta]), _) => [dgamma.view_mut(), dbeta.view_mut()],
+                (None, norm) => {
+                    let (gamma, beta) = norm.expect("a LayerNorm, or something in its place");
+                    grads.views_mut([gamma, beta])
+                }
+            };
             let activations = InputGrads { dq, dk, dv, dlr: dlr.view_mut() };
             let parameters = ParamGrads { dtok: dtok.view_mut(), dgamma, dbeta };
-            match self.inner {
-                Inner::Linear => ttt_linear::backward(&inputs, &inner, dz.view(), dfast, activations, parameters)?,
-                Inner::Mlp => ttt_mlp::backward(&inputs, &inner, dz.view(), dfast, activations, parameters)?,
-            }
+            self.learner.backward(&inputs, &inner, dz.view(), dfast, activations, parameters)?;
         }
         drop((inner, dz, qk));
         self.add_initial_gradient(pass, dfast, grads);
         drop(nothing);
-        token_scale::backward(dtok.view(), w.view(ids.token_idx), grads.view_mut(ids.token_idx));
+        if let Some(token_idx) = ids.lr.and_then(|lr| lr.token_idx) {
+            token_scale::backward(dtok.view(), w.view(token_idx), grads.view_mut(token_idx));
+        }
 
         // RoPE and convolutions.
         match (ids.convs, dqk) {
@@ -373,126 +374,72 @@ impl TttLayer {
             linear::backward_weight(dprojected.view(), x, grads.fused_mut(first, last));
         }
         let mut dx = linear::backward_input(dprojected.view(), w.operand(first, last))?;
-        let [dlr_weight, dlr_bias] = grads.views_mut([ids.lr_weight, ids.lr_bias]);
-        let dlr_bias = dlr_bias.reshape(1, self.heads);
-        let lr_weight = w.operand(ids.lr_weight, ids.lr_weight);
-        let dx_lr = inner_lr::backward(dlr.view(), lr.view(), x, lr_weight, self.lr_scale(pass), dlr_weight, dlr_bias)?;
-        add::add_to(dx.view_mut(), dx_lr.view());
+        if let Some(ids) = ids.lr {
+            let [dweight, dbias] = grads.views_mut([ids.weight, ids.bias]);
+            let (weight, dbias) = (w.operand(ids.weight, ids.weight), dbias.reshape(1, self.heads));
+            let dx_lr = inner_lr::backward(dlr.view(), rates.lr.view(), x, weight, self.lr_scale(pass), dweight, dbias)?;
+            add::add_to(dx.view_mut(), dx_lr.view());
+        }
         Ok(dx)
     }
 
-    /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`. They are computed on the CPU.
-    pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
-        if let Some(cpu) = self.on_cpu(pass, saved, end)? {
-            return self.statistics(&cpu.pass(pass), &cpu.saved, &cpu.end);
-        }
-        let rows = self.inner_errors(pass, saved, end)?;
-        let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
-        let column = |i: usize| rows.iter().map(|r| r[i]).collect();
-        let target_variance = self.target_variance(pass, inputs.k, inputs.v, rows.len())?;
-        Ok(InnerStatistics { target_variance, initial: column(0), before: column(1), after: column(2) })
-    }
-
-    /// The last three of [`InnerStatistics`], a row for each full mini-batch of the pass. The initial weights are the learned
-    /// ones, wherever in its text the pass began.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`].
-    pub fn inner_errors(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Vec<[f64; 3]>> {
-        if let Some(cpu) = self.on_cpu(pass, saved, end)? {
-            return self.inner_errors(&cpu.pass(pass), &cpu.saved, &cpu.end);
-        }
-        let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.lr, &saved.tok);
-        let mut initial = self.fast_weights(pass.weights, end.slots())?;
-        pass.segments.iter().for_each(|s| self.start(pass.weights, &mut initial, s.slot));
-        Ok(match self.inner {
-            Inner::Linear => ttt_linear::statistics(&inputs, &saved.inner, &initial, end),
-            Inner::Mlp => ttt_mlp::statistics(&inputs, &saved.inner, &initial, end),
-        })
-    }
-
-    /// What statistics read, on the CPU, when it lies in a GPU's memory.
-    fn on_cpu(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Option<OnCpu>> {
-        let Some(gpu) = saved.z.device().as_cuda() else { return Ok(None) };
-        let host = gpu.host();
-        let on_cpu = |tensor: &Tensor| tensor.to(host);
-        let qk = match &saved.qk {
-            Some([q, k]) => Some([on_cpu(q)?, on_cpu(k)?]),
-            None => None,
+    /// The learned rates, those that are fixed, or none.
+    fn rates(&self, pass: &Pass<'_>, x: View<'_>) -> Result<Rates> {
+        let (w, device, n) = (pass.weights, x.device(), x.rows());
+        let dtype = if x.dtype() == DType::Bf16 { DType::F32 } else { x.dtype() };
+        let filled = |shape: &[usize], value: &dyn Fn(usize) -> f64| -> Result<Tensor> {
+            let values: Vec<f64> = (0..shape.iter().product()).map(value).collect();
+            Tensor::from_slice(&device.cpu_beside(), shape, &values)?.cast(dtype)?.to(device)
         };
-        let saved = TttSaved {
-            projected: on_cpu(&saved.projected)?,
-            qk,
-            lr: on_cpu(&saved.lr)?,
-            tok: on_cpu(&saved.tok)?,
-            z: on_cpu(&saved.z)?,
-            inner: saved.inner.on_cpu(host, pass.segments, self.heads, self.mini_batch)?,
-            window: None,
+        let mini_batch = match self.learner {
+            Learner::MiniBatch { mini_batch, .. } => mini_batch,
+            Learner::Batch { .. } | Learner::Attention(_) => 0,
         };
-        Ok(Some(OnCpu {
-            weights: pass.weights.float().on_cpu()?.into_owned().into(),
-            rope: pass.rope().to(host)?,
-            saved,
-            end: end.to(host)?,
-        }))
-    }
-
-    fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
-        let mut plain = Tensor::empty(k.device(), &[k.rows(), k.cols()], k.dtype())?;
-        add::copy_to(plain.view_mut(), k);
-        rope::rotate(plain.view_mut(), pass.rope(), pass.segments, self.heads, Direction::Backward);
-        let (mut sums, mut counts) = (vec![0.0; mini_batches], vec![0usize; mini_batches]);
-        with_dtype!(k.dtype(), E => {
-            use crate::tensor::Element;
-            let (k, v) = (plain.view().as_mat::<E>(), v.as_mat::<E>());
-            for s in pass.segments {
-                for c in 0..self.hidden {
-                    let target = |t: usize| v.row(s.first_row + t)[c].to_f64() - k.row(s.first_row + t)[c].to_f64();
-                    let mean = (0..s.len).map(target).sum::<f64>() / s.len as f64;
-                    for m in 0..s.len / self.mini_batch {
-                        sums[m] += (target(m * self.mini_batch) - mean).powi(2);
-                        counts[m] += 1;
-                    }
-                }
+        let (lr, tok) = match (self.learner, self.ids.lr) {
+            (Learner::Attention(_), _) => (filled(&[0, self.heads], &|_| 0.0)?, filled(&[1, 0], &|_| 0.0)?),
+            (_, Some(ids)) => {
+                let (weight, bias) = (w.operand(ids.weight, ids.weight), w.view(ids.bias).reshape(1, self.heads));
+                let lr = inner_lr::forward(x, weight, bias, self.lr_scale(pass))?;
+                let tok = match ids.token_idx {
+                    Some(token_idx) => token_scale::forward(w.view(token_idx))?,
+                    None => filled(&[1, 0], &|_| 0.0)?,
+                };
+                (lr, tok)
             }
-        });
-        Ok(sums.iter().zip(counts).map(|(s, n)| s / n as f64).collect())
+            (_, None) => {
+                let lr = filled(&[n, self.heads], &|_| self.base_lr * pass.inner_lr)?;
+                (lr, filled(&[1, mini_batch], &|i| self.token_scale.at(i))?)
+            }
+        };
+        let no_norm = match self.ids.ttt_norm {
+            None => Some(Tensor::zeros(device, &[self.heads, self.head_dim], dtype)?),
+            Some(_) => None,
+        };
+        Ok(Rates { lr, tok, no_norm })
     }
 
-    fn inputs<'a>(
-        &self,
-        pass: &Pass<'a>,
-        projected: &'a Tensor,
-        qk: &'a Option<[Tensor; 2]>,
-        lr: &'a Tensor,
-        tok: &'a Tensor,
-    ) -> Inputs<'a> {
+    fn inputs<'a>(&self, pass: &Pass<'a>, projected: &'a Tensor, qk: &'a Option<[Tensor; 2]>, rates: &'a Rates) -> Inputs<'a> {
         let (q, k) = match qk {
             Some([q, k]) => (q.view(), k.view()),
             None => (self.block(projected, 0), self.block(projected, 1)),
+        };
+        let [gamma, beta] = match (&rates.no_norm, self.ids.ttt_norm) {
+            (Some(none), _) => [none.view(), none.view()],
+            (None, norm) => {
+                let (gamma, beta) = norm.expect("a LayerNorm, or something in its place");
+                [pass.weights.view(gamma), pass.weights.view(beta)]
+            }
         };
         Inputs {
             q,
             k,
             v: self.block(projected, self.v_block()),
-            lr: lr.view(),
-            tok: tok.view(),
-            gamma: pass.weights.view(self.ids.ttt_norm.0),
-            beta: pass.weights.view(self.ids.ttt_norm.1),
-            variant: inner::Variant::default(),
+            lr: rates.lr.view(),
+            tok: rates.tok.view(),
+            gamma,
+            beta,
+            variant: self.variant,
             segments: pass.segments,
-        }
-    }
-
-    fn inner_forward(
-        &self,
-        inputs: &Inputs<'_>,
-        fast: &mut FastWeights,
-        keep: Option<usize>,
-    ) -> Result<(Tensor, Option<inner::Saved>)> {
-        match self.inner {
-            Inner::Linear => ttt_linear::forward(inputs, fast, keep),
-            Inner::Mlp => ttt_mlp::forward(inputs, fast, keep),
         }
     }
 
