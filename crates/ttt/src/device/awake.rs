@@ -1,6 +1,7 @@
 //! Keeps the threads of a pool awake while work is handed out to them in small pieces.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -37,17 +38,17 @@ pub(super) fn with_workers<T: Send>(body: impl FnOnce() -> T + Send) -> T {
         return body();
     }
     let others = MOST.min(threads - 1);
-    let watch = &Watch { came: AtomicUsize::new(0) };
-    rayon::scope(|scope| {
-        scope.spawn_broadcast(move |_, worker| {
-            if (1..=others).contains(&((worker.index() + threads - me) % threads)) {
-                watch.stand();
-            }
-        });
-        let _end = End(watch);
-        watch.begin(others);
-        body()
-    })
+    let watch = Arc::new(Watch { came: AtomicUsize::new(0) });
+    let _end = End(watch.clone());
+    // Not in a scope, which would wait for threads that the system has not woken yet: on a busy machine milliseconds.
+    let theirs = watch.clone();
+    rayon::spawn_broadcast(move |worker| {
+        if (1..=others).contains(&((worker.index() + threads - me) % threads)) {
+            theirs.stand();
+        }
+    });
+    watch.begin(others);
+    body()
 }
 
 /// How many threads have come, and whether it is too late to come ([`Watch::CLOSED`]) or all is over ([`Watch::OVER`]).
@@ -92,9 +93,9 @@ impl Watch {
 }
 
 /// Ends the watch, also when the body panics.
-struct End<'a>(&'a Watch);
+struct End(Arc<Watch>);
 
-impl Drop for End<'_> {
+impl Drop for End {
     fn drop(&mut self) {
         self.0.came.fetch_or(Watch::OVER, Ordering::AcqRel);
         INSIDE.set(false);
