@@ -16,7 +16,9 @@ use ttt::{
 
 fn configs() -> Vec<(String, Settings)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
-    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files = |folder: &Path| fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let mut paths = [files(&folder), files(&folder.join("ladder"))].concat();
+    paths.retain(|path| path.extension().is_some_and(|ending| ending == "toml"));
     paths.sort();
     let name = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_owned();
     paths.iter().map(|path| (name(path), Settings::load(path).unwrap_or_else(|e| panic!("{e}")))).collect()
@@ -35,7 +37,7 @@ fn refused(assignments: &[&str]) -> String {
 #[test]
 fn every_config_is_valid() {
     let configs = configs();
-    assert!(configs.len() >= 9);
+    assert!(configs.len() >= 25, "{} configs", configs.len());
     for (name, settings) in configs {
         settings.validate().unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(Settings::from_toml(&settings.to_toml(), "its record").unwrap(), settings, "{name}");
