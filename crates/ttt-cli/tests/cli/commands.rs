@@ -9,6 +9,8 @@ fn help_of_every_command() {
     let commands = [
         "train",
         "eval",
+        "compare",
+        "report",
         "task",
         "generate",
         "read",
