@@ -1,5 +1,6 @@
 //! States as resources.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -228,17 +229,23 @@ fn a_killed_server_leaves_whole_states() {
         }
         // Several writers, and a death in the middle of it.
         let shared = &server;
+        let written = &AtomicUsize::new(0);
         let answered = thread::scope(|scope| {
             let writer = || {
                 let mut answered = Vec::new();
                 // A request without an answer may or may not have been done.
                 while let Ok(state) = std::panic::catch_unwind(|| shared.post("/v1/states", &json!({"text": "x"})).ok()) {
                     answered.push(state);
+                    written.fetch_add(1, Ordering::Relaxed);
                 }
                 answered
             };
             let writers: Vec<_> = (0..3).map(|_| scope.spawn(writer)).collect();
-            thread::sleep(Duration::from_millis(150 + 37 * round));
+            // However busy the machine is, not before something is written.
+            while written.load(Ordering::Relaxed) == 0 && writers.iter().any(|w| !w.is_finished()) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            thread::sleep(Duration::from_millis(20 + 37 * round));
             shared.signal(libc::SIGKILL);
             writers.into_iter().flat_map(|w| w.join().unwrap()).collect::<Vec<_>>()
         });
