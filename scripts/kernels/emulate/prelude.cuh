@@ -188,6 +188,9 @@ struct uint4 { u32 x, y, z, w; };
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline float emu_exp(float x) { return expf(x); }
 #define __expf emu_exp
+struct float4 { float x, y, z, w; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float __fdividef(float x, float y) { return x / y; }
 static inline float __fmul_rn(float x, float y) { return x * y; }
 static inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 static inline u64 __umul64hi(u64 x, u64 y) { return (u64)((unsigned __int128)x * y >> 64); }
@@ -204,6 +207,14 @@ DEVICE u32 cluster_address(u32 at, u32 rank) { return at | (rank + 1) << 24; }
 static inline void __syncwarp() { emu::meet(emu::warp(), 32); }
 template <class T> static T __shfl_sync(u32, T x, u32 lane) { return emu::exchange(x)[lane & 31]; }
 template <class T> static T __shfl_xor_sync(u32, T x, u32 mask) { return emu::exchange(x)[(threadIdx.x & 31) ^ mask]; }
+template <class T> static T __shfl_up_sync(u32, T x, u32 d) {
+    const u32 lane = threadIdx.x & 31;
+    return emu::exchange(x)[lane < d ? lane : lane - d];
+}
+template <class T> static T __shfl_down_sync(u32, T x, u32 d) {
+    const u32 lane = threadIdx.x & 31;
+    return emu::exchange(x)[lane + d < 32 ? lane + d : lane];
+}
 static inline float __uint_as_float(u32 x) { float r; memcpy(&r, &x, 4); return r; }
 static inline u32 __float_as_uint(float x) { u32 r; memcpy(&r, &x, 4); return r; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -227,6 +238,7 @@ DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
 DEVICE float fast_tanh(float x) { return tanhf(x); }
+DEVICE float fast_exp2(float x) { return exp2f(x); }
 DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::own_shared()); }
 DEVICE void emu_ldmatrix(u32 (&r)[4], u32 row, bool trans) {
     const u32 lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;

@@ -43,7 +43,10 @@ pub fn supports(config: &Config) -> Result<()> {
     match config.mixer {
         Mixer::Ttt => {}
         Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
-        Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
+        Mixer::Mamba => {
+            limit("state_size", config.state_size, crate::ops::selective_scan::cuda::MAX_STATES)?;
+            return limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS);
+        }
     }
     if config.sums() || !config.ttt_layer_norm || !config.ttt_residual {
         let message = "mini-batches as long as the sequence, linear attention, and inner models without LayerNorm or residual do not \
