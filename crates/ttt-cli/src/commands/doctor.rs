@@ -34,8 +34,8 @@ pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
         vec![("TTT-Linear", self_test(&device, &ttt(Inner::Linear)?)?), ("TTT-MLP", self_test(&device, &ttt(Inner::Mlp)?)?)];
     if device.as_cuda().is_none() {
         errors.push(("Transformer", self_test(&device, &small(Config::transformer("tiny")?))?));
-        errors.push(("Mamba", self_test(&device, &small(Config::mamba("tiny")?))?));
     }
+    errors.push(("Mamba", self_test(&device, &small(Config::mamba("tiny")?))?));
     let gpu = Gpu::of(&device);
     // Written so that an error that is not a number fails.
     let failed = errors.iter().find(|(_, e)| !(e[0] <= TOLERANCE && e[1] <= TOLERANCE));

@@ -61,7 +61,7 @@ impl Recorded {
     pub(super) fn begin(&mut self, model: &Lm, gpu: &Cuda, sequences: &[Sequence], logits: &Tensor) -> Running<'_> {
         let on_gpu = |s: &Sequence| OnGpu::new(&s.draw, s.ends.map(|end| end.unwrap_or(NO_END)));
         self.sampler.begin(gpu, &sequences.iter().map(on_gpu).collect::<Vec<_>>());
-        self.sampler.choose(gpu, logits.view(), &self.live, model.config().mini_batch_size, false);
+        self.sampler.choose(gpu, logits.view(), &self.live, phases(model), false);
         self.marks[0].set();
         Running { recorded: self, steps: 0 }
     }
@@ -70,7 +70,7 @@ impl Recorded {
     fn launch(&self, model: &Lm, gpu: &Cuda, states: &mut States) -> Result<()> {
         gpu.with_segments((&self.segments, &self.live), || {
             let logits = model.step(self.sampler.tokens(), &self.segments, states)?;
-            self.sampler.choose(gpu, logits.view(), &self.live, model.config().mini_batch_size, true);
+            self.sampler.choose(gpu, logits.view(), &self.live, phases(model), true);
             Ok(())
         })
     }
@@ -105,4 +105,9 @@ impl Running<'_> {
         self.recorded.marks[index % Sampler::RING].wait();
         self.recorded.sampler.chosen(index)
     }
+}
+
+/// Numbers of phases of the sequences' positions; where nothing has mini-batches positions count on.
+fn phases(model: &Lm) -> usize {
+    model.config().mini_batch().unwrap_or(i32::MAX as usize)
 }

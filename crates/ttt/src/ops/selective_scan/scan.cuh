@@ -1,18 +1,8 @@
 // What the scan's kernels share. A warp works on two channels of SPAN tokens: a lane holds PER tokens that follow each other, and
 // what crosses lanes is a scan of pairs (product of decays, state), since the recurrence is associative. So all of a sequence's
-// tokens are in flight at once, however few sequences and channels there are. T is the type of activations: float, or bf16 as bits.
+// tokens are in flight at once, however few sequences and channels there are.
 #pragma once
-#include "prelude.cuh"
-
-#ifdef TTT_BF16
-typedef u16 T;
-DEVICE float number(u16 x) { return bf16_f32(x); }
-DEVICE void put(u16& to, float x) { to = bf16_bits(x); }
-#else
-typedef float T;
-DEVICE float number(float x) { return x; }
-DEVICE void put(float& to, float x) { to = x; }
-#endif
+#include "element.cuh"
 
 #ifndef WARPS
 #define WARPS 8 // of a block
@@ -69,13 +59,6 @@ DEVICE void store_lane(float* row, u32 lane, const float (&x)[PER]) {
 #pragma unroll
     for (u32 half = 0; half < 2; half++)
         *(float4*)(row + (half * 32 + lane) * 4) = make_float4(x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]);
-}
-
-// Sum over a warp, in every lane, always the same tree.
-DEVICE float sum_lanes(float x) {
-#pragma unroll
-    for (u32 d = 16; d > 0; d /= 2) x += __shfl_xor_sync(FULL_WARP, x, d);
-    return x;
 }
 
 // The segment and the first channel of a block of `width` channels.
