@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests and the tables on a machine with a GPU, where nothing can be built: scripts/gpu.sh FOLDER, FOLDER holding the
-# program `ttt` and the test binaries `cuda` and `cuda_decode`. Logs go to $OUT (otherwise ./gpu-results). Under nine minutes.
+# program `ttt` and the test binaries `cuda`, `cuda_decode`, `cuda_mixers` and `ttt_batch`. Logs go to $OUT (otherwise ./gpu-results). Under nine minutes.
 set -uo pipefail
 bin=$(cd "$1" && pwd)
 out=${OUT:-$PWD/gpu-results}
@@ -21,6 +21,8 @@ part doctor "$ttt" doctor --device cuda
 part doctor-again "$ttt" doctor --device cuda --json
 part tests "$bin/cuda" --test-threads=1 --nocapture
 part decode-tests "$bin/cuda_decode" --test-threads=1 --nocapture
+part mixer-tests "$bin/cuda_mixers" --test-threads=1 --nocapture
+part ladder-tests "$bin/ttt_batch" a_gpu --nocapture
 for shape in "32 2048" "4 16384"; do
     set -- $shape
     part "train-$1x$2" "$ttt" bench train --device cuda --preset 125m --batch "$1" --length "$2" --repeat 5

@@ -12,6 +12,10 @@ import tempfile
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = os.path.join(HERE, "..", "..", "crates", "ttt", "src")
 
+# Operations whose check has another name, and knows no heads.
+CHECKS = {"selective_scan": "scan.py"}
+HEADS = ["--emulate", "--d", "32"]
+
 # file, text, replacement: a dropped term, a swapped index, a missing barrier or wait.
 MUTATIONS = [
     ("forward.cu", "scale * ((gamma[i] * gamma[i] - mean_gx) * xhat", "scale * (gamma[i] * gamma[i] * xhat"),
@@ -78,18 +82,36 @@ MUTATIONS = [
     ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
     ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
     ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
+    ("selective_scan/scan.cuh", "if (lane >= d) run = decay * before + run, decay *= longer;", "if (lane >= d) run = decay * before + run;"),
+    ("selective_scan/scan.cuh", "return lane == 0 ? state : before;", "return before;"),
+    ("selective_scan/scan.cuh", "return lane == 31 ? state : after;", "return after;"),
+    ("selective_scan/scan.cuh", "p = p * q + 2.0f / 3.0f;", "p = p * q + 2.0f / 4.0f;"),
+    ("selective_scan/forward.cu", "        __syncthreads(); // states are written, tiles are read\n", ""),
+    ("selective_scan/forward.cu", "if (lane == 31) states[s * GROUP + own + j] = end;", ""),
+    ("selective_scan/forward.cu", "at.first_row / SPAN + at.segment + done / SPAN", "at.first_row / SPAN + done / SPAN"),
+    ("selective_scan/forward.cu", "y[j][i] = skip * u[j][i], u[j][i]", "y[j][i] = 0.0f, u[j][i]"),
+    ("selective_scan/forward.cu", "h[s] = fast_exp2(delta * decay[s]) * h[s] + u", "h[s] = fast_exp2(delta * decay[s]) * h[s] + x"),
+    ("selective_scan/backward.cu", "if (lane == 0) dh[k] = start;", ""),
+    ("selective_scan/backward.cu", "i > 0 ? h[i - 1] : before", "h[i]"),
+    ("selective_scan/backward.cu", "dinput[j][i] += g_h * b[i];", "dinput[j][i] += gamma * b[i];"),
+    ("selective_scan/backward.cu", "sum * (decay * LN_2)", "sum * decay"),
+    ("selective_scan/backward.cu", "                store_lane(part + PITCH, lane, dc);\n                __syncthreads();", "                store_lane(part + PITCH, lane, dc);"),
+    ("selective_scan/backward.cu", "q.groups > 1 && g > 0 ? sums", "false ? sums"),
+    ("selective_scan/backward.cu", "* -expm1f(-delta[j][i])", "* expf(-delta[j][i])"),
+    ("selective_scan/backward.cu", "for (u32 i = 0; i < p.blocks; i++)", "for (u32 i = 1; i < p.blocks; i++)"),
 ]
 
 
 def main():
     survivors = 0
     with tempfile.TemporaryDirectory() as root:
-        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp"):
+        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/selective_scan"):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
         ops = os.path.join(root, "crates", "ttt", "src", "ops")
+        shutil.copy(os.path.join(SOURCES, "ops", "element.cuh"), ops)
         scripts = os.path.join(root, "scripts", "kernels")
-        check_of = lambda op: [sys.executable, os.path.join(scripts, f"{op}.py"), "check", "--emulate", "--d", "32"]
+        check_of = lambda op: [sys.executable, os.path.join(scripts, CHECKS.get(op, f"{op}.py")), "check", *([] if op in CHECKS else HEADS)]
         ops_of = lambda file: file.split("/") if "/" in file else ["ttt_linear", file]
         chosen = [m for m in MUTATIONS if not sys.argv[1:] or m[0] in sys.argv[1:]]
         for op in sorted({ops_of(file)[0] for file, _, _ in chosen}):

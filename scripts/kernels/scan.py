@@ -160,8 +160,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["check"])
     parser.add_argument("--stop", action="store_true")
-    parser.add_argument("--emulate", action="store_true", help="as ever: there is no other way here")
-    parser.add_argument("--d", type=int, help="not looked at: a scan has no heads")
     args = parser.parse_args()
     check = Check(args.stop)
     cases = [([1], 5, 3), ([15], 16, 16), ([16, 1, 0, 17], 33, 16), ([63], 20, 4), ([1040], 17, 2), ([300, 0, 5, 257], 40, 3)]

@@ -48,7 +48,7 @@ pub struct Entry {
 pub const HEADERS: &[(&str, &str, &str)] = &[
     ("rows.cuh", "device/cuda/rows.cuh", include_str!("rows.cuh")),
     ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
-    ("element.cuh", "device/cuda/element.cuh", include_str!("element.cuh")),
+    ("element.cuh", "ops/element.cuh", include_str!("../../ops/element.cuh")),
     ("chunks.cuh", "ops/linear_attention/chunks.cuh", include_str!("../../ops/linear_attention/chunks.cuh")),
     ("scan.cuh", "ops/selective_scan/scan.cuh", include_str!("../../ops/selective_scan/scan.cuh")),
     ("step.cuh", "ops/step/step.cuh", include_str!("../../ops/step/step.cuh")),
