@@ -13,7 +13,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = os.path.join(HERE, "..", "..", "crates", "ttt", "src")
 
 # Operations whose check has another name, and knows no heads.
-CHECKS = {"selective_scan": "scan.py"}
+CHECKS = {"selective_scan": "scan.py", "linear_attention": "chunks.py", "ttt_batch": "chunks.py"}
 HEADS = ["--emulate", "--d", "32"]
 
 # file, text, replacement: a dropped term, a swapped index, a missing barrier or wait.
@@ -99,13 +99,29 @@ MUTATIONS = [
     ("selective_scan/backward.cu", "q.groups > 1 && g > 0 ? sums", "false ? sums"),
     ("selective_scan/backward.cu", "* -expm1f(-delta[j][i])", "* expf(-delta[j][i])"),
     ("selective_scan/backward.cu", "for (u32 i = 0; i < p.blocks; i++)", "for (u32 i = 1; i < p.blocks; i++)"),
+    ("linear_attention/chunks.cuh", "at.first / CHUNK + at.segment + at.chunk", "at.first / CHUNK + at.chunk"),
+    ("linear_attention/products.cu", "value = column <= row ? value + whole : 0.0f", "value = value + whole"),
+    ("linear_attention/products.cu", "first_k + depth < k ? read(q.a, a + i)", "true ? read(q.a, a + i)"),
+    ("linear_attention/products.cu", "            __syncthreads();\n#pragma unroll\n            for (u32 depth = 0", "#pragma unroll\n            for (u32 depth = 0"),
+    ("linear_attention/products.cu", "t < at.count; t++) {\n            const float weight", "t + 1 < at.count; t++) {\n            const float weight"),
+    ("linear_attention/products.cu", "p.reverse ? count - 1 - i : i", "i"),
+    ("linear_attention/rows.cu", "j <= t; j += 32", "j < t; j += 32"),
+    ("linear_attention/rows.cu", "x > 0.0f ? x + 1.0f : __expf(x)", "x > 0.0f ? x : __expf(x)"),
+    ("linear_attention/rows.cu", "+ dtotal * read(p.sums, sums + c)", ""),
+    ("linear_attention/rows.cu", "= -product * inverse;", "= -product;"),
+    ("ttt_batch/rows.cu", "p.ghat[own + c] = lr * g[i]", "p.ghat[own + c] = g[i]"),
+    ("ttt_batch/rows.cu", "- scale * p.sums[own + c]", "- p.sums[own + c]"),
+    ("ttt_batch/rows.cu", "d[i] = rs * (d[i] - p0 - xhat[i] * p1)", "d[i] = rs * (d[i] - p0)"),
+    ("ttt_batch/rows.cu", "float sum = add ? *to : 0.0f;", "float sum = 0.0f;"),
+    ("ttt_batch/rows.cu", "a5 = mean_of(dg, xhat, l) + a3", "a5 = mean_of(dg, xhat, l)"),
+    ("ttt_batch/rows.cu", "p.dk[own + c] = p.residual ? de[i] : 0.0f", "p.dk[own + c] = 0.0f"),
 ]
 
 
 def main():
     survivors = 0
     with tempfile.TemporaryDirectory() as root:
-        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/selective_scan"):
+        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/selective_scan", "ops/linear_attention", "ops/ttt_batch"):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
         ops = os.path.join(root, "crates", "ttt", "src", "ops")

@@ -21,7 +21,7 @@ pub(crate) static PRODUCTS: Source = Source {
     untuned: &[],
     types: &[DType::F32, DType::Bf16],
     kernels: &[
-        Entry { name: "chunk_product", registers: 80 },
+        Entry { name: "chunk_product", registers: 128 },
         Entry { name: "chunk_sum", registers: 64 },
         Entry { name: "running_sum", registers: 64 },
     ],

@@ -18,7 +18,7 @@ struct ProductParams {
 constexpr u32 TILE = 64, DEPTH = 16, PITCH = TILE + 4;
 
 // Blocks: layout x tiles of y. 256 threads, 4 x 4 numbers each.
-KERNEL __launch_bounds__(256) chunk_product(const __grid_constant__ ProductParams p) {
+KERNEL __launch_bounds__(256, 2) chunk_product(const __grid_constant__ ProductParams p) {
     __shared__ __align__(16) float a_tile[DEPTH * PITCH], b_tile[DEPTH * PITCH];
     const u32 d = p.layout.width, across = (d + TILE - 1) / TILE, tiles_m = p.m ? across : 1, tiles_n = p.n ? across : 1;
     ChunkPlace at;

@@ -65,7 +65,7 @@ KERNEL __launch_bounds__(THREADS, 2) scan_forward(const __grid_constant__ ScanPa
 }
 
 // A few tokens of each segment, one after the other: a thread a channel, its states in registers. Blocks: segments x 128 channels.
-KERNEL __launch_bounds__(128) scan_step(const __grid_constant__ ScanParams p) {
+KERNEL __launch_bounds__(128, 4) scan_step(const __grid_constant__ ScanParams p) {
     const Place at = place_of(p.segments, (p.channels + 127) / 128);
     const u32 channel = at.block * 128 + threadIdx.x, n = p.states;
     if (at.len == 0 || channel >= p.channels) return;

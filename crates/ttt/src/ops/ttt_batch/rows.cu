@@ -64,7 +64,7 @@ DEVICE void inner_gradient(const DescentParams& p, const ChunkPlace& at, u64 row
 }
 
 // Writes the scaled inner gradients, ghat.
-KERNEL __launch_bounds__(256) descent_gradients(const __grid_constant__ DescentParams p) {
+KERNEL __launch_bounds__(256, 2) descent_gradients(const __grid_constant__ DescentParams p) {
     ChunkPlace at;
     if (!chunk_of(at, p.layout, 1)) return;
     const Lane l = {threadIdx.x % 32, p.layout.width};
@@ -86,7 +86,7 @@ DEVICE void read_output(const DescentParams& p, const ChunkPlace& at, u32 t, con
 }
 
 // Writes z.
-KERNEL __launch_bounds__(256) descent_output(const __grid_constant__ DescentParams p) {
+KERNEL __launch_bounds__(256, 2) descent_output(const __grid_constant__ DescentParams p) {
     ChunkPlace at;
     if (!chunk_of(at, p.layout, 1)) return;
     const Lane l = {threadIdx.x % 32, p.layout.width};
@@ -118,7 +118,7 @@ DEVICE void put_parameters(const DescentParams& p, const ChunkPlace& at, const L
 }
 
 // From dz: dzbar, dO = -tau dzbar, and the part of dq that does not go through zbar.
-KERNEL __launch_bounds__(256) descent_output_backward(const __grid_constant__ DescentParams p) {
+KERNEL __launch_bounds__(256, 2) descent_output_backward(const __grid_constant__ DescentParams p) {
     ChunkPlace at;
     if (!chunk_of(at, p.layout, 1)) return;
     const Lane l = {threadIdx.x % 32, p.layout.width};
@@ -147,7 +147,7 @@ KERNEL __launch_bounds__(256) descent_output_backward(const __grid_constant__ De
 }
 
 // From dghat, in its place, dZ; also dlr, dv, and the part of dk that goes through the target.
-KERNEL __launch_bounds__(256) descent_gradients_backward(const __grid_constant__ DescentParams p) {
+KERNEL __launch_bounds__(256, 2) descent_gradients_backward(const __grid_constant__ DescentParams p) {
     ChunkPlace at;
     if (!chunk_of(at, p.layout, 1)) return;
     const Lane l = {threadIdx.x % 32, p.layout.width};
