@@ -107,7 +107,7 @@ impl Running<'_> {
     }
 }
 
-/// Numbers of phases of the sequences' positions; where nothing has mini-batches positions count on.
+/// How many phases a segment goes through before it begins again: those of a mini-batch, or no end of them.
 fn phases(model: &Lm) -> usize {
     model.config().mini_batch().unwrap_or(i32::MAX as usize)
 }

@@ -54,7 +54,8 @@ pub fn supports(config: &Config) -> Result<()> {
         return limit("num_attention_heads", config.num_attention_heads, crate::ops::inner_lr::cuda::MAX_HEADS);
     }
     if !config.ttt_layer_norm || !config.ttt_residual {
-        let message = "inner models without LayerNorm or residual run on a GPU with mini_batch_size `sequence` alone; use --device cpu";
+        let message =
+            "inner models without LayerNorm or residual run on a GPU with mini_batch_size `sequence` alone; use --device cpu";
         return Err(Error::Config(message.into()));
     }
     limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;

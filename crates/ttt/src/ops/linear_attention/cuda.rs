@@ -139,7 +139,8 @@ impl Attended {
 
     /// What is read for every token into `o`, without a normaliser.
     pub(crate) fn read(&self, c: &Chunks, o: Operand) {
-        let pairs = [Pair::new(self.q, self.s(c), Extent::Width), Pair::new(Operand::square(&self.weights), self.v, Extent::Tokens)];
+        let pairs =
+            [Pair::new(self.q, self.s(c), Extent::Width), Pair::new(Operand::square(&self.weights), self.v, Extent::Tokens)];
         let columns = (self.kind == Kind::Biased).then(|| self.sum(c));
         c.product(Product { columns, ..Product::of(o, [Extent::Tokens, Extent::Width], &pairs) });
     }
@@ -254,14 +255,7 @@ pub(super) fn forward(cuda: &Cuda, inputs: &Inputs, state: &mut Tensor, o: &mut 
 }
 
 /// Writes the gradients, moves `dstate` to the beginning.
-pub(super) fn backward(
-    cuda: &Cuda,
-    inputs: &Inputs,
-    start: &Tensor,
-    dout: View,
-    dstate: &mut Tensor,
-    grads: Grads,
-) -> Result<()> {
+pub(super) fn backward(cuda: &Cuda, inputs: &Inputs, start: &Tensor, dout: View, dstate: &mut Tensor, grads: Grads) -> Result<()> {
     let (_, d) = inputs.sizes();
     let c = Chunks::new(cuda, inputs.q, inputs.segments, [inputs.heads, d])?;
     let moved = start.copy()?;

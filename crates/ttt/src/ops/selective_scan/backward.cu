@@ -39,14 +39,14 @@ KERNEL __launch_bounds__(THREADS, 1) scan_backward(const __grid_constant__ ScanG
             float *dh = dstates + 2 * g * n * GROUP, *da = dh + n * GROUP, *dskip = dskips + 2 * g * GROUP, *dbias = dskip + GROUP;
             __syncthreads(); // tiles and sums are read
             if (g == 0) {
-                stage(b_tile, p.b, p.b_stride, row, count, 0, n, n);
-                stage(c_tile, p.c, p.c_stride, row, count, 0, n, n);
+                stage<0, 8>(b_tile, n, p.b, p.b_stride, row, count, 0, n);
+                stage<0, 8>(c_tile, n, p.c, p.c_stride, row, count, 0, n);
             }
             stage_decays(decays, p, first);
             load_group(starts, p.kept + (u64)(at.first_row / SPAN + at.segment + span) * n * p.channels, n, first, p.channels);
-            stage(x_tile, p.x, p.x_stride, row, count, first, GROUP, p.channels);
-            stage(dy_tile, q.dy, q.dy_stride, row, count, first, GROUP, p.channels);
-            stage_steps(d_tile, p, row, count, first);
+            stage<GROUP, 8>(x_tile, GROUP, p.x, p.x_stride, row, count, first, p.channels);
+            stage<GROUP, 8>(dy_tile, GROUP, q.dy, q.dy_stride, row, count, first, p.channels);
+            stage_steps<8>(d_tile, p, row, count, first);
             __syncthreads();
             float delta[2][PER], u[2][PER], dy[2][PER], dinput[2][PER], ddelta[2][PER];
 #pragma unroll

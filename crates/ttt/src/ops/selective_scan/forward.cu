@@ -20,10 +20,10 @@ KERNEL __launch_bounds__(THREADS, 2) scan_forward(const __grid_constant__ ScanPa
             const u64 span = at.first_row / SPAN + at.segment + done / SPAN;
             store_group(p.kept + span * n * p.channels, states, n, first, p.channels);
         }
-        stage(b_tile, p.b, p.b_stride, row, count, 0, n, n);
-        stage(c_tile, p.c, p.c_stride, row, count, 0, n, n);
-        stage(x_tile, p.x, p.x_stride, row, count, first, GROUP, p.channels);
-        stage_steps(d_tile, p, row, count, first);
+        stage<MAX_STATES, 16>(b_tile, n, p.b, p.b_stride, row, count, 0, n);
+        stage<MAX_STATES, 16>(c_tile, n, p.c, p.c_stride, row, count, 0, n);
+        stage<GROUP, 16>(x_tile, GROUP, p.x, p.x_stride, row, count, first, p.channels);
+        stage_steps<16>(d_tile, p, row, count, first);
         __syncthreads();
         float delta[2][PER], u[2][PER], y[2][PER];
 #pragma unroll

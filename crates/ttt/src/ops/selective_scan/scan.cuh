@@ -8,6 +8,7 @@
 #define WARPS 8 // of a block
 #endif
 constexpr u32 PER = 8, SPAN = 32 * PER;
+constexpr u32 MAX_STATES = 16;
 constexpr u32 THREADS = 32 * WARPS, GROUP = 2 * WARPS; // channels that a block works on at once
 constexpr u32 PITCH = SPAN + 4;                        // of a row of a tile: channels or states lie four banks apart
 
@@ -73,18 +74,21 @@ DEVICE Place place_of(const u32* segments, u32 blocks) {
     return at;
 }
 
-// Rows row .. row + count of columns first .. first + width of x into `width` rows of a tile; zeros where there is nothing.
-DEVICE void stage(float* tile, const T* x, u32 stride, u32 row, u32 count, u32 first, u32 width, u32 columns) {
-#pragma unroll 8
+// Rows row .. row + count of columns first .. limit of x, WIDTH columns at most, into `rows` rows of a tile; zeros where there is
+// nothing. LOADS are under way at once. WIDTH 0: as many
+// columns as rows of the tile, at the price of divisions by a variable.
+template <u32 WIDTH, u32 LOADS> DEVICE void stage(float* tile, u32 rows, const T* x, u32 stride, u32 row, u32 count, u32 first, u32 limit) {
+    const u32 width = WIDTH ? WIDTH : rows;
+#pragma unroll LOADS
     for (u32 e = threadIdx.x; e < width * SPAN; e += THREADS) {
         const u32 column = e % width, t = e / width;
-        const bool there = t < count && first + column < columns;
-        tile[column * PITCH + place(t)] = there ? number(x[(u64)(row + t) * stride + first + column]) : 0.0f;
+        const float value = t < count && first + column < limit ? number(x[(u64)(row + t) * stride + first + column]) : 0.0f;
+        if (column < rows) tile[column * PITCH + place(t)] = value;
     }
 }
 // The same of step sizes; 0, which changes no state, where there is no token.
-DEVICE void stage_steps(float* tile, const ScanParams& p, u32 row, u32 count, u32 first) {
-#pragma unroll 8
+template <u32 LOADS> DEVICE void stage_steps(float* tile, const ScanParams& p, u32 row, u32 count, u32 first) {
+#pragma unroll LOADS
     for (u32 e = threadIdx.x; e < GROUP * SPAN; e += THREADS) {
         const u32 column = e % GROUP, t = e / GROUP, channel = first + column;
         const bool there = t < count && channel < p.channels;

@@ -197,10 +197,7 @@ pub(super) fn backward(cuda: &Cuda, inputs: &Inputs, start: &Tensor, dz: View, d
 
     // The initial weights: a part of each chunk, added up over the segment.
     let of = Operand::chunks(&dstates, d, 0);
-    let pairs = [
-        Pair::new(attended.q.t(), dz_bar, Extent::Tokens),
-        Pair::new(attended.k.t(), dz_inner, Extent::Tokens),
-    ];
+    let pairs = [Pair::new(attended.q.t(), dz_bar, Extent::Tokens), Pair::new(attended.k.t(), dz_inner, Extent::Tokens)];
     c.product(Product::of(of, [Extent::Width, Extent::Width], &pairs));
     c.sum(&[dz_bar, dz_inner], None, of.at(d * d));
     c.running(of, dstate, d * d + d, true);

@@ -46,7 +46,14 @@ impl Operand {
 
     fn of(tensor: &Tensor, kind: u32, stride: usize, offset: usize) -> Operand {
         let &[_, _, size] = tensor.shape() else { panic!("matrices of heads of shape {:?}", tensor.shape()) };
-        Operand { base: tensor.address(), kind, stride: stride as u32, size: size as u32, offset: offset as u32, ..Operand::default() }
+        Operand {
+            base: tensor.address(),
+            kind,
+            stride: stride as u32,
+            size: size as u32,
+            offset: offset as u32,
+            ..Operand::default()
+        }
     }
 
     /// Of `[chunks, heads, size]` the matrix at `offset`.
