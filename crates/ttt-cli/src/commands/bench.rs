@@ -16,7 +16,7 @@ use ttt::config::Config;
 use ttt::device::{Device, probe};
 use ttt::train::Settings;
 
-use crate::args::{Bench, BenchWhat, DeviceName, InnerName};
+use crate::args::{Bench, BenchWhat, InnerName};
 use crate::commands::plan;
 use crate::commands::train::settings::is_assignment;
 use crate::keep::Keep;

@@ -39,8 +39,8 @@ KERNEL __launch_bounds__(THREADS, 1) scan_backward(const __grid_constant__ ScanG
             float *dh = dstates + 2 * g * n * GROUP, *da = dh + n * GROUP, *dskip = dskips + 2 * g * GROUP, *dbias = dskip + GROUP;
             __syncthreads(); // tiles and sums are read
             if (g == 0) {
-                stage<0, 8>(b_tile, n, p.b, p.b_stride, row, count, 0, n);
-                stage<0, 8>(c_tile, n, p.c, p.c_stride, row, count, 0, n);
+                stage<MAX_STATES, 11>(b_tile, n, p.b, p.b_stride, row, count, 0, n);
+                stage<MAX_STATES, 11>(c_tile, n, p.c, p.c_stride, row, count, 0, n);
             }
             stage_decays(decays, p, first);
             load_group(starts, p.kept + (u64)(at.first_row / SPAN + at.segment + span) * n * p.channels, n, first, p.channels);
@@ -128,13 +128,8 @@ KERNEL __launch_bounds__(THREADS, 1) scan_backward(const __grid_constant__ ScanG
                 if (lane == 0) dskip[own + j] += of_skip, dbias[own + j] += of_bias;
             }
             __syncthreads();
-#pragma unroll 8
-            for (u32 e = threadIdx.x; e < GROUP * SPAN; e += THREADS) {
-                const u32 column = e % GROUP, t = e / GROUP;
-                if (t >= count || first + column >= p.channels) continue;
-                put(q.dx[(u64)(row + t) * q.dx_stride + first + column], x_tile[column * PITCH + place(t)]);
-                put(q.ddt[(u64)(row + t) * q.ddt_stride + first + column], d_tile[column * PITCH + place(t)]);
-            }
+            unstage<8>(q.dx, q.dx_stride, x_tile, row, count, first, p.channels);
+            unstage<8>(q.ddt, q.ddt_stride, d_tile, row, count, first, p.channels);
         }
     }
     __syncthreads();

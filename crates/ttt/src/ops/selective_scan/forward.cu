@@ -53,12 +53,7 @@ KERNEL __launch_bounds__(THREADS, 2) scan_forward(const __grid_constant__ ScanPa
 #pragma unroll
         for (u32 j = 0; j < 2; j++) store_lane(x_tile + (own + j) * PITCH, lane, y[j]);
         __syncthreads();
-#pragma unroll 8
-        for (u32 e = threadIdx.x; e < GROUP * SPAN; e += THREADS) {
-            const u32 column = e % GROUP, t = e / GROUP;
-            if (t < count && first + column < p.channels)
-                put(p.y[(u64)(row + t) * p.channels + first + column], x_tile[column * PITCH + place(t)]);
-        }
+        unstage<16>(p.y, p.channels, x_tile, row, count, first, p.channels);
     }
     __syncthreads();
     if (slot) store_group(slot, states, n, first, p.channels);

@@ -74,26 +74,52 @@ DEVICE Place place_of(const u32* segments, u32 blocks) {
     return at;
 }
 
-// Rows row .. row + count of columns first .. limit of x, WIDTH columns at most, into `rows` rows of a tile; zeros where there is
-// nothing. LOADS are under way at once. WIDTH 0: as many
-// columns as rows of the tile, at the price of divisions by a variable.
+// What a thread moves between rows of a matrix and a tile of WIDTH rows: one column of it, every STEP-th token, so that addresses on
+// both sides grow by a constant.
+template <u32 WIDTH> struct Walk {
+    static constexpr u32 STEP = THREADS / WIDTH, COUNT = (SPAN + STEP - 1) / STEP, ALONG = STEP / 2;
+    static_assert(THREADS % WIDTH == 0 && STEP % 8 == 0, "a step keeps a token's place among the lane's");
+    u32 column = threadIdx.x % WIDTH, t = threadIdx.x / WIDTH;
+    DEVICE float* in(float* tile) const { return tile + column * PITCH + place(t); }
+};
+// Rows row .. row + count of columns first .. limit of x, WIDTH at most, into `rows` rows of a tile; zeros where there is nothing.
+// LOADS of a thread are under way at once.
 template <u32 WIDTH, u32 LOADS> DEVICE void stage(float* tile, u32 rows, const T* x, u32 stride, u32 row, u32 count, u32 first, u32 limit) {
-    const u32 width = WIDTH ? WIDTH : rows;
+    const Walk<WIDTH> w;
+    if (w.column >= rows) return;
+    const T* const from = x + (u64)(row + w.t) * stride + first + w.column;
+    float* const to = w.in(tile);
+    const bool there = first + w.column < limit;
 #pragma unroll LOADS
-    for (u32 e = threadIdx.x; e < width * SPAN; e += THREADS) {
-        const u32 column = e % width, t = e / width;
-        const float value = t < count && first + column < limit ? number(x[(u64)(row + t) * stride + first + column]) : 0.0f;
-        if (column < rows) tile[column * PITCH + place(t)] = value;
+    for (u32 i = 0; i < Walk<WIDTH>::COUNT; i++) {
+        const u32 t = w.t + i * Walk<WIDTH>::STEP;
+        const float value = there && t < count ? number(from[(u64)(i * Walk<WIDTH>::STEP) * stride]) : 0.0f;
+        if (SPAN % Walk<WIDTH>::STEP == 0 || t < SPAN) to[i * Walk<WIDTH>::ALONG] = value;
     }
 }
 // The same of step sizes; 0, which changes no state, where there is no token.
 template <u32 LOADS> DEVICE void stage_steps(float* tile, const ScanParams& p, u32 row, u32 count, u32 first) {
+    const Walk<GROUP> w;
+    const u32 channel = first + w.column;
+    const bool there = channel < p.channels;
+    const T* const from = p.dt + (u64)(row + w.t) * p.dt_stride + channel;
+    float* const to = w.in(tile);
+    const float bias = there ? p.dt_bias[channel] : 0.0f;
 #pragma unroll LOADS
-    for (u32 e = threadIdx.x; e < GROUP * SPAN; e += THREADS) {
-        const u32 column = e % GROUP, t = e / GROUP, channel = first + column;
-        const bool there = t < count && channel < p.channels;
-        tile[column * PITCH + place(t)] = there ? softplus(number(p.dt[(u64)(row + t) * p.dt_stride + channel]) + p.dt_bias[channel]) : 0.0f;
+    for (u32 i = 0; i < Walk<GROUP>::COUNT; i++) {
+        const bool token = there && w.t + i * Walk<GROUP>::STEP < count;
+        to[i * Walk<GROUP>::ALONG] = token ? softplus(number(from[(u64)(i * Walk<GROUP>::STEP) * p.dt_stride]) + bias) : 0.0f;
     }
+}
+// A tile of a group's channels into rows row .. row + count of y.
+template <u32 STORES> DEVICE void unstage(T* y, u32 stride, const float* tile, u32 row, u32 count, u32 first, u32 channels) {
+    const Walk<GROUP> w;
+    if (first + w.column >= channels) return;
+    T* const to = y + (u64)(row + w.t) * stride + first + w.column;
+    const float* const from = tile + w.column * PITCH + place(w.t);
+#pragma unroll STORES
+    for (u32 i = 0; i < Walk<GROUP>::COUNT; i++)
+        if (w.t + i * Walk<GROUP>::STEP < count) put(to[(u64)(i * Walk<GROUP>::STEP) * stride], from[i * Walk<GROUP>::ALONG]);
 }
 // A times log2(e) of a group of channels, [N, GROUP].
 DEVICE void stage_decays(float* a, const ScanParams& p, u32 first) {
