@@ -65,6 +65,32 @@ impl<'m> Decoder<'m> {
         };
         Ok(Session { model: self.model, states, how, sequences: sequences.to_vec(), ended, steps: 0, taken: 0 })
     }
+
+    /// One step for sequences of which others may come and go: each reads its token, and what it chooses next is waited for and
+    /// returned. `ends` end nothing here.
+    ///
+    /// # Errors
+    /// Sampling settings out of range, a token outside the vocabulary, or memory.
+    ///
+    /// # Panics
+    /// When there are no sequences, two name the same slot or one that does not exist, or there is not a token for each.
+    pub fn step(&mut self, states: &mut States, sequences: &[Sequence], tokens: &[u32]) -> Result<Vec<Choice>> {
+        assert!(!tokens.is_empty() && tokens.len() == sequences.len(), "{} tokens of {} sequences", tokens.len(), sequences.len());
+        sequences.iter().try_for_each(|s| s.draw.sampling.validate())?;
+        let mut batch = Batch::default();
+        sequences.iter().zip(tokens).for_each(|(s, token)| batch.push(&[*token], s.slot));
+        let Some(gpu) = self.model.device().as_cuda() else {
+            let (hidden, _) = self.model.forward(&batch, Some(states), Keep::Nothing, 1.0)?;
+            let logits = self.model.logits(&hidden, &(0..tokens.len()).collect::<Vec<_>>())?;
+            return Ok(sequences.iter().zip(rows(&logits)).map(|(s, logits)| { *s }.choose(&logits)).collect());
+        };
+        self.model.check_tokens(tokens)?;
+        let shape = [tokens.len(), self.model.config().vocab_size];
+        let recorded = Recorded::find(&mut self.recorded, gpu, states, states.segments(&batch), shape)?;
+        let choices = recorded.once(self.model, gpu, states, sequences, tokens)?;
+        states.advance(&batch);
+        Ok(choices)
+    }
 }
 
 /// Sequences being continued (see [`Decoder::start`]).

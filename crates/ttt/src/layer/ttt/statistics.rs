@@ -87,8 +87,10 @@ impl TttLayer {
             inner: Kept::Weights(saved.inner.weights().on_cpu(host, pass.segments, self.heads, self.mini_batches().1)?),
             window: None,
         };
+        // All that the errors are computed from.
+        let read = self.ids.initial.iter().copied().chain(self.ids.ttt_norm.into_iter().flat_map(|(gamma, beta)| [gamma, beta]));
         Ok(Some(OnCpu {
-            weights: pass.weights.float().on_cpu()?.into_owned().into(),
+            weights: pass.weights.float().some_on_cpu(read)?.into(),
             rope: pass.rope().to(host)?,
             saved,
             end: end.to(host)?,
