@@ -121,7 +121,7 @@ fn ctrl_c_keeps_what_was_read() {
     let place = Place::with_model();
     let text = String::from_utf8(place.read("text.txt")).unwrap();
     place.write("a.txt", text.repeat(3));
-    place.write("b.txt", text.repeat(40));
+    place.write("b.txt", text.repeat(10));
     let line = ["read", "m", "a.txt", "b.txt", "--threads", "1", "--device", "reference", "--state-out"];
     place.run(&[&line[..], &["whole.state"]].concat()).ok().says(&["of 2 documents", "loss of W0"]);
 

@@ -10,7 +10,7 @@ use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::sample::Draw;
 use crate::state::States;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// A sequence to continue.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -220,6 +220,9 @@ impl Sequence {
 
 /// Logits of each sequence.
 fn rows(logits: &Tensor) -> Vec<Vec<f32>> {
-    let all: Vec<f32> = logits.to_f64_vec().iter().map(|x| *x as f32).collect();
-    all.chunks_exact(logits.shape()[1]).map(<[f32]>::to_vec).collect()
+    let vocab = logits.shape()[1];
+    if logits.dtype() == DType::F32 && logits.device().as_cuda().is_none() {
+        return logits.as_slice::<f32>().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
+    }
+    logits.to_f64_vec().chunks_exact(vocab).map(|row| row.iter().map(|x| *x as f32).collect()).collect()
 }

@@ -10,11 +10,13 @@ use std::time::Instant;
 
 use ttt::batch::Batch;
 use ttt::data::Tokenizer;
+use ttt::generate::Decoder;
 use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::state::{StateFile, States};
 use ttt::tensor::{DType, Tensor};
 
+use super::decoded::TokenInfo;
 use super::sequence::Sequence;
 use super::shared::Shared;
 use super::{Command, Event, Failure, Finish, Job, Limits, means};
@@ -31,6 +33,9 @@ struct Engine<'t> {
     tokenizer: &'t Tokenizer,
     states: &'t mut States,
     spare: States,
+    decoder: Decoder<'t>,
+    /// Tokens that there is room for in every slot, where states grow.
+    room: u64,
     limits: Limits,
     snapshots: Snapshots,
     shared: &'t Shared,
@@ -54,9 +59,23 @@ pub fn run(
     shared: &Shared,
 ) {
     let free = (0..states.slots()).rev().collect();
-    let (queue, running) = (VecDeque::new(), Vec::new());
-    let mut engine =
-        Engine { lm, tokenizer, states, spare, limits, snapshots, shared, free, queue, running, turn: 0, stopping: None };
+    let (queue, running, decoder) = (VecDeque::new(), Vec::new(), Decoder::new(lm));
+    let mut engine = Engine {
+        lm,
+        tokenizer,
+        states,
+        spare,
+        decoder,
+        room: 0,
+        limits,
+        snapshots,
+        shared,
+        free,
+        queue,
+        running,
+        turn: 0,
+        stopping: None,
+    };
     while engine.receive(inbox) {
         // A bug that one request found should not end all others that will come; slots are filled anew before they are used.
         if std::panic::catch_unwind(AssertUnwindSafe(|| engine.round())).is_err() {
@@ -183,6 +202,9 @@ impl<'t> Engine<'t> {
         let Some(last) = tokens.len().checked_sub(1) else {
             return Err(ttt::Error::Invalid("there is nothing to continue from: give a prompt of at least one token".into()));
         };
+        // A state may bring more than there is room for.
+        let begun = start.as_ref().map_or(0, |start| start.header().tokens);
+        self.reserve(begun + last as u64)?;
         if job.snapshots && !job.prompt_logprobs && !job.progress {
             let found = self.snapshots.find(job.root, &tokens[..last]);
             let restored = found.and_then(|(read, state)| {
@@ -239,7 +261,7 @@ impl<'t> Engine<'t> {
                     self.running[i].read += piece;
                     self.shared.prompt_tokens.fetch_add(piece as u64, Relaxed);
                     let position = self.states.position(self.running[i].slot);
-                    if self.running[i].unread() > 0 && position.is_multiple_of(self.limits.snapshot_every) {
+                    if self.running[i].unread() > 0 && self.snapshot_due(position) {
                         self.keep(i);
                     }
                 }
@@ -260,7 +282,7 @@ impl<'t> Engine<'t> {
     /// Tokens that a sequence may read now: to the end of a mini-batch, so that pieces cost the arithmetic of the whole, and not
     /// past a place for a snapshot.
     fn piece(&self, sequence: &Sequence<'_>, room: usize) -> usize {
-        let (position, mini_batch) = (self.states.position(sequence.slot), self.lm.config().mini_batch_size as u64);
+        let (position, mini_batch) = (self.states.position(sequence.slot), self.mini_batch());
         let end = ((position + room as u64) / mini_batch * mini_batch).max((position / mini_batch + 1) * mini_batch);
         let snapshot = (position / self.limits.snapshot_every + 1) * self.limits.snapshot_every;
         let piece = ((end.min(snapshot) - position) as usize).min(sequence.unread());
@@ -296,9 +318,10 @@ impl<'t> Engine<'t> {
         let sequence = &self.running[i];
         let mut batch = Batch::default();
         batch.push(&sequence.tokens[sequence.read..][..piece], sequence.slot);
-        let mini_batch = self.lm.config().mini_batch_size;
-        let whole = self.states.position(sequence.slot).is_multiple_of(mini_batch as u64) && piece.is_multiple_of(mini_batch);
-        let inner = match whole {
+        let mini_batch = self.mini_batch();
+        let whole = self.states.position(sequence.slot).is_multiple_of(mini_batch) && (piece as u64).is_multiple_of(mini_batch);
+        // Other models have no inner loop to look at.
+        let inner = match whole && self.lm.config().mini_batch().is_some() {
             true => means(&self.lm.forward_measured(&batch, self.states)?.1),
             false => {
                 self.lm.forward_rows(&batch, self.states, &[piece - 1])?;
@@ -332,30 +355,25 @@ impl<'t> Engine<'t> {
         if ready.is_empty() {
             return;
         }
-        let mut batch = Batch::default();
-        for &i in &ready {
-            let sequence = &self.running[i];
-            batch.push(&sequence.tokens[sequence.read..], sequence.slot);
-        }
-        let forward = |states: &mut States| -> ttt::Result<Tensor> {
-            let (hidden, _) = self.lm.forward(&batch, Some(states), Keep::Nothing, 1.0)?;
-            self.lm.logits(&hidden, &(0..ready.len()).collect::<Vec<_>>())
+        // Who wants to know what else was likely needs the logits themselves.
+        let chosen = match ready.iter().any(|i| self.running[*i].job.top.is_some()) {
+            true => self.choose(&ready),
+            false => self.step(&ready),
         };
-        let logits = match forward(self.states) {
-            Ok(logits) => logits,
+        let chosen = match chosen {
+            Ok(chosen) => chosen,
             Err(e) => return self.fail_all(ready, &e),
         };
-        let rows = rows(&logits);
         let ends = [self.tokenizer.eos(), self.lm.config().eos_token_id];
         let mut finished = Vec::new();
-        for (&i, row) in ready.iter().zip(rows.chunks(rows.len() / ready.len())) {
+        for (&i, info) in ready.iter().zip(chosen) {
             let sequence = &mut self.running[i];
             let first = sequence.read < sequence.prompt;
             sequence.read += 1;
             if first {
                 self.shared.prompt_tokens.fetch_add(1, Relaxed);
             }
-            if let Some(reason) = sequence.choose(row, ends, self.shared) {
+            if let Some(reason) = sequence.accept(info, ends, self.shared) {
                 finished.push((i, reason));
             }
         }
@@ -363,6 +381,62 @@ impl<'t> Engine<'t> {
         for (i, reason) in finished.into_iter().rev() {
             self.finish(i, reason);
         }
+    }
+
+    /// Reads a token of each sequence and chooses the next where the model is: on a GPU by a recorded step.
+    fn step(&mut self, ready: &[usize]) -> ttt::Result<Vec<TokenInfo>> {
+        self.reserve_next(ready)?;
+        let (sequences, tokens): (Vec<_>, Vec<_>) = ready.iter().map(|i| self.running[*i].next()).unzip();
+        let chosen = self.decoder.step(self.states, &sequences, &tokens)?;
+        Ok(ready.iter().zip(chosen).map(|(i, choice)| self.running[*i].take(choice)).collect())
+    }
+
+    /// Reads a token of each sequence and chooses the next here.
+    fn choose(&mut self, ready: &[usize]) -> ttt::Result<Vec<TokenInfo>> {
+        self.reserve_next(ready)?;
+        let mut batch = Batch::default();
+        for &i in ready {
+            let sequence = &self.running[i];
+            batch.push(&sequence.tokens[sequence.read..], sequence.slot);
+        }
+        let (hidden, _) = self.lm.forward(&batch, Some(self.states), Keep::Nothing, 1.0)?;
+        let logits = self.lm.logits(&hidden, &(0..ready.len()).collect::<Vec<_>>())?;
+        let rows = rows(&logits);
+        let each = rows.chunks(rows.len() / ready.len());
+        Ok(ready.iter().zip(each).map(|(i, row)| self.running[*i].choose(row)).collect())
+    }
+
+    /// Tokens of a mini-batch; where there are none, a token.
+    fn mini_batch(&self) -> u64 {
+        self.lm.config().mini_batch().unwrap_or(1) as u64
+    }
+
+    /// Whether a state at this position of a prompt is to be kept. Of states that grow only at doubled positions, or snapshots of a
+    /// prompt would take space by its square.
+    fn snapshot_due(&self, position: u64) -> bool {
+        let every = self.limits.snapshot_every;
+        position.is_multiple_of(every) && (self.limits.context.is_none() || (position / every).is_power_of_two())
+    }
+
+    /// Room for one more token of each sequence.
+    fn reserve_next(&mut self, ready: &[usize]) -> ttt::Result<()> {
+        let longest = ready.iter().map(|i| self.states.position(self.running[*i].slot)).max().unwrap_or(0);
+        self.reserve(longest + 1)
+    }
+
+    /// Makes room for sequences of so many tokens where states grow: half as much again, and never more than the limit, which
+    /// requests were checked against.
+    fn reserve(&mut self, tokens: u64) -> ttt::Result<()> {
+        let Some(context) = self.limits.context.filter(|_| tokens > self.room) else { return Ok(()) };
+        if tokens > context {
+            return Err(ttt::Error::Invalid(format!(
+                "a sequence of {tokens} tokens; there is room for {context} (--cache-memory)"
+            )));
+        }
+        let room = tokens.max(self.room + self.room / 2).next_multiple_of(64).min(context);
+        self.states.reserve(room as usize)?;
+        self.room = room;
+        Ok(())
     }
 
     /// Keeps a snapshot of a sequence, unless it is too near to the last one.
@@ -373,6 +447,10 @@ impl<'t> Engine<'t> {
         }
         let key = sequence.hash.extend(&sequence.tokens[..sequence.read]);
         if self.snapshots.touch(&key) {
+            return;
+        }
+        let grown = self.states.bytes_per_token() * self.states.position(sequence.slot) as usize;
+        if !self.snapshots.may_hold(grown) {
             return;
         }
         // A state that cannot be saved is no snapshot; whoever wants the state itself is told why.
