@@ -61,7 +61,7 @@ fn is_served(place: &Place, server: &Server) -> [Value; 2] {
     place.write("book.state", content);
     let wanted = generated(place, &["--state-in", "book.state", "-p", " 7", "-n", "30"]);
     assert_eq!(text(&ask(" 7", json!({"state_id": id}))), wanted);
-    let watched = server.request("POST", "/v1/states?stream=true&name=w", "text/plain", book[..500].as_bytes());
+    let watched = server.request("POST", "/v1/states?stream=true&name=w", "text/plain", &book.as_bytes()[..500]);
     let events = watched.events();
     let read = |(kind, data): &(String, String)| (kind == "progress").then(|| serde_json::from_str::<Value>(data).unwrap());
     let progress: Vec<Value> = events.iter().filter_map(read).collect();

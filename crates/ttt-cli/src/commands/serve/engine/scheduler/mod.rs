@@ -1,5 +1,8 @@
 //! The rounds of the engine's thread.
 
+mod decode;
+mod read;
+
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -8,22 +11,17 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use ttt::batch::Batch;
 use ttt::data::Tokenizer;
 use ttt::generate::Decoder;
-use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::state::{StateFile, States};
 use ttt::tensor::{DType, Tensor};
 
-use super::decoded::TokenInfo;
 use super::sequence::Sequence;
 use super::shared::Shared;
 use super::{Command, Event, Failure, Finish, Job, Limits, means};
 use crate::commands::serve::snapshots::Snapshots;
 
-/// Pieces are so many times longer while nobody decodes.
-const ALONE: usize = 4;
 /// A state is worth keeping when so many tokens were read for it.
 const WORTH: usize = 32;
 
@@ -222,206 +220,6 @@ impl<'t> Engine<'t> {
             None => self.states.reset(self.lm, slot),
         }
         Ok((tokens, 0))
-    }
-
-    /// Reads one piece of the prompts that are not read.
-    fn read(&mut self) {
-        let reading: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].unread() > 0).collect();
-        if reading.is_empty() {
-            return;
-        }
-        let decoding = reading.len() < self.running.len();
-        self.turn %= reading.len();
-        let alone = |s: &Sequence<'_>| s.job.prompt_logprobs || s.job.progress;
-        // Who watches wants to see something often.
-        let watched = self.running[reading[self.turn]].job.progress;
-        let mut room = if decoding || watched { self.limits.chunk } else { ALONE * self.limits.chunk };
-        let mut pieces = Vec::new();
-        for i in reading[self.turn..].iter().chain(&reading[..self.turn]) {
-            let sequence = &self.running[*i];
-            if room == 0 || (alone(sequence) && !pieces.is_empty()) {
-                break;
-            }
-            let piece = self.piece(sequence, room);
-            room = room.saturating_sub(piece);
-            pieces.push((*i, piece));
-            if alone(sequence) {
-                break;
-            }
-        }
-        self.turn += pieces.len();
-        let read = match &pieces[..] {
-            [(i, piece)] if self.running[*i].job.prompt_logprobs => self.read_with_logprobs(*i, *piece),
-            [(i, piece)] if self.running[*i].job.progress => self.read_with_progress(*i, *piece),
-            _ => self.read_pieces(&pieces),
-        };
-        match read {
-            Ok(()) => {
-                for &(i, piece) in &pieces {
-                    self.running[i].read += piece;
-                    self.shared.prompt_tokens.fetch_add(piece as u64, Relaxed);
-                    let position = self.states.position(self.running[i].slot);
-                    if self.running[i].unread() > 0 && self.snapshot_due(position) {
-                        self.keep(i);
-                    }
-                }
-                for &(i, _) in pieces
-                    .iter()
-                    .filter(|(i, _)| self.running[*i].unread() == 0)
-                    .collect::<std::collections::BTreeSet<_>>()
-                    .into_iter()
-                    .rev()
-                {
-                    self.read_to_the_end(i);
-                }
-            }
-            Err(e) => self.fail_all(pieces.iter().map(|(i, _)| *i).collect(), &e),
-        }
-    }
-
-    /// Tokens that a sequence may read now: to the end of a mini-batch, so that pieces cost the arithmetic of the whole, and not
-    /// past a place for a snapshot.
-    fn piece(&self, sequence: &Sequence<'_>, room: usize) -> usize {
-        let (position, mini_batch) = (self.states.position(sequence.slot), self.mini_batch());
-        let end = ((position + room as u64) / mini_batch * mini_batch).max((position / mini_batch + 1) * mini_batch);
-        let snapshot = (position / self.limits.snapshot_every + 1) * self.limits.snapshot_every;
-        let piece = ((end.min(snapshot) - position) as usize).min(sequence.unread());
-        // Errors are measured on whole mini-batches; what is left over comes by itself.
-        match piece as u64 / mini_batch * mini_batch {
-            whole if sequence.job.progress && position.is_multiple_of(mini_batch) && whole > 0 => whole as usize,
-            _ => piece,
-        }
-    }
-
-    fn read_pieces(&mut self, pieces: &[(usize, usize)]) -> ttt::Result<()> {
-        let mut batch = Batch::default();
-        for (i, piece) in pieces {
-            let sequence = &self.running[*i];
-            batch.push(&sequence.tokens[sequence.read..][..*piece], sequence.slot);
-        }
-        // No prediction is wanted; one row is the least that can be asked for.
-        self.lm.forward_rows(&batch, self.states, &[batch.tokens.len() - 1]).map(drop)
-    }
-
-    fn read_with_logprobs(&mut self, i: usize, piece: usize) -> ttt::Result<()> {
-        let sequence = &mut self.running[i];
-        let mut batch = Batch::default();
-        batch.push(&sequence.tokens[sequence.read..][..piece], sequence.slot);
-        let (hidden, _) = self.lm.forward(&batch, Some(self.states), Keep::Nothing, 1.0)?;
-        let logits = self.lm.logits(&hidden, &(0..piece).collect::<Vec<_>>())?;
-        let rows = rows(&logits);
-        sequence.report_prompt(sequence.read + 1, rows.chunks(rows.len() / piece).map(Some));
-        Ok(())
-    }
-
-    fn read_with_progress(&mut self, i: usize, piece: usize) -> ttt::Result<()> {
-        let sequence = &self.running[i];
-        let mut batch = Batch::default();
-        batch.push(&sequence.tokens[sequence.read..][..piece], sequence.slot);
-        let mini_batch = self.mini_batch();
-        let whole = self.states.position(sequence.slot).is_multiple_of(mini_batch) && (piece as u64).is_multiple_of(mini_batch);
-        // Other models have no inner loop to look at.
-        let inner = match whole && self.lm.config().mini_batch().is_some() {
-            true => means(&self.lm.forward_measured(&batch, self.states)?.1),
-            false => {
-                self.lm.forward_rows(&batch, self.states, &[piece - 1])?;
-                Vec::new()
-            }
-        };
-        sequence.send(Event::Read { tokens: sequence.read + piece, of: sequence.prompt - 1, inner });
-        Ok(())
-    }
-
-    /// The prompt but for its last token is read: its choices part here.
-    fn read_to_the_end(&mut self, i: usize) {
-        if self.running[i].job.snapshots {
-            self.keep(i);
-        }
-        for (k, slot) in std::mem::take(&mut self.running[i].reserved).into_iter().enumerate() {
-            self.states.copy_slot(self.running[i].slot, slot);
-            self.running.push(self.running[i].fork(k + 1, slot, self.tokenizer));
-        }
-        if self.running[i].job.max_tokens == 0 {
-            let job = self.running[i].job.clone();
-            for i in (0..self.running.len()).rev().filter(|i| Arc::ptr_eq(&self.running[*i].job, &job)).collect::<Vec<_>>() {
-                self.finish(i, Finish::Length);
-            }
-        }
-    }
-
-    /// Decodes a token for everyone whose prompt is read.
-    fn decode(&mut self) {
-        let ready: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].unread() == 0).collect();
-        if ready.is_empty() {
-            return;
-        }
-        // Who wants to know what else was likely needs the logits themselves.
-        let chosen = match ready.iter().any(|i| self.running[*i].job.top.is_some()) {
-            true => self.choose(&ready),
-            false => self.step(&ready),
-        };
-        let chosen = match chosen {
-            Ok(chosen) => chosen,
-            Err(e) => return self.fail_all(ready, &e),
-        };
-        let ends = [self.tokenizer.eos(), self.lm.config().eos_token_id];
-        let mut finished = Vec::new();
-        for (&i, info) in ready.iter().zip(chosen) {
-            let sequence = &mut self.running[i];
-            let first = sequence.read < sequence.prompt;
-            sequence.read += 1;
-            if first {
-                self.shared.prompt_tokens.fetch_add(1, Relaxed);
-            }
-            if let Some(reason) = sequence.accept(info, ends, self.shared) {
-                finished.push((i, reason));
-            }
-        }
-        self.shared.generated_tokens.fetch_add(ready.len() as u64, Relaxed);
-        for (i, reason) in finished.into_iter().rev() {
-            self.finish(i, reason);
-        }
-    }
-
-    /// Reads a token of each sequence and chooses the next where the model is: on a GPU by a recorded step.
-    fn step(&mut self, ready: &[usize]) -> ttt::Result<Vec<TokenInfo>> {
-        self.reserve_next(ready)?;
-        let (sequences, tokens): (Vec<_>, Vec<_>) = ready.iter().map(|i| self.running[*i].next()).unzip();
-        let chosen = self.decoder.step(self.states, &sequences, &tokens)?;
-        Ok(ready.iter().zip(chosen).map(|(i, choice)| self.running[*i].take(choice)).collect())
-    }
-
-    /// Reads a token of each sequence and chooses the next here.
-    fn choose(&mut self, ready: &[usize]) -> ttt::Result<Vec<TokenInfo>> {
-        self.reserve_next(ready)?;
-        let mut batch = Batch::default();
-        for &i in ready {
-            let sequence = &self.running[i];
-            batch.push(&sequence.tokens[sequence.read..], sequence.slot);
-        }
-        let (hidden, _) = self.lm.forward(&batch, Some(self.states), Keep::Nothing, 1.0)?;
-        let logits = self.lm.logits(&hidden, &(0..ready.len()).collect::<Vec<_>>())?;
-        let rows = rows(&logits);
-        let each = rows.chunks(rows.len() / ready.len());
-        Ok(ready.iter().zip(each).map(|(i, row)| self.running[*i].choose(row)).collect())
-    }
-
-    /// Tokens of a mini-batch; where there are none, a token.
-    fn mini_batch(&self) -> u64 {
-        self.lm.config().mini_batch().unwrap_or(1) as u64
-    }
-
-    /// Whether a state at this position of a prompt is to be kept. Of states that grow only at doubled positions, or snapshots of a
-    /// prompt would take space by its square.
-    fn snapshot_due(&self, position: u64) -> bool {
-        let every = self.limits.snapshot_every;
-        position.is_multiple_of(every) && (self.limits.context.is_none() || (position / every).is_power_of_two())
-    }
-
-    /// Room for one more token of each sequence.
-    fn reserve_next(&mut self, ready: &[usize]) -> ttt::Result<()> {
-        let longest = ready.iter().map(|i| self.states.position(self.running[*i].slot)).max().unwrap_or(0);
-        self.reserve(longest + 1)
     }
 
     /// Makes room for sequences of so many tokens where states grow: half as much again, and never more than the limit, which
