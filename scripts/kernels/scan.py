@@ -18,7 +18,7 @@ from devices import Emulator
 from ttt_linear import error, from_bits, to_bits
 
 POINTER, U32 = ctypes.c_uint64, ctypes.c_uint32
-SPAN, WARPS = 256, 8
+SPAN, WARPS = 256, 12  # of the backward kernel on Hopper; other numbers of warps are other sizes of the same code
 LIMITS = dict(bf16=2**-8, f32=2e-6)  # outputs in bf16 are off by at most half a unit in the last place
 GROUP, PITCH, THREADS = 2 * WARPS, SPAN + 4, 32 * WARPS
 

@@ -1,5 +1,5 @@
 // The kernels of the selective scan as a shared library for the CPU: g++ -O2 -shared -fPIC -DTTT_BF16 -I<emulate> -I<ops>.
-#define WARPS 8
+#define WARPS 12
 #include "selective_scan/forward.cu"
 #include "selective_scan/backward.cu"
 
