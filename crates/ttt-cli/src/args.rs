@@ -121,7 +121,7 @@ pub struct Train {
     /// Learn a skill: the initial fast weights of the model of --init-from, and nothing else; written to skill.safetensors
     #[arg(long)]
     pub only_initial_state: bool,
-    /// Compute activations again in the backward pass instead of keeping them: slower, needs less memory
+    /// What to compute again in the backward pass instead of keeping it: slower, needs less memory [default: auto, as little as fits]
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
     /// Seed of the initial weights and of the order of the data
@@ -437,6 +437,12 @@ pub struct Plan {
     /// Tokens of each [default: train.sequence_length]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 24))]
     pub length: Option<u64>,
+    /// Where it would be computed: auto, cpu, or cuda, for which no GPU need be there
+    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = DeviceName::parse)]
+    pub device: DeviceName,
+    /// GPU: memory to fit into, in GiB [default: what is free on the GPU, where there is one]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..1 << 20))]
+    pub memory: Option<u64>,
     /// Print a JSON object, in bytes and operations
     #[arg(long)]
     pub json: bool,
@@ -695,7 +701,7 @@ pub struct Bench {
     /// decode on a GPU: choose among the likeliest tokens whose probabilities reach this sum
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f64,
-    /// train: compute blocks again in the backward pass
+    /// train: what to compute again in the backward pass; auto is as little as fits [default: none]
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
     /// Print a JSON object
@@ -844,10 +850,25 @@ pub enum Precision {
 /// What the backward pass computes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Recompute {
+    // On a GPU the first of those below that fits in its memory, otherwise nothing
+    Auto,
     // Nothing
     None,
+    // The inner loops of TTT layers
+    Inner,
     // Every block, from its input
     Block,
+}
+
+impl From<Recompute> for ttt::train::Recompute {
+    fn from(recompute: Recompute) -> Self {
+        match recompute {
+            Recompute::Auto => Self::Auto,
+            Recompute::None => Self::None,
+            Recompute::Inner => Self::Inner,
+            Recompute::Block => Self::Block,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -164,7 +164,7 @@ impl Block {
             return Ok((self.decode(pass, x, state)?, None));
         }
         let pre_window = state.as_deref_mut().and_then(LayerState::pre_conv_mut);
-        let kept = matches!(pass.keep, Keep::Saved { .. });
+        let kept = pass.keep.activations();
         let window = pre_window.as_deref().filter(|_| kept).map(Tensor::copy).transpose()?;
         let (input, mixer_input) = match &self.pre_conv {
             Some(conv) => {

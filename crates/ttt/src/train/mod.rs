@@ -1,5 +1,6 @@
 //! Training: settings of a run, schedules, and what a run writes beside its checkpoints.
 
+mod batches;
 mod carried;
 pub mod checkpoint;
 mod corpus;
@@ -9,6 +10,7 @@ pub mod loss;
 pub mod metrics;
 pub mod observe;
 pub mod plot;
+pub mod recompute;
 pub mod run;
 pub mod schedule;
 pub mod settings;
@@ -16,4 +18,5 @@ pub mod step;
 pub mod tensorboard;
 
 pub use corpus::{DataId, TextId};
+pub use recompute::Recompute;
 pub use settings::Settings;

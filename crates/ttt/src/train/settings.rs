@@ -10,6 +10,7 @@ use toml::{Table, Value};
 use super::{
     checkpoint::Checkpoints,
     keys,
+    recompute::Recompute,
     schedule::{InnerLearningRate, LearningRate},
 };
 use crate::{
@@ -18,8 +19,6 @@ use crate::{
     data::Segmenting,
     device::Device,
     hub::ModelFolder,
-    layer::Keep,
-    plan,
     tensor::DType,
 };
 
@@ -159,18 +158,6 @@ impl Precision {
             (Precision::Bf16, _) | (Precision::Auto, Device::Cuda(_)) => DType::Bf16,
         }
     }
-}
-
-/// What the backward pass computes again instead of keeping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    /// Nothing but the fast weights inside a checkpoint group.
-    None,
-    /// Every block, from its input.
-    Block,
-    /// With gradient across cuts: every segment, from the states at its beginning.
-    Segment,
 }
 
 /// What crosses the cuts between the segments of a step.
@@ -409,26 +396,6 @@ impl Settings {
         self.segment_length() < self.train.sequence_length
     }
 
-    /// What the segments of a step need of memory beside their own; nothing when sequences are not cut.
-    pub fn planned_segments(&self) -> Option<plan::Segments> {
-        self.carries().then(|| plan::Segments {
-            slots: self.sequences_per_step(),
-            per_step: self.train.segments_per_step,
-            sequence: self.train.sequence_length,
-            gradient: self.train.carry == Carry::Gradient,
-            recompute: self.train.recompute == Recompute::Segment,
-        })
-    }
-
-    /// What a forward pass keeps.
-    pub fn keep(&self) -> Keep {
-        let group = self.train.checkpoint_group;
-        match self.train.recompute {
-            Recompute::None | Recompute::Segment => Keep::Saved { group },
-            Recompute::Block => Keep::Input { group },
-        }
-    }
-
     /// Sequences of a step, of each of which it reads [`Train::segments_per_step`] segments.
     pub fn sequences_per_step(&self) -> usize {
         self.train.batch_tokens as usize / (self.segment_length() * self.train.segments_per_step).max(1)
@@ -633,7 +600,7 @@ impl Settings {
         } else if train.carry == Carry::Gradient && at_once == 1 {
             "train.carry is gradient, but a step has no cuts; set train.segments_per_step to 2 or more".into()
         } else if train.recompute == Recompute::Segment && train.carry != Carry::Gradient {
-            "train.recompute is segment, which is of use only with train.carry=gradient; use block or none".into()
+            "train.recompute is segment, which is of use only with train.carry=gradient; use auto, none, inner or block".into()
         } else {
             return Ok(());
         };

@@ -396,6 +396,7 @@ impl Case {
                 &run.state,
             ),
         }
+        .unwrap()
     }
 
     /// The statistics by another way: with q = k and no learning rate the output is f(k), so the error is z - v.

@@ -12,7 +12,7 @@ use crate::tensor::DType;
 use crate::{Error, Result};
 
 /// Bytes of scratch for the products.
-const WORKSPACE: usize = 32 << 20;
+pub(crate) const WORKSPACE: usize = 32 << 20;
 
 /// A row-major matrix in the GPU's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,7 +82,7 @@ impl Blas {
         let workspace = context.allocate(WORKSPACE);
         let workspace = workspace.ok_or_else(|| {
             let (free, total) = context.memory();
-            Error::OutOfGpuMemory { wanted: WORKSPACE, in_use: 0, free, total }
+            Error::out_of_gpu_memory(WORKSPACE, 0, free, total)
         })?;
         Ok(Blas { context: context.clone(), handle, workspace, planned: Mutex::default() })
     }
