@@ -98,14 +98,17 @@ impl Error {
     /// An [`Error::OutOfGpuMemory`] with other advice; another error as it is.
     pub fn with_advice(self, advice: String) -> Self {
         match self {
-            Error::OutOfGpuMemory { wanted, in_use, free, total, .. } => Error::OutOfGpuMemory { wanted, in_use, free, total, advice },
+            Error::OutOfGpuMemory { wanted, in_use, free, total, .. } => {
+                Error::OutOfGpuMemory { wanted, in_use, free, total, advice }
+            }
             other => other,
         }
     }
 
     /// An [`Error::OutOfGpuMemory`] of which no more is known.
     pub(crate) fn out_of_gpu_memory(wanted: usize, in_use: usize, free: usize, total: usize) -> Self {
-        let advice = "a smaller micro-batch, shorter sequences or `--recompute block` need less (`ttt plan --device cuda` says how much)";
+        let advice =
+            "a smaller micro-batch, shorter sequences or `--recompute block` need less (`ttt plan --device cuda` says how much)";
         Error::OutOfGpuMemory { wanted, in_use, free, total, advice: advice.into() }
     }
 

@@ -9,8 +9,7 @@ use ttt::{
         Settings,
         metrics::{self, InnerLoss, Metrics, Record, Split},
         plot,
-        recompute::Recompute,
-        settings::{TINY, Train},
+        settings::{Recompute, TINY, Train},
         tensorboard::EventFile,
     },
 };

@@ -11,7 +11,7 @@ use ttt::device::cuda;
 use ttt::params::ParamTable;
 use ttt::plan::{Fit, Memory, Place, Segments, Step, flops, inference_memory, weight_bytes};
 use ttt::tensor::DType;
-use ttt::train::recompute::{Recompute, advice, filled};
+use ttt::train::settings::recompute::{Recompute, advice, filled};
 use ttt::train::settings::{Precision, Settings};
 
 use crate::args::{DeviceName, Plan};

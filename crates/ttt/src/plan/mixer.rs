@@ -77,7 +77,9 @@ impl Shape<'_> {
 
     /// Scratch of a GPU's inner loop, forward and backward.
     fn inner_scratch(&self, place: Place) -> [usize; 2] {
-        let (Place::Gpu(dtype), Learner::MiniBatch { inner, mini_batch }) = (place, Learner::of(self.config)) else { return [0; 2] };
+        let (Place::Gpu(dtype), Learner::MiniBatch { inner, mini_batch }) = (place, Learner::of(self.config)) else {
+            return [0; 2];
+        };
         let scratch = match inner {
             Inner::Linear => ttt_linear::cuda::planned_scratch,
             Inner::Mlp => ttt_mlp::cuda::planned_scratch,
@@ -88,9 +90,7 @@ impl Shape<'_> {
     /// Inner learning rates and token scales, or their gradients.
     fn take_rates(&self, l: &mut Ledger) -> usize {
         match Learner::of(self.config) {
-            Learner::MiniBatch { mini_batch, .. } => {
-                l.take_f32(self.n * self.config.num_attention_heads) + l.take_f32(mini_batch)
-            }
+            Learner::MiniBatch { mini_batch, .. } => l.take_f32(self.n * self.config.num_attention_heads) + l.take_f32(mini_batch),
             Learner::Batch { .. } => l.take_f32(self.n * self.config.num_attention_heads),
             Learner::Attention(_) => 0,
         }

@@ -210,9 +210,7 @@ pub(super) struct Pass {
 impl Pass {
     /// Activations, fast weights and inner gradients.
     pub(super) fn held(&self) -> [usize; 3] {
-        self.blocks.iter().fold([self.x, 0, 0], |[a, f, g], k| {
-            [a + k.activations, f + k.fast_weights, g + k.inner_gradients]
-        })
+        self.blocks.iter().fold([self.x, 0, 0], |[a, f, g], k| [a + k.activations, f + k.fast_weights, g + k.inner_gradients])
     }
 }
 

@@ -195,7 +195,10 @@ mod tests {
             let config = Config { vocab_size: 32_000, ..Config::preset(preset, inner).unwrap() };
             let memory = Step::new(&config, &vec![2048; batch], Keep::Saved { group: 4 }, GPU).memory();
             let planned = memory.total() as f64 / (1u64 << 30) as f64;
-            assert!((planned / measured - 1.0).abs() < 0.1, "{preset} {inner:?} {batch}: planned {planned}, measured {measured}: {memory:?}");
+            assert!(
+                (planned / measured - 1.0).abs() < 0.1,
+                "{preset} {inner:?} {batch}: planned {planned}, measured {measured}: {memory:?}"
+            );
         }
     }
 

@@ -10,7 +10,6 @@ pub mod loss;
 pub mod metrics;
 pub mod observe;
 pub mod plot;
-pub mod recompute;
 pub mod run;
 pub mod schedule;
 pub mod settings;
@@ -18,5 +17,4 @@ pub mod step;
 pub mod tensorboard;
 
 pub use corpus::{DataId, TextId};
-pub use recompute::Recompute;
-pub use settings::Settings;
+pub use settings::{Recompute, Settings};

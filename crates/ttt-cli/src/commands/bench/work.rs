@@ -12,9 +12,9 @@ use ttt::ops::adamw;
 use ttt::params::Params;
 use ttt::plan::{Place, Step, flops};
 use ttt::tensor::DType;
-use ttt::train::recompute::{Recompute, advice, filled};
-use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 use ttt::train::Settings;
+use ttt::train::settings::recompute::{Recompute, advice, filled};
+use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 
 use super::{Measured, measure};
 use crate::args::Bench;

@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{result, sys};
 
-pub(crate) use blas::{Operand, WORKSPACE as LIBRARY_SCRATCH};
 pub use blas::version as cublaslt_version;
+pub(crate) use blas::{Operand, WORKSPACE as LIBRARY_SCRATCH};
 pub(crate) use context::args;
 use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};

@@ -18,8 +18,8 @@ use crate::tensor::{Tensor, with_dtype};
 use crate::weights::Weights;
 
 use learner::Kept;
-use rates::Rates;
 pub(crate) use learner::Learner;
+use rates::Rates;
 pub use statistics::InnerStatistics;
 
 /// LayerNorm's epsilon is fixed in all official code.

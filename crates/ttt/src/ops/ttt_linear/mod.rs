@@ -85,5 +85,7 @@ pub fn statistics(inputs: &Inputs<'_>, saved: &Saved, initial: &FastWeights, end
     if let Some(gpu) = inputs.q.device().as_cuda() {
         return inner::cuda::statistics(gpu, Inner::Linear, inputs, saved, initial);
     }
-    Ok(with_dtype!(inputs.q.dtype(), E => drive::statistics::<E>(reference::squared_error, Inner::Linear, inputs, saved, initial, end)))
+    Ok(
+        with_dtype!(inputs.q.dtype(), E => drive::statistics::<E>(reference::squared_error, Inner::Linear, inputs, saved, initial, end)),
+    )
 }

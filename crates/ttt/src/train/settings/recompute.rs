@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Settings;
-use super::settings::Carry;
+use super::{Carry, Settings};
 use crate::config::Config;
 use crate::device::Device;
 use crate::layer::Keep;
@@ -96,7 +95,7 @@ impl Settings {
     }
 
     /// An error of a run with these settings; that of too little memory says which settings fit.
-    pub(super) fn advised(&self, device: &Device, error: Error) -> Error {
+    pub(crate) fn advised(&self, device: &Device, error: Error) -> Error {
         let (Error::OutOfGpuMemory { in_use, free, .. }, Ok(config)) = (&error, self.model_config()) else { return error };
         let step = self.planned_step(&config, Place::of(device, self.train.precision.dtype(device)));
         let advice = advice(&step, in_use + free, "train.micro_batch=");
@@ -121,8 +120,10 @@ pub fn advice(step: &Step<'_>, room: usize, sequences: &str) -> String {
         }
         None => {
             let fixed = error::size(memory.fixed());
-            format!("weights, gradients and moments alone are {fixed}, and not one sequence beside them fits into {of}: take shorter \
-                     sequences or a smaller model (`ttt plan --device cuda` says what each needs)")
+            format!(
+                "weights, gradients and moments alone are {fixed}, and not one sequence beside them fits into {of}: take shorter \
+                     sequences or a smaller model (`ttt plan --device cuda` says what each needs)"
+            )
         }
     }
 }
