@@ -51,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(128) inner_errors(Params p) {
     const i64 slot = ((i64)s.slot * p.heads + head) * S;
     const int count = (s.len + p.mini_batch - 1) / p.mini_batch;
     const float *after = p.after + ((i64)s.first_checkpoint * p.heads + (i64)head * count + m) * S;
-    const float *weights[3] = {p.initial + slot, m == 0 ? p.start + slot : after - S, after};
+    const float *before = m == 0 ? p.start + slot : after - S;
     for (int which = 0; which < 3; which++) {
-        const float *w = weights[which];
+        const float *w = which == 0 ? p.initial + slot : which == 1 ? before : after;
         if (p.mlp) {
             product(hidden, k, w, w + d * f, d, f);
             for (int c = threadIdx.x; c < f; c += blockDim.x) hidden[c] = gelu(hidden[c]);
