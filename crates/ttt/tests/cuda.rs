@@ -167,6 +167,36 @@ fn forward_and_every_gradient(inner: Inner, sizes: &[(usize, usize, usize)], lon
     }
 }
 
+/// The kernels round where the reference with a GPU's roundings does: what is left is the order of sums, and numbers that fall on the
+/// other side of a rounding. Limits as in `scripts/kernels`.
+#[test]
+fn kernels_round_where_the_reference_does() {
+    let Some(gpu) = gpu() else { return };
+    let rounded = Device::cpu_with(0, Kernels::Rounded).unwrap();
+    for inner in [Inner::Linear, Inner::Mlp] {
+        for (d, k) in [(64, 16), (64, 8), (96, 16)] {
+            for lens in [&[304][..], &[33, 0, 16, 7, 40]] {
+                let case = ttt_case::Case { pad: 8, ..ttt_case::Case::new(inner, 2, d, k, lens).in_mixed_precision() };
+                let [(z, w, grads), (want_z, want_w, want_grads)] =
+                    [(gpu, DType::Bf16), (&rounded, DType::F64)].map(|(on, dtype)| {
+                        let run = case.forward(on, dtype, None);
+                        (run.z.clone(), case.final_weights(&run), case.backward(on, dtype, 16))
+                    });
+                let mut errors = vec![("z", ttt_case::distance(&z, &want_z)), ("weights", ttt_case::distance(&w, &want_w))];
+                let named = grads.named().into_iter().zip(want_grads.named());
+                errors.extend(named.map(|((what, ours), (_, want))| (what, ttt_case::distance(ours, want))));
+                eprintln!("{inner:?} d = {d}, K = {k}, {lens:?}: {errors:.1e?}");
+                for (what, error) in errors {
+                    assert!(
+                        error < if what == "tok" { 2e-2 } else { 6e-3 },
+                        "{inner:?} d = {d}, K = {k}, {lens:?}: {what} {error:.1e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// Every head size and mini-batch that is supported runs through some kernel.
 #[test]
 fn every_head_size_with_every_mini_batch() {

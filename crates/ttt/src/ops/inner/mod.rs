@@ -16,6 +16,7 @@ pub(crate) mod cuda;
 pub(crate) mod drive;
 pub(crate) mod layer;
 pub(crate) mod math;
+pub(crate) mod rounding;
 pub(crate) mod rows;
 #[cfg(test)]
 pub(crate) mod test_lanes;

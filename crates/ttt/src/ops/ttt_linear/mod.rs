@@ -12,6 +12,7 @@ mod cpu;
 pub(crate) mod cuda;
 pub mod reference;
 
+use super::inner::rounding::Rounding;
 use super::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::Result;
 use crate::config::Inner;
@@ -40,7 +41,7 @@ pub fn forward(inputs: &Inputs<'_>, state: &mut FastWeights, keep: Option<usize>
     match fast(inputs) {
         Some(fast) => drive::forward(fast, Inner::Linear, inputs, state, keep),
         None => with_dtype!(inputs.q.dtype(), E => {
-            drive::forward::<E, _>(reference::Reference, Inner::Linear, inputs, state, keep)
+            drive::forward::<E, _>(reference::Reference(Rounding::of(inputs.q.device())), Inner::Linear, inputs, state, keep)
         }),
     }
 }
@@ -67,7 +68,7 @@ pub fn backward(
     match fast(inputs) {
         Some(fast) => drive::backward(fast, Inner::Linear, inputs, saved, dz, dstate, d, p),
         None => with_dtype!(inputs.q.dtype(), E => {
-            drive::backward::<E, _>(reference::Reference, Inner::Linear, inputs, saved, dz, dstate, d, p)
+            drive::backward::<E, _>(reference::Reference(Rounding::of(inputs.q.device())), Inner::Linear, inputs, saved, dz, dstate, d, p)
         }),
     }
 }

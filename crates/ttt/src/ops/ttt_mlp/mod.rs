@@ -15,6 +15,7 @@ mod cpu;
 pub(crate) mod cuda;
 pub mod reference;
 
+use super::inner::rounding::Rounding;
 use super::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::Result;
 use crate::config::Inner;
@@ -43,7 +44,7 @@ pub fn forward(inputs: &Inputs<'_>, state: &mut FastWeights, keep: Option<usize>
     match fast(inputs) {
         Some(fast) => drive::forward(fast, Inner::Mlp, inputs, state, keep),
         None => with_dtype!(inputs.q.dtype(), E => {
-            drive::forward::<E, _>(reference::Reference, Inner::Mlp, inputs, state, keep)
+            drive::forward::<E, _>(reference::Reference(Rounding::of(inputs.q.device())), Inner::Mlp, inputs, state, keep)
         }),
     }
 }
@@ -70,7 +71,7 @@ pub fn backward(
     match fast(inputs) {
         Some(fast) => drive::backward(fast, Inner::Mlp, inputs, saved, dz, dstate, d, p),
         None => with_dtype!(inputs.q.dtype(), E => {
-            drive::backward::<E, _>(reference::Reference, Inner::Mlp, inputs, saved, dz, dstate, d, p)
+            drive::backward::<E, _>(reference::Reference(Rounding::of(inputs.q.device())), Inner::Mlp, inputs, saved, dz, dstate, d, p)
         }),
     }
 }
