@@ -185,7 +185,7 @@ fn kernels_round_where_the_reference_does() {
                 let mut errors = vec![("z", ttt_case::distance(&z, &want_z)), ("weights", ttt_case::distance(&w, &want_w))];
                 let named = grads.named().into_iter().zip(want_grads.named());
                 errors.extend(named.map(|((what, ours), (_, want))| (what, ttt_case::distance(ours, want))));
-                eprintln!("{inner:?} d = {d}, K = {k}, {lens:?}: {errors:.1e?}");
+                eprintln!("{inner:?} d = {d}, K = {k}, {lens:?}: {errors:?}");
                 for (what, error) in errors {
                     assert!(
                         error < if what == "tok" { 2e-2 } else { 6e-3 },
