@@ -57,6 +57,8 @@ fn operations_in_mixed_precision() {
     let wide = vec![
         cases::linear_case(64, 256, 128),
         cases::rms_norm_case(70, 768),
+        cases::rms_norm_residual_case(70, 768),
+        cases::linear_onto_case(64, 256, 128),
         cases::layer_norm_case(70, 768),
         cases::conv_case(768, 4),
         cases::rope_case(3, 64),

@@ -188,7 +188,12 @@ impl Cuda {
 
     /// `y = a b`, or `y += a b`.
     pub(crate) fn product(&self, a: Operand, b: Operand, y: Operand, add: bool) {
-        self.blas.product(a, b, y, add);
+        self.blas.product(a, b, y, add.then_some(y));
+    }
+
+    /// `y = c + a b`.
+    pub(crate) fn product_onto(&self, a: Operand, b: Operand, y: Operand, c: Operand) {
+        self.blas.product(a, b, y, Some(c));
     }
 
     /// Queues a kernel of `source`, compiled for activations of `dtype`, unless the grid is empty.

@@ -383,8 +383,8 @@ impl TttLayer {
         if let Some(ids) = ids.lr {
             let [dweight, dbias] = grads.views_mut([ids.weight, ids.bias]);
             let (weight, dbias) = (w.operand(ids.weight, ids.weight), dbias.reshape(1, self.heads));
-            let dx_lr = inner_lr::backward(dlr.view(), rates.lr.view(), x, weight, self.lr_scale(pass), dweight, dbias)?;
-            add::add_to(dx.view_mut(), dx_lr.view());
+            let dlr = dlr.view();
+            inner_lr::backward(dlr, rates.lr.view(), x, weight, self.lr_scale(pass), dweight, dbias, dx.view_mut())?;
         }
         Ok(dx)
     }
