@@ -108,7 +108,8 @@ impl Blas {
         let key = ([part(&a), part(&b), part(&y)], c.as_ref().map(part));
         let mut planned = self.planned.lock().expect("cuBLASLt plans");
         let plan = planned.entry(key).or_insert_with(|| {
-            self.plan(a, b, y, c.unwrap_or(y)).unwrap_or_else(|e| panic!("cuBLASLt has no product of {a:?} and {b:?} into {y:?}: {e}"))
+            self.plan(a, b, y, c.unwrap_or(y))
+                .unwrap_or_else(|e| panic!("cuBLASLt has no product of {a:?} and {b:?} into {y:?}: {e}"))
         });
         let (alpha, beta) = (1.0f32, if c.is_some() { 1.0f32 } else { 0.0 });
         let pointer = |x: &Operand| x.pointer as *const c_void;

@@ -39,16 +39,7 @@ pub fn forward(x: View, w: View, bias: View, scale: f64) -> Result<Tensor> {
 ///
 /// # Panics
 /// When `dlr` or `lr` is not `[n, h]`, `dw` has not the shape of `w`, `dbias` is not `[1, h]`, or `dx` not `[n, d]`.
-pub fn backward(
-    dlr: View,
-    lr: View,
-    x: View,
-    w: View,
-    scale: f64,
-    dw: ViewMut,
-    dbias: ViewMut,
-    dx: ViewMut,
-) -> Result<()> {
+pub fn backward(dlr: View, lr: View, x: View, w: View, scale: f64, dw: ViewMut, dbias: ViewMut, dx: ViewMut) -> Result<()> {
     expect_shape("dlr", dlr.shape(), [x.rows(), w.rows()]);
     expect_shape("lr", lr.shape(), [x.rows(), w.rows()]);
     expect_shape("dbias", dbias.shape(), [1, w.rows()]);

@@ -60,7 +60,7 @@ pub fn backward_onto(dy: View, x: View, w: View, eps: f64, dw: ViewMut, residual
         cuda::backward(gpu, dy, x, w, eps, &dw, &dx.view_mut(), residual)?;
         return Ok(dx);
     }
-    if if fast(x.device(), x.dtype()) {
+    if fast(x.device(), x.dtype()) {
         let (dw, dx) = (dw.into_mat(), dx.view_mut().into_mat());
         cpu::backward(x.device(), dy.as_mat(), x.as_mat(), w.as_mat(), eps, dw, dx)?;
     } else {
