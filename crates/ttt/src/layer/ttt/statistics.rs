@@ -7,8 +7,9 @@ use crate::device::view::View;
 use crate::layer::Pass;
 use crate::ops::inner::FastWeights;
 use crate::ops::rope::Direction;
-use crate::ops::{add, rope, ttt_linear, ttt_mlp};
+use crate::ops::{add, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::tensor::{Tensor, with_dtype};
+use crate::weights::Weights;
 
 /// Squared errors of the inner loop, one value a full mini-batch, each a mean over sequences, heads and channels (the statistics
 /// of the official JAX code).
@@ -47,6 +48,16 @@ impl TttLayer {
             (Inner::Linear, _) => ttt_linear::statistics(&inputs, saved.inner.weights(), &initial, end),
             (Inner::Mlp, _) => ttt_mlp::statistics(&inputs, saved.inner.weights(), &initial, end),
         }
+    }
+
+    /// τ of a mini-batch's last position: what a mini-batch's gradients are scaled by in the update that the next ones see. At 0
+    /// (the scale is learned, and clamped, where its gradient is 0 too) the layer keeps nothing beyond a mini-batch.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn last_token_scale(&self, weights: &Weights) -> Result<Option<f64>> {
+        let Some(token_idx) = self.ids.lr.and_then(|lr| lr.token_idx) else { return Ok(None) };
+        Ok(token_scale::forward(weights.view(token_idx))?.to_f64_vec().last().copied())
     }
 
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
