@@ -92,20 +92,6 @@ fn check_folder(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Ids that samples begin with. They are made before anything is trained, so that a sample never stops a run.
-fn sample_prompt(settings: &Settings, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let mut prompt: Vec<u32> = tokenizer.bos().into_iter().collect();
-    if settings.sample.every > 0 {
-        let advice = "choose another sample.prompt, or no samples with sample.every=0";
-        let text = tokenizer.encode(&settings.sample.prompt);
-        prompt.extend(text.map_err(|e| Error::Config(format!("sample.prompt: {e}; {advice}")))?);
-        if prompt.is_empty() {
-            return Err(Error::Config(format!("sample.prompt is empty and the tokenizer has no id that begins a text; {advice}")));
-        }
-    }
-    Ok(prompt)
-}
-
 /// Everything that lives as long as the run.
 struct Run<'j> {
     job: &'j Job,
@@ -158,7 +144,7 @@ impl<'j> Run<'j> {
         if let Some(warning) = tokenizer.unused_ids(config.vocab_size) {
             observer.event(Event::Warning(&warning));
         }
-        let prompt = sample_prompt(settings, &tokenizer)?;
+        let prompt = corpus::sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
         let streams = Streams::new(sampler, settings.sequences_per_step(), settings.segmenting(config.mini_batch().unwrap_or(1)));
