@@ -128,7 +128,7 @@ impl Optimizer {
     pub fn new(model: &Lm) -> Result<Optimizer> {
         check_dtype(model)?;
         let zeros = || Params::zeros(model.params().table(), model.device(), DType::F32);
-        Ok(Optimizer::with(model, [zeros()?, zeros()?, zeros()?], None)?)
+        Optimizer::with(model, [zeros()?, zeros()?, zeros()?], None)
     }
 
     /// One that learns the initial fast weights, W0, and leaves every other parameter as it is. Nothing is kept for those, and the
