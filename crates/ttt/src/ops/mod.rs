@@ -35,6 +35,7 @@ pub mod token_scale;
 pub mod ttt_batch;
 pub mod ttt_linear;
 pub mod ttt_mlp;
+pub mod verdict;
 
 pub(crate) mod partials;
 pub(crate) mod segments;
@@ -65,6 +66,8 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &step::cuda::ROWS,
     &swiglu::cuda::SOURCE,
     &ttt_batch::cuda::ROWS,
+    &verdict::cuda::SOURCE,
+    &inner::cuda::SOURCE,
     &ttt_linear::cuda::PLAIN,
     &ttt_linear::cuda::FORWARD_48,
     &ttt_linear::cuda::BACKWARD_48,
