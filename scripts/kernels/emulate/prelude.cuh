@@ -227,6 +227,8 @@ DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
 DEVICE float fast_tanh(float x) { return tanhf(x); }
+DEVICE float fast_exp2(float x) { return exp2f(x); }
+DEVICE float fast_log2(float x) { return log2f(x); }
 DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::own_shared()); }
 DEVICE void emu_ldmatrix(u32 (&r)[4], u32 row, bool trans) {
     const u32 lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
