@@ -70,7 +70,7 @@ impl AttentionLayer {
         rope::rotate(q_and_k, pass.rope(), pass.segments, turning, Direction::Forward);
         let [_, k, v] = self.blocks(&projected);
         if let Some(cache) = cache.as_deref_mut() {
-            cache.append(k, v, pass.segments);
+            cache.append(k, v, pass.segments)?;
         }
         let [o, log_sum] = attention::forward(&self.inputs(pass, &projected, cache.as_deref()))?;
         let out = linear::forward(o.view(), pass.weights.matrix(self.ids.o_proj))?;
@@ -89,7 +89,7 @@ impl AttentionLayer {
         let mut kv = linear::forward(x, w.matrices(self.ids.k_proj, self.ids.v_proj))?;
         let width = self.kv_heads * self.head_dim;
         rope::rotate(kv.view_mut().col_range(0..width), rope, pass.segments, self.kv_heads, Direction::Forward);
-        cache.append(kv.view().col_range(0..width), kv.view().col_range(width..2 * width), pass.segments);
+        cache.append(kv.view().col_range(0..width), kv.view().col_range(width..2 * width), pass.segments)?;
 
         // Each wanted row is a sequence of one token, which has read what came before it.
         let segments: Vec<_> = rows.iter().enumerate().map(|(i, row)| pass.alone(*row, i)).collect();
