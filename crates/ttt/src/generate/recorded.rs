@@ -9,6 +9,7 @@ use crate::batch::Segment;
 use crate::device::cuda::context::Mark;
 use crate::device::cuda::graph::Graph;
 use crate::device::cuda::{Cuda, Uploaded};
+use crate::layer::state::Extent;
 use crate::lm::Lm;
 use crate::ops::sample::cuda::{NO_END, Sampler, Sequence as OnGpu};
 use crate::state::States;
@@ -27,6 +28,22 @@ pub(super) struct Recorded {
     marks: Vec<Mark>,
     /// Whether a step has run that was not recorded: the first one finds algorithms and memory.
     warm: bool,
+    /// Tokens that each slot has room for, where states grow.
+    room: usize,
+}
+
+/// Room for tokens of a session that is made at once: growing moves the states, and the step is recorded again.
+const AHEAD: usize = 64;
+
+/// Where states lie.
+fn addresses(states: &States) -> Vec<u64> {
+    states.layers.iter().flat_map(|layer| layer.tensors()).map(|(_, tensor)| tensor.address()).collect()
+}
+
+/// Tokens that each slot has room for; no limit where states do not grow.
+fn room(states: &States) -> usize {
+    let growing = |(name, tensor): (&str, &Tensor)| (Extent::of(name) == Extent::Tokens).then(|| tensor.shape()[1]);
+    states.layers.iter().flat_map(|layer| layer.tensors()).filter_map(growing).min().unwrap_or(usize::MAX)
 }
 
 impl Recorded {
@@ -34,11 +51,14 @@ impl Recorded {
     pub(super) fn find<'a>(
         all: &'a mut Vec<Recorded>,
         gpu: &Cuda,
-        states: &States,
+        states: &mut States,
         segments: Vec<Segment>,
         [rows, vocab]: [usize; 2],
     ) -> Result<&'a mut Recorded> {
-        let addresses: Vec<u64> = states.layers.iter().flat_map(|layer| layer.tensors()).map(|(_, t)| t.address()).collect();
+        if room(states) <= longest(&segments) {
+            states.reserve(longest(&segments) + AHEAD)?;
+        }
+        let addresses = addresses(states);
         // Of states that were dropped nothing is left to repeat.
         all.retain(|r| r.addresses == addresses);
         let index = match all.iter().position(|r| r.segments.len() == rows) {
@@ -47,7 +67,8 @@ impl Recorded {
                 let marks = (0..Sampler::RING).map(|_| Mark::new(gpu.shared_context())).collect::<Result<_>>()?;
                 let live = Arc::new(gpu.upload_segments(&segments)?);
                 let sampler = Sampler::new(gpu, rows, vocab)?;
-                all.push(Recorded { graph: None, addresses, segments: segments.clone(), live, sampler, marks, warm: false });
+                let room = room(states);
+                all.push(Recorded { graph: None, addresses, segments: segments.clone(), live, sampler, marks, warm: false, room });
                 all.len() - 1
             }
         };
@@ -61,7 +82,7 @@ impl Recorded {
     pub(super) fn begin(&mut self, model: &Lm, gpu: &Cuda, sequences: &[Sequence], logits: &Tensor) -> Running<'_> {
         let on_gpu = |s: &Sequence| OnGpu::new(&s.draw, s.ends.map(|end| end.unwrap_or(NO_END)));
         self.sampler.begin(gpu, &sequences.iter().map(on_gpu).collect::<Vec<_>>());
-        self.sampler.choose(gpu, logits.view(), &self.live, model.config().mini_batch_size, false);
+        self.sampler.choose(gpu, logits.view(), &self.live, phases(model), false);
         self.marks[0].set();
         Running { recorded: self, steps: 0 }
     }
@@ -70,10 +91,30 @@ impl Recorded {
     fn launch(&self, model: &Lm, gpu: &Cuda, states: &mut States) -> Result<()> {
         gpu.with_segments((&self.segments, &self.live), || {
             let logits = model.step(self.sampler.tokens(), &self.segments, states)?;
-            self.sampler.choose(gpu, logits.view(), &self.live, model.config().mini_batch_size, true);
+            self.sampler.choose(gpu, logits.view(), &self.live, phases(model), true);
             Ok(())
         })
     }
+
+    /// Makes room for sequences of `tokens` tokens. States that were moved are another step's.
+    fn grow(&mut self, states: &mut States, tokens: usize) -> Result<()> {
+        if tokens > self.room {
+            states.reserve(tokens + AHEAD)?;
+            (self.graph, self.warm) = (None, false);
+            (self.addresses, self.room) = (addresses(states), room(states));
+        }
+        Ok(())
+    }
+}
+
+/// Tokens of the longest sequence.
+fn longest(segments: &[Segment]) -> usize {
+    segments.iter().map(|s| s.phase + s.len).max().unwrap_or(0)
+}
+
+/// How many phases a segment goes through before it begins again: those of a mini-batch, or no end of them.
+fn phases(model: &Lm) -> usize {
+    model.config().mini_batch().unwrap_or(i32::MAX as usize)
 }
 
 /// A step that is being repeated.
@@ -87,6 +128,7 @@ impl Running<'_> {
     pub(super) fn step(&mut self, model: &Lm, states: &mut States) -> Result<()> {
         let gpu = model.device().as_cuda().expect("recorded on a GPU");
         let recorded = &mut *self.recorded;
+        recorded.grow(states, longest(&recorded.segments) + self.steps)?;
         if recorded.graph.is_none() && recorded.warm {
             recorded.graph = Some(gpu.record(|| recorded.launch(model, gpu, states))?.1);
         }

@@ -8,8 +8,8 @@ use crate::layer::state::{KEYS, VALUES};
 use crate::layer::{Carried, Keep, Pass};
 use crate::ops::attention::{self, Cache, Grads, Inputs};
 use crate::ops::rope::{self, Direction};
-use crate::ops::{add, linear};
-use crate::params::{AttentionIds, Params};
+use crate::ops::{add, linear, step};
+use crate::params::{AttentionIds, ParamId, Params};
 use crate::tensor::Tensor;
 use crate::weights::Weights;
 
@@ -77,6 +77,28 @@ impl AttentionLayer {
         let kept = matches!(pass.keep, Keep::Saved { .. });
         let past = cache.filter(|_| pass.segments.iter().any(|s| s.phase > 0)).cloned();
         Ok((out, kept.then_some(AttentionSaved { projected, o, log_sum, past })))
+    }
+
+    /// `x += layer(norm(x))` for one token of each sequence, on a GPU in few launches. `norm` is the weight of the norm.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(super) fn decode(
+        &self,
+        pass: &Pass<'_>,
+        x: &mut Tensor,
+        (norm, eps): (ParamId, f64),
+        cache: &mut Cache,
+    ) -> Result<()> {
+        let (w, ids) = (pass.weights, &self.ids);
+        let (mut projected, _) = step::norm_linear(x.view(), w.view(norm), eps, w.matrices(ids.q_proj, ids.v_proj))?;
+        let turning = self.heads + self.kv_heads;
+        let q_and_k = projected.view_mut().col_range(0..turning * self.head_dim);
+        rope::rotate(q_and_k, pass.rope(), pass.segments, turning, Direction::Forward);
+        let [_, k, v] = self.blocks(&projected);
+        cache.append(k, v, pass.segments)?;
+        let [o, _] = attention::forward(&self.inputs(pass, &projected, Some(cache)))?;
+        step::add_linear(x, o.view(), w.matrix(ids.o_proj))
     }
 
     /// [`AttentionLayer::forward`] of which only some rows are wanted: keys and values are those of all tokens, but queries and
