@@ -78,18 +78,39 @@ MUTATIONS = [
     ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
     ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
     ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
+    ("attention/attention.cuh", "return D % 64 == 0 ? row & 7 : row >> 1 & 3;", "return row % 16 / 2;"),
+    ("attention/attention.cuh", "at = min(key, end - 1), to", "at = min(key, end - 1) + (key == 64), to"),
+    ("attention/attention_params.cuh", "s.first_row + key - s.phase", "s.first_row + key"),
+    ("attention/forward.cu", "if (at > query) x[t][j][e] = HIDDEN;", "if (at >= query) x[t][j][e] = HIDDEN;"),
+    ("attention/forward.cu", "if (key + STEP - 1 > seen) {", "if (key + STEP - 1 > seen + 63) {"),
+    ("attention/forward.cu", "top[t][r] = now, sum[t][r] *= before;", "top[t][r] = now;"),
+    ("attention/forward.cu", "        __syncthreads();\n", ""),
+    ("attention/forward.cu", "__shfl_xor_sync(FULL_WARP, all, 2)", "__shfl_xor_sync(FULL_WARP, all, 1)"),
+    ("attention/backward.cu", "dot += __shfl_xor_sync(FULL_WARP, dot, 2);", ""),
+    ("attention/backward.cu", "dx[t][n][e] = w * (dx[t][n][e] - delta[t][e / 2]);", "dx[t][n][e] = w * dx[t][n][e];"),
+    ("attention/backward.cu", "load_b_rows(b, keys, j, i, l);", "load_b_rows(b, values, j, i, l);"),
+    ("attention/backward.cu", "if (edge && at > query) w = 0.0f;\n                        x", "x"),
+    ("attention/backward.cu", "(first - s.phase) / STEP * STEP", "(first - s.phase + STEP - 1) / STEP * STEP"),
+    ("attention/backward.cu", "token = from, head++;", "token = from;"),
+    ("attention/backward.cu", "if (add && key >= s.phase) add[4 * j] = 0;", ""),
+    ("attention/backward.cu", "stage ^= shared ^ shared + S::STAGE;", ""),
+    ("attention/decode.cu", "if (first + n * KEYS + group >= to) x[n] = HIDDEN;", ""),
+    ("attention/decode.cu", "top = most, sum *= before;", "top = most;"),
+    ("attention/decode.cu", "keys = s.phase + 1;", "keys = s.phase;"),
+    ("attention/plain.cu", "sum = sum * before + w;", "sum = sum + w;"),
+    ("attention/plain.cu", "ds = p.scale * w * (dw - p.delta[row * p.heads + head]);", "ds = w * (dw - p.delta[row * p.heads + head]);"),
 ]
 
 
 def main():
     survivors = 0
     with tempfile.TemporaryDirectory() as root:
-        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp"):
+        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/attention"):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
         ops = os.path.join(root, "crates", "ttt", "src", "ops")
         scripts = os.path.join(root, "scripts", "kernels")
-        check_of = lambda op: [sys.executable, os.path.join(scripts, f"{op}.py"), "check", "--emulate", "--d", "32"]
+        check_of = lambda op: [sys.executable, os.path.join(scripts, f"{op}.py"), "check", "--emulate", "--d", "64" if op == "attention" else "32"]
         ops_of = lambda file: file.split("/") if "/" in file else ["ttt_linear", file]
         chosen = [m for m in MUTATIONS if not sys.argv[1:] or m[0] in sys.argv[1:]]
         for op in sorted({ops_of(file)[0] for file, _, _ in chosen}):

@@ -54,16 +54,17 @@ DEVICE void pack_a(u32 (&a)[4], const float (&x)[4], const float (&y)[4]) {
     a[2] = pack_bf16(y[0], y[1]), a[3] = pack_bf16(y[2], y[3]);
 }
 
-// Copies rows [first, first + rows) of one head of the keys or values into a tile; rows from `end` on become zero.
-DEVICE void copy_keys(u32 tile, u32 rows, const void* own, u32 stride, const void* cache, const AttentionParams& p,
-                      const Segment& s, u32 kv_head, u32 first, u32 end) {
+// Copies rows [first, first + rows) of one head of keys and of values into a tile each; rows from `end` on become zero.
+DEVICE void copy_keys(u32 keys, u32 values, u32 rows, const AttentionParams& p, const Segment& s, u32 kv_head, u32 first, u32 end) {
+#pragma unroll
     for (u32 i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
-        const u32 row = i / CHUNKS, chunk = i % CHUNKS, key = first + row;
-        const u16* from = key_row<u16>(own, stride, cache, p, s, key < end ? key : end - 1);
-        copy_async_16(tile + chunk_at(row, chunk), from + kv_head * D + 8 * chunk, key < end);
+        const u32 row = i / CHUNKS, chunk = i % CHUNKS, key = first + row, at = min(key, end - 1), to = chunk_at(row, chunk);
+        const u32 column = kv_head * D + 8 * chunk;
+        copy_async_16(keys + to, key_row<u16>(p.k, p.k_stride, p.keys, p, s, at) + column, key < end);
+        copy_async_16(values + to, key_row<u16>(p.v, p.v_stride, p.values, p, s, at) + column, key < end);
     }
 }
-// The same of one head of what has a row for each token of the batch.
+// Copies rows of one head of what has a row for each token of the batch.
 DEVICE void copy_rows(u32 tile, u32 rows, const void* x, u32 stride, u32 head, u32 first, u32 end) {
     for (u32 i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
         const u32 row = i / CHUNKS, chunk = i % CHUNKS, at = first + row;

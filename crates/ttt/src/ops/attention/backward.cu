@@ -23,8 +23,7 @@ KERNEL __launch_bounds__(THREADS, 2) attention_backward_queries(const __grid_con
 
     auto load = [&](u32 step) {
         const u32 stage = shared + (step & 1) * S::STAGE;
-        copy_keys(stage, STEP, p.k, p.k_stride, p.keys, p, s, kv_head, step * STEP, end);
-        copy_keys(stage + S::TILE, STEP, p.v, p.v_stride, p.values, p, s, kv_head, step * STEP, end);
+        copy_keys(stage, stage + S::TILE, STEP, p, s, kv_head, step * STEP, end);
     };
     copy_rows(shared + S::QUERIES, ROWS, p.q, p.q_stride, task.head, s.first_row + first, s.first_row + s.len);
     copy_rows(shared + S::DOUT, ROWS, p.dout, p.dout_stride, task.head, s.first_row + first, s.first_row + s.len);
@@ -77,51 +76,56 @@ KERNEL __launch_bounds__(THREADS, 2) attention_backward_queries(const __grid_con
             }
         }
         const u32 key = step * STEP, keys = shared + (step & 1) * S::STAGE, values = keys + S::TILE;
+        // Where every key is seen, nothing is asked, so that products and weights of neighbouring columns overlap.
+        const u32 edge = key + STEP - 1 > seen;
 #pragma unroll
-        for (u32 j = 0; j < STEP / 16; j++) {
-            if (key + 16 * j > seen + 16 * TILES - 1) break; // behind all of this warp's queries
-            float x[TILES][2][4], dx[TILES][2][4];
+        for (u32 EDGE = 0; EDGE < 2; EDGE++) {
+            if (EDGE != edge) continue;
+#pragma unroll 2
+            for (u32 j = 0; j < STEP / 16; j++) {
+                if (EDGE && key + 16 * j > seen + 16 * TILES - 1) break; // behind all of this warp's queries
+                float x[TILES][2][4], dx[TILES][2][4];
 #pragma unroll
-            for (u32 i = 0; i < STEPS; i++) {
-                u32 b[4], c[4];
-                load_b(b, keys, j, i, l);
-                load_b(c, values, j, i, l);
+                for (u32 i = 0; i < STEPS; i++) {
+                    u32 b[4], c[4];
+                    load_b(b, keys, j, i, l);
+                    load_b(c, values, j, i, l);
 #pragma unroll
-                for (u32 t = 0; t < TILES; t++)
+                    for (u32 t = 0; t < TILES; t++)
 #pragma unroll
-                    for (u32 n = 0; n < 2; n++) {
-                        if (i == 0) {
-                            mma_k16(x[t][n], q[t][i], b[2 * n], b[2 * n + 1], 0.0f, 0.0f, 0.0f, 0.0f);
-                            mma_k16(dx[t][n], dout[t][i], c[2 * n], c[2 * n + 1], 0.0f, 0.0f, 0.0f, 0.0f);
-                        } else {
-                            mma_k16(x[t][n], q[t][i], b[2 * n], b[2 * n + 1]);
-                            mma_k16(dx[t][n], dout[t][i], c[2 * n], c[2 * n + 1]);
+                        for (u32 n = 0; n < 2; n++) {
+                            if (i == 0) {
+                                mma_k16(x[t][n], q[t][i], b[2 * n], b[2 * n + 1], 0.0f, 0.0f, 0.0f, 0.0f);
+                                mma_k16(dx[t][n], dout[t][i], c[2 * n], c[2 * n + 1], 0.0f, 0.0f, 0.0f, 0.0f);
+                            } else {
+                                mma_k16(x[t][n], q[t][i], b[2 * n], b[2 * n + 1]);
+                                mma_k16(dx[t][n], dout[t][i], c[2 * n], c[2 * n + 1]);
+                            }
                         }
-                    }
-            }
-            const bool edge = key + 16 * j + 15 > seen;
-            u32 a[TILES][4];
-#pragma unroll
-            for (u32 t = 0; t < TILES; t++) {
-#pragma unroll
-                for (u32 n = 0; n < 2; n++)
-#pragma unroll
-                    for (u32 e = 0; e < 4; e++) {
-                        const u32 query = seen + 16 * t + l.g + e / 2 * 8, at = key + 16 * j + 8 * n + 2 * l.c + e % 2;
-                        float w = fast_exp2(__fmaf_rn(x[t][n][e], scale, -log_sum[t][e / 2]));
-                        if (edge && at > query) w = 0.0f;
-                        dx[t][n][e] = w * (dx[t][n][e] - delta[t][e / 2]);
-                    }
-                pack_a(a[t], dx[t][0], dx[t][1]);
-            }
-#pragma unroll
-            for (u32 i = 0; i < STEPS; i++) {
-                u32 b[4];
-                load_b_rows(b, keys, j, i, l);
+                }
+                u32 a[TILES][4];
 #pragma unroll
                 for (u32 t = 0; t < TILES; t++) {
-                    mma_k16(dq[t][2 * i], a[t], b[0], b[1]);
-                    mma_k16(dq[t][2 * i + 1], a[t], b[2], b[3]);
+#pragma unroll
+                    for (u32 n = 0; n < 2; n++)
+#pragma unroll
+                        for (u32 e = 0; e < 4; e++) {
+                            const u32 query = seen + 16 * t + l.g + e / 2 * 8, at = key + 16 * j + 8 * n + 2 * l.c + e % 2;
+                            float w = fast_exp2(__fmaf_rn(x[t][n][e], scale, -log_sum[t][e / 2]));
+                            if (EDGE && at > query) w = 0.0f;
+                            dx[t][n][e] = w * (dx[t][n][e] - delta[t][e / 2]);
+                        }
+                    pack_a(a[t], dx[t][0], dx[t][1]);
+                }
+#pragma unroll
+                for (u32 i = 0; i < STEPS; i++) {
+                    u32 b[4];
+                    load_b_rows(b, keys, j, i, l);
+#pragma unroll
+                    for (u32 t = 0; t < TILES; t++) {
+                        mma_k16(dq[t][2 * i], a[t], b[0], b[1]);
+                        mma_k16(dq[t][2 * i + 1], a[t], b[2], b[3]);
+                    }
                 }
             }
         }
@@ -173,8 +177,7 @@ KERNEL __launch_bounds__(THREADS, 2) attention_backward_keys(const __grid_consta
         token += STEP;
         if (token >= s.len) token = from, head++;
     };
-    copy_keys(shared + S::KEYS, ROWS, p.k, p.k_stride, p.keys, p, s, task.head, first, end);
-    copy_keys(shared + S::VALUES, ROWS, p.v, p.v_stride, p.values, p, s, task.head, first, end);
+    copy_keys(shared + S::KEYS, shared + S::VALUES, ROWS, p, s, task.head, first, end);
     load();
     copy_async_commit();
 

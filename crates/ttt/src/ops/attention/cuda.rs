@@ -213,8 +213,8 @@ fn check_past(inputs: &Inputs) {
     }
 }
 
-/// Parts that the keys of a head are split into in decoding, so that the GPU is full. They depend on the capacity of the cache and
-/// not on what the sequences have read, which a recorded step does not know.
+/// The most parts that the keys of a head are split into in decoding, so that the GPU is full. How many of them work, the GPU
+/// decides from what the sequences have read, which the host does not know of a recorded step.
 fn splits(cuda: &Cuda, inputs: &Inputs) -> usize {
     let blocks = inputs.segments.len() * inputs.heads()[0];
     let capacity = inputs.past.map_or(0, |past| past.keys.shape()[1]);

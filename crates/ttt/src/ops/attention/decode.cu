@@ -1,11 +1,15 @@
 // Causal attention of one token for each of some segments, over a cache: keys and values are read once, by all multiprocessors. A
-// block has a part of the keys of a head; parts are joined in order by attention_join. Grid: segments x heads x splits.
+// block has a part of the keys of a head; parts are joined in order by attention_join. Grid: segments x heads x splits, of which as
+// many work as the keys that there are ask for: results do not depend on the room that a cache has.
 #include "attention.cuh"
 
 constexpr u32 PIECES = (CHUNKS + 7) / 8; // 16-byte chunks of a row that a lane has
 constexpr u32 AT_ONCE = 4;               // rows of keys and of values that a lane has under way
 constexpr u32 KEYS = THREADS / 8;        // rows that a block looks at side by side, eight lanes each
 constexpr u32 PART = D + 2;
+constexpr u32 FEWEST = 128; // keys that are worth a block of their own
+
+DEVICE u32 parts_of(u32 keys, const AttentionParams& p) { return min(p.splits, (keys + FEWEST - 1) / FEWEST); }
 
 DEVICE void unpack(float (&x)[8], const u32 (&pairs)[4]) {
 #pragma unroll
@@ -20,7 +24,8 @@ KERNEL __launch_bounds__(THREADS) attention_decode(const __grid_constant__ Atten
     const Segment s = p.segments[blockIdx.x / p.splits / p.heads];
     if (s.len == 0) return;
     const u32 kv_head = head / (p.heads / p.kv_heads), keys = s.phase + 1;
-    const u32 each = ((keys + p.splits - 1) / p.splits + KEYS - 1) / KEYS * KEYS;
+    const u32 splits = parts_of(keys, p), each = ((keys + splits - 1) / splits + KEYS - 1) / KEYS * KEYS;
+    if (split >= splits) return;
     const u32 from = split * each, to = min(keys, from + each);
 
     float q[PIECES][8], o[PIECES][8], top = HIDDEN, sum = 0.0f;
@@ -111,7 +116,7 @@ KERNEL __launch_bounds__(THREADS) attention_decode(const __grid_constant__ Atten
         all += scale * joined[w * PART + D + 1], y += scale * joined[w * PART + c];
     }
     const u64 task = (u64)s.first_row * p.heads + head;
-    if (p.splits > 1) {
+    if (splits > 1) {
         float* part = p.parts + (task * p.splits + split) * PART;
         part[c] = y;
         if (c == 0) part[D] = highest, part[D + 1] = all;
@@ -125,12 +130,13 @@ KERNEL __launch_bounds__(THREADS) attention_decode(const __grid_constant__ Atten
 KERNEL __launch_bounds__(THREADS) attention_join(const __grid_constant__ AttentionParams p) {
     const Segment s = p.segments[blockIdx.x / p.heads];
     const u32 head = blockIdx.x % p.heads, c = threadIdx.x;
-    if (s.len == 0 || c >= D) return;
+    const u32 splits = parts_of(s.phase + 1, p);
+    if (s.len == 0 || c >= D || splits == 1) return;
     const u64 task = (u64)s.first_row * p.heads + head;
     const float* part = p.parts + task * p.splits * PART;
     float highest = part[D], all = 0.0f, y = 0.0f;
-    for (u32 i = 1; i < p.splits; i++) highest = max(highest, part[i * PART + D]);
-    for (u32 i = 0; i < p.splits; i++) {
+    for (u32 i = 1; i < splits; i++) highest = max(highest, part[i * PART + D]);
+    for (u32 i = 0; i < splits; i++) {
         const float scale = fast_exp2(part[i * PART + D] - highest);
         all += scale * part[i * PART + D + 1], y += scale * part[i * PART + c];
     }

@@ -6,6 +6,9 @@ struct ForwardShared {
     static constexpr u32 TILE = STEP * PITCH, STAGE = 2 * TILE, QUERIES = 2 * STAGE, BYTES = QUERIES + ROWS * PITCH;
 };
 
+// Weights may grow to 2^GROWTH before the measure of their row is changed: far from what f32 holds, and rare.
+constexpr float GROWTH = 8.0f;
+
 KERNEL __launch_bounds__(THREADS, 2) attention_forward(const __grid_constant__ AttentionParams p) {
     DYNAMIC_SHARED(memory);
     using S = ForwardShared;
@@ -21,8 +24,7 @@ KERNEL __launch_bounds__(THREADS, 2) attention_forward(const __grid_constant__ A
 
     auto load = [&](u32 step) {
         const u32 stage = shared + (step & 1) * S::STAGE;
-        copy_keys(stage, STEP, p.k, p.k_stride, p.keys, p, s, kv_head, step * STEP, end);
-        copy_keys(stage + S::TILE, STEP, p.v, p.v_stride, p.values, p, s, kv_head, step * STEP, end);
+        copy_keys(stage, stage + S::TILE, STEP, p, s, kv_head, step * STEP, end);
     };
     copy_rows(shared + S::QUERIES, ROWS, p.q, p.q_stride, task.head, s.first_row + first, s.first_row + s.len);
     load(0);
@@ -83,34 +85,48 @@ KERNEL __launch_bounds__(THREADS, 2) attention_forward(const __grid_constant__ A
                         if (at > query) x[t][j][e] = HIDDEN;
                     }
         }
-        // The largest score so far of each row; what was summed up before is brought to its measure.
+        // What was summed up before is brought to another measure only when a score would be too large for the old one.
+        bool large = false;
+        float most[TILES][2];
 #pragma unroll
         for (u32 t = 0; t < TILES; t++)
 #pragma unroll
             for (u32 r = 0; r < 2; r++) {
-                float most = max(x[t][0][2 * r], x[t][0][2 * r + 1]);
+                most[t][r] = max(x[t][0][2 * r], x[t][0][2 * r + 1]);
 #pragma unroll
-                for (u32 j = 1; j < STEP / 8; j++) most = max(most, max(x[t][j][2 * r], x[t][j][2 * r + 1]));
-                most = max(most, __shfl_xor_sync(FULL_WARP, most, 1));
-                most = max(most, __shfl_xor_sync(FULL_WARP, most, 2));
-                most = max(most, top[t][r]);
-                const float before = fast_exp2((top[t][r] - most) * scale), by = most * scale;
-                top[t][r] = most, sum[t][r] *= before;
-#pragma unroll
-                for (u32 j = 0; j < D / 8; j++) o[t][j][2 * r] *= before, o[t][j][2 * r + 1] *= before;
-#pragma unroll
-                for (u32 j = 0; j < STEP / 8; j++)
-#pragma unroll
-                    for (u32 e = 2 * r; e < 2 * r + 2; e++) {
-                        x[t][j][e] = fast_exp2(__fmaf_rn(x[t][j][e], scale, -by));
-                        sum[t][r] += x[t][j][e];
-                    }
+                for (u32 j = 1; j < STEP / 8; j++) most[t][r] = max(most[t][r], max(x[t][j][2 * r], x[t][j][2 * r + 1]));
+                large |= (most[t][r] - top[t][r]) * scale > GROWTH;
             }
+        if (__any_sync(FULL_WARP, large)) {
+#pragma unroll
+            for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+                for (u32 r = 0; r < 2; r++) {
+                    float now = max(most[t][r], __shfl_xor_sync(FULL_WARP, most[t][r], 1));
+                    now = max(max(now, __shfl_xor_sync(FULL_WARP, now, 2)), top[t][r]);
+                    const float before = fast_exp2((top[t][r] - now) * scale);
+                    top[t][r] = now, sum[t][r] *= before;
+#pragma unroll
+                    for (u32 j = 0; j < D / 8; j++) o[t][j][2 * r] *= before, o[t][j][2 * r + 1] *= before;
+                }
+        }
+        float by[TILES][2];
+#pragma unroll
+        for (u32 t = 0; t < TILES; t++) by[t][0] = -top[t][0] * scale, by[t][1] = -top[t][1] * scale;
 #pragma unroll
         for (u32 j = 0; j < STEP / 16; j++) {
             u32 a[TILES][4];
 #pragma unroll
-            for (u32 t = 0; t < TILES; t++) pack_a(a[t], x[t][2 * j], x[t][2 * j + 1]);
+            for (u32 t = 0; t < TILES; t++) {
+#pragma unroll
+                for (u32 n = 2 * j; n < 2 * j + 2; n++)
+#pragma unroll
+                    for (u32 e = 0; e < 4; e++) {
+                        x[t][n][e] = fast_exp2(__fmaf_rn(x[t][n][e], scale, by[t][e / 2]));
+                        sum[t][e / 2] += x[t][n][e];
+                    }
+                pack_a(a[t], x[t][2 * j], x[t][2 * j + 1]);
+            }
 #pragma unroll
             for (u32 i = 0; i < STEPS; i++) {
                 u32 b[4];
