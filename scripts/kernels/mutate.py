@@ -78,7 +78,7 @@ MUTATIONS = [
     ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
     ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
     ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
-    ("attention/attention.cuh", "return D % 64 == 0 ? row & 7 : row >> 1 & 3;", "return row % 16 / 2;"),
+    ("attention/attention.cuh", "return row * PITCH + ((chunk ^ permutation(row)) << 4);", "return row * PITCH + (chunk << 4);"),
     ("attention/attention.cuh", "at = min(key, end - 1), to", "at = min(key, end - 1) + (key == 64), to"),
     ("attention/attention_params.cuh", "s.first_row + key - s.phase", "s.first_row + key"),
     ("attention/forward.cu", "if (at > query) x[t][j][e] = HIDDEN;", "if (at >= query) x[t][j][e] = HIDDEN;"),

@@ -83,13 +83,7 @@ impl AttentionLayer {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub(super) fn decode(
-        &self,
-        pass: &Pass<'_>,
-        x: &mut Tensor,
-        (norm, eps): (ParamId, f64),
-        cache: &mut Cache,
-    ) -> Result<()> {
+    pub(super) fn decode(&self, pass: &Pass<'_>, x: &mut Tensor, (norm, eps): (ParamId, f64), cache: &mut Cache) -> Result<()> {
         let (w, ids) = (pass.weights, &self.ids);
         let (mut projected, _) = step::norm_linear(x.view(), w.view(norm), eps, w.matrices(ids.q_proj, ids.v_proj))?;
         let turning = self.heads + self.kv_heads;

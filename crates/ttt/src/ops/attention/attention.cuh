@@ -40,10 +40,6 @@ DEVICE void load_a(u32 (&r)[4], u32 tile, u32 i, u32 s, const Lane& l) {
 DEVICE void load_b(u32 (&r)[4], u32 tile, u32 i, u32 s, const Lane& l) {
     ldmatrix_x4(r, tile + 16 * i * PITCH + l.row_b * PITCH + ((2 * s + l.half_b ^ permutation(l.row_b)) << 4));
 }
-// Rows [8 i, 8 i + 8) as columns of two B operands that follow each other along the sum: columns [32 s, 32 s + 32) of the tile.
-DEVICE void load_b_long(u32 (&r)[4], u32 tile, u32 i, u32 s, const Lane& l) {
-    ldmatrix_x4(r, tile + 8 * i * PITCH + l.lane % 8 * PITCH + ((4 * s + (l.lane / 8 ^ permutation(l.lane % 8))) << 4));
-}
 // The tile's rows as rows of two B operands: r[0], r[1] of columns [16 s, 16 s + 8), r[2], r[3] of the next 8.
 DEVICE void load_b_rows(u32 (&r)[4], u32 tile, u32 i, u32 s, const Lane& l) {
     ldmatrix_x4_trans(r, tile + 16 * i * PITCH + l.row_a * PITCH + ((2 * s + l.half_a ^ permutation(l.row_a)) << 4));

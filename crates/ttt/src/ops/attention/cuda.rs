@@ -276,7 +276,8 @@ pub(super) fn backward(
     let segments = cuda.segments(inputs.segments)?;
     let [dq, dk, dv] = [&grads.dq, &grads.dk, &grads.dv].map(|x| x.as_view());
     let mut params = Params::new(inputs, &segments);
-    (params.o, params.o_stride, params.log_sum, params.delta) = (o.address(), (heads * d) as u32, log_sum.address(), delta.address());
+    (params.o, params.o_stride, params.log_sum, params.delta) =
+        (o.address(), (heads * d) as u32, log_sum.address(), delta.address());
     (params.dout, params.dout_stride) = (dout.address(), stride(dout));
     (params.dq, params.dk, params.dv) = (dq.address(), dk.address(), dv.address());
     (params.dq_stride, params.dk_stride, params.dv_stride) = (stride(dq), stride(dk), stride(dv));
@@ -329,9 +330,9 @@ pub(super) fn append(cuda: &Cuda, cache: &mut Cache, [k, v]: [View; 2], segments
     let capacity = cache.keys.shape()[1];
     let [keys, values] = [&mut cache.keys, &mut cache.values].map(|x| x.view_mut().as_view().address());
     // 16 bytes a thread, or an element.
-    let wide = [k, v].iter().all(|x| {
-        (x.stride() * size).is_multiple_of(16) && x.address().is_multiple_of(16) && (cols * size).is_multiple_of(16)
-    });
+    let wide = [k, v]
+        .iter()
+        .all(|x| (x.stride() * size).is_multiple_of(16) && x.address().is_multiple_of(16) && (cols * size).is_multiple_of(16));
     let unit = if wide { 16 / size } else { 1 };
     let kernel = match unit * size {
         16 => "attention_append_16",
