@@ -420,7 +420,7 @@ impl Lm {
         Ok(Some(table(&self.device, self.dtype(), segments, head_dim, theta)?))
     }
 
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         match tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
             Some(t) => Err(Error::Invalid(format!(
                 "token id {t} is outside the model's vocabulary of {} ids: the text was made with another tokenizer",

@@ -15,6 +15,9 @@ use crate::ops::sample::cuda::{NO_END, Sampler, Sequence as OnGpu};
 use crate::state::States;
 use crate::tensor::Tensor;
 
+/// Steps that are kept, of as many numbers of sequences.
+const MOST: usize = 32;
+
 /// A step for a number of sequences of some states: what it works in, and its launches once they were recorded.
 pub(super) struct Recorded {
     /// Before what it works in, which is given back behind it.
@@ -46,6 +49,16 @@ fn room(states: &States) -> usize {
     states.layers.iter().flat_map(|layer| layer.tensors()).filter_map(growing).min().unwrap_or(usize::MAX)
 }
 
+/// Tokens of the longest sequence, with the one that it reads.
+fn longest(segments: &[Segment]) -> usize {
+    segments.iter().map(|s| s.phase + s.len).max().unwrap_or(0)
+}
+
+/// How many phases a segment goes through before it begins again: those of a mini-batch, or no end of them.
+fn phases(model: &Lm) -> usize {
+    model.config().mini_batch().unwrap_or(i32::MAX as usize)
+}
+
 impl Recorded {
     /// The step for these segments: one that was recorded for as many of the same states, or a new one.
     pub(super) fn find<'a>(
@@ -55,24 +68,25 @@ impl Recorded {
         segments: Vec<Segment>,
         [rows, vocab]: [usize; 2],
     ) -> Result<&'a mut Recorded> {
-        if room(states) <= longest(&segments) {
+        if room(states) < longest(&segments) {
             states.reserve(longest(&segments) + AHEAD)?;
         }
-        let addresses = addresses(states);
+        let (addresses, room) = (addresses(states), room(states));
         // Of states that were dropped nothing is left to repeat.
         all.retain(|r| r.addresses == addresses);
-        let index = match all.iter().position(|r| r.segments.len() == rows) {
-            Some(index) => index,
+        let found = match all.iter().position(|r| r.segments.len() == rows) {
+            Some(index) => all.remove(index),
             None => {
+                // Each holds the memory that it works in; the one that was not used for longest goes.
+                all.drain(..(all.len() + 1).saturating_sub(MOST));
                 let marks = (0..Sampler::RING).map(|_| Mark::new(gpu.shared_context())).collect::<Result<_>>()?;
                 let live = Arc::new(gpu.upload_segments(&segments)?);
                 let sampler = Sampler::new(gpu, rows, vocab)?;
-                let room = room(states);
-                all.push(Recorded { graph: None, addresses, segments: segments.clone(), live, sampler, marks, warm: false, room });
-                all.len() - 1
+                Recorded { graph: None, addresses, segments: segments.clone(), live, sampler, marks, warm: false, room }
             }
         };
-        let found = &mut all[index];
+        all.push(found);
+        let found = all.last_mut().expect("was pushed");
         gpu.rewrite_segments(&found.live, &segments);
         found.segments = segments;
         Ok(found)
@@ -80,20 +94,45 @@ impl Recorded {
 
     /// Queues the first choices.
     pub(super) fn begin(&mut self, model: &Lm, gpu: &Cuda, sequences: &[Sequence], logits: &Tensor) -> Running<'_> {
-        let on_gpu = |s: &Sequence| OnGpu::new(&s.draw, s.ends.map(|end| end.unwrap_or(NO_END)));
-        self.sampler.begin(gpu, &sequences.iter().map(on_gpu).collect::<Vec<_>>());
+        self.upload(gpu, sequences);
         self.sampler.choose(gpu, logits.view(), &self.live, phases(model), false);
         self.marks[0].set();
         Running { recorded: self, steps: 0 }
     }
 
-    /// Launches a step.
-    fn launch(&self, model: &Lm, gpu: &Cuda, states: &mut States) -> Result<()> {
-        gpu.with_segments((&self.segments, &self.live), || {
-            let logits = model.step(self.sampler.tokens(), &self.segments, states)?;
-            self.sampler.choose(gpu, logits.view(), &self.live, phases(model), true);
-            Ok(())
-        })
+    /// Runs a step that reads `tokens` and waits for its choices.
+    pub(super) fn once(
+        &mut self,
+        model: &Lm,
+        gpu: &Cuda,
+        states: &mut States,
+        sequences: &[Sequence],
+        tokens: &[u32],
+    ) -> Result<Vec<Choice>> {
+        self.upload(gpu, sequences);
+        gpu.context().upload(self.sampler.tokens().address(), tokens);
+        self.run(model, gpu, states)?;
+        self.marks[0].set();
+        self.marks[0].wait();
+        Ok(self.sampler.chosen(0))
+    }
+
+    fn upload(&self, gpu: &Cuda, sequences: &[Sequence]) {
+        let on_gpu = |s: &Sequence| OnGpu::new(&s.draw, s.ends.map(|end| end.unwrap_or(NO_END)));
+        self.sampler.begin(gpu, &sequences.iter().map(on_gpu).collect::<Vec<_>>());
+    }
+
+    /// Queues a step: as it was recorded, or, the second time, recording it.
+    fn run(&mut self, model: &Lm, gpu: &Cuda, states: &mut States) -> Result<()> {
+        if self.graph.is_none() && self.warm {
+            self.graph = Some(gpu.record(|| self.launch(model, gpu, states))?.1);
+        }
+        match &self.graph {
+            Some(graph) => graph.launch(),
+            None => self.launch(model, gpu, states)?,
+        }
+        self.warm = true;
+        Ok(())
     }
 
     /// Makes room for sequences of `tokens` tokens. States that were moved are another step's.
@@ -105,16 +144,15 @@ impl Recorded {
         }
         Ok(())
     }
-}
 
-/// Tokens of the longest sequence.
-fn longest(segments: &[Segment]) -> usize {
-    segments.iter().map(|s| s.phase + s.len).max().unwrap_or(0)
-}
-
-/// How many phases a segment goes through before it begins again: those of a mini-batch, or no end of them.
-fn phases(model: &Lm) -> usize {
-    model.config().mini_batch().unwrap_or(i32::MAX as usize)
+    /// Launches a step.
+    fn launch(&self, model: &Lm, gpu: &Cuda, states: &mut States) -> Result<()> {
+        gpu.with_segments((&self.segments, &self.live), || {
+            let logits = model.step(self.sampler.tokens(), &self.segments, states)?;
+            self.sampler.choose(gpu, logits.view(), &self.live, phases(model), true);
+            Ok(())
+        })
+    }
 }
 
 /// A step that is being repeated.
@@ -127,18 +165,10 @@ impl Running<'_> {
     /// Queues a step.
     pub(super) fn step(&mut self, model: &Lm, states: &mut States) -> Result<()> {
         let gpu = model.device().as_cuda().expect("recorded on a GPU");
-        let recorded = &mut *self.recorded;
-        recorded.grow(states, longest(&recorded.segments) + self.steps)?;
-        if recorded.graph.is_none() && recorded.warm {
-            recorded.graph = Some(gpu.record(|| recorded.launch(model, gpu, states))?.1);
-        }
-        match &recorded.graph {
-            Some(graph) => graph.launch(),
-            None => recorded.launch(model, gpu, states)?,
-        }
-        recorded.warm = true;
+        self.recorded.grow(states, longest(&self.recorded.segments) + self.steps)?;
+        self.recorded.run(model, gpu, states)?;
         self.steps += 1;
-        recorded.marks[self.steps % Sampler::RING].set();
+        self.recorded.marks[self.steps % Sampler::RING].set();
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use crate::device::view::View;
 use crate::layer::Pass;
 use crate::ops::inner::FastWeights;
 use crate::ops::rope::Direction;
-use crate::ops::{add, rope, ttt_linear, ttt_mlp};
+use crate::ops::{add, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::tensor::{Tensor, with_dtype};
 use crate::weights::Weights;
 
@@ -70,6 +70,16 @@ impl TttLayer {
         })
     }
 
+    /// τ of a mini-batch's last position: what a mini-batch's gradients are scaled by in the update that the next ones see. At 0
+    /// (the scale is learned, and clamped, where its gradient is 0 too) the layer keeps nothing beyond a mini-batch.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn last_token_scale(&self, weights: &Weights) -> Result<Option<f64>> {
+        let Some(token_idx) = self.ids.lr.and_then(|lr| lr.token_idx) else { return Ok(None) };
+        Ok(token_scale::forward(weights.view(token_idx))?.to_f64_vec().last().copied())
+    }
+
     /// What statistics read, on the CPU, when it lies in a GPU's memory.
     fn on_cpu(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Option<OnCpu>> {
         let Some(gpu) = saved.z.device().as_cuda() else { return Ok(None) };
@@ -87,8 +97,10 @@ impl TttLayer {
             inner: Kept::Weights(saved.inner.weights().on_cpu(host, pass.segments, self.heads, self.mini_batches().1)?),
             window: None,
         };
+        // All that the errors are computed from.
+        let read = self.ids.initial.iter().copied().chain(self.ids.ttt_norm.into_iter().flat_map(|(gamma, beta)| [gamma, beta]));
         Ok(Some(OnCpu {
-            weights: pass.weights.float().on_cpu()?.into_owned().into(),
+            weights: pass.weights.float().some_on_cpu(read)?.into(),
             rope: pass.rope().to(host)?,
             saved,
             end: end.to(host)?,

@@ -141,6 +141,15 @@ impl FastWeights {
         Ok(FastWeights { weights: self.weights.to(device)?, rows: self.rows.to(device)?, ..*self })
     }
 
+    /// Slot `slot` alone, on another device.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn slot_to(&self, slot: usize, device: &Device) -> Result<FastWeights> {
+        let alone = |tensor: &Tensor| tensor.slot(slot, tensor.shape()[1])?.to(device);
+        Ok(FastWeights { slots: 1, weights: alone(&self.weights)?, rows: alone(&self.rows)?, ..*self })
+    }
+
     /// Puts the learned initial weights into `slot`: `[W1 [h*d, ·], b1 [h, ·]]`, for the MLP also `[W2 [h*4d, d], b2 [h, d]]`.
     /// The slot is then at phase 0.
     ///

@@ -48,7 +48,7 @@ impl Settings {
         }
     }
 
-    /// Sequences of a step, of each of which it reads [`Train::segments_per_step`] segments.
+    /// Sequences of a step, of each of which it reads [`super::Train::segments_per_step`] segments.
     pub fn sequences_per_step(&self) -> usize {
         self.train.batch_tokens as usize / (self.segment_length() * self.train.segments_per_step).max(1)
     }

@@ -24,7 +24,7 @@ pub struct Model {
     /// A model to start from; its `config.json` replaces the four fields above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folder: Option<PathBuf>,
-    /// Fields of [`Config`] that win over the preset or the folder.
+    /// Fields of [`crate::config::Config`] that win over the preset or the folder.
     #[serde(flatten)]
     pub overrides: Table,
 }
