@@ -49,6 +49,11 @@ fn room(states: &States) -> usize {
     states.layers.iter().flat_map(|layer| layer.tensors()).filter_map(growing).min().unwrap_or(usize::MAX)
 }
 
+/// Makes room for `tokens` tokens in every slot, and for half as many again.
+fn reserve(states: &mut States, tokens: usize) -> Result<()> {
+    states.layers.iter_mut().try_for_each(|layer| layer.reserve(tokens + AHEAD))
+}
+
 /// Tokens of the longest sequence, with the one that it reads.
 fn longest(segments: &[Segment]) -> usize {
     segments.iter().map(|s| s.phase + s.len).max().unwrap_or(0)
@@ -69,7 +74,7 @@ impl Recorded {
         [rows, vocab]: [usize; 2],
     ) -> Result<&'a mut Recorded> {
         if room(states) < longest(&segments) {
-            states.reserve(longest(&segments) + AHEAD)?;
+            reserve(states, longest(&segments))?;
         }
         let (addresses, room) = (addresses(states), room(states));
         // Of states that were dropped nothing is left to repeat.
@@ -138,7 +143,7 @@ impl Recorded {
     /// Makes room for sequences of `tokens` tokens. States that were moved are another step's.
     fn grow(&mut self, states: &mut States, tokens: usize) -> Result<()> {
         if tokens > self.room {
-            states.reserve(tokens + AHEAD)?;
+            reserve(states, tokens)?;
             (self.graph, self.warm) = (None, false);
             (self.addresses, self.room) = (addresses(states), room(states));
         }

@@ -108,14 +108,6 @@ impl States {
         Ok(())
     }
 
-    /// Makes room for sequences of `tokens` tokens in every slot, where states grow with their sequences.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`].
-    pub(crate) fn reserve(&mut self, tokens: usize) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|layer| layer.reserve(tokens))
-    }
-
     /// Number of slots.
     pub fn slots(&self) -> usize {
         self.positions.len()

@@ -56,7 +56,7 @@ pub fn attention_case(heads: [usize; 2], d: usize, segments: &[[usize; 2]]) -> C
             let segments = sizes.segments();
             let mut cache = sizes.cache(tensor_of(x[3]), tensor_of(x[4]));
             // As in a model: what is appended is not read from the cache.
-            cache.append(x[1], x[2], &segments);
+            cache.append(x[1], x[2], &segments).unwrap();
             let inputs = Inputs { q: x[0], k: x[1], v: x[2], head_dim: d, past: Some(&cache), segments: &segments };
             let [o, _] = attention::forward(&inputs).unwrap();
             vec![o, cache.keys, cache.values]
