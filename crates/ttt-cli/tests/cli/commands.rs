@@ -82,8 +82,25 @@ fn plan() {
     let plan = place.run(&["plan", "wide.toml", "--batch", "2", "--length", "64", "--json"]).ok().json();
     assert_eq!(plan["parameters"], 114_589_776);
     let total = |kind: &str| plan["memory_bytes"][kind]["total"].as_u64().unwrap();
-    assert!(total("training") > total("training_recompute_block") && total("training_recompute_block") > total("inference"));
+    assert!(
+        total("training") > total("training_recompute_inner")
+            && total("training_recompute_inner") > total("training_recompute_block")
+    );
+    assert!(total("training_recompute_block") > total("inference"));
     place.run(&["plan"]).ok().says(&["parameters", "--recompute block", "MiB"]);
+
+    // On a GPU, which need not be there, and what of it fits.
+    let on_gpu = |more: &[&str]| {
+        place.run(
+            &[&["plan", "wide.toml", "--batch", "32", "--length", "2048", "--device", "cuda", "--memory", "20"], more].concat(),
+        )
+    };
+    let plan = on_gpu(&["--json"]).ok().json();
+    let part = |name: &str| plan["memory_bytes"]["training"][name].as_u64().unwrap();
+    assert!(part("bf16_copies") * 2 == part("weights") && part("inner_gradients") > part("fast_weights"), "{plan}");
+    assert!(plan["fits"]["bytes"].as_u64().unwrap() < 20 << 30 && plan["room_bytes"] == 20u64 << 30, "{plan}");
+    assert!(plan["fits"]["batch"].as_u64().unwrap() == 32 && plan["fits"]["recompute"] == "inner", "{plan}");
+    on_gpu(&[]).ok().says(&["inner gradients", "does not fit: `--recompute inner` needs", "of 20.0 GiB there"]);
     place.run(&["plan", "wide.toml", "model.hiden_size=3"]).fails(1, &["did you mean `model.hidden_size`?"]);
 }
 

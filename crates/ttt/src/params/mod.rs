@@ -71,25 +71,6 @@ impl Params {
         }
     }
 
-    /// A copy of some parameters of a GPU's on the CPU; the numbers of the others are arbitrary there.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`].
-    ///
-    /// # Panics
-    /// When they do not lie in a GPU's memory.
-    pub(crate) fn some_on_cpu(&self, ids: impl IntoIterator<Item = ParamId>) -> Result<Params> {
-        let device = self.data.device();
-        let gpu = device.as_cuda().expect("a GPU");
-        let data = Tensor::empty(&device.cpu_beside(), self.data.shape(), self.data.dtype())?;
-        let mut some = Params { table: self.table.clone(), data, operands: None };
-        for id in ids {
-            let from = self.view(id).address();
-            gpu.context().download(some.values_mut::<f32>(id), from);
-        }
-        Ok(some)
-    }
-
     /// Type of the activations of a model with these weights: that of the products' operands.
     pub fn dtype(&self) -> DType {
         self.operands.as_ref().unwrap_or(&self.data).dtype()

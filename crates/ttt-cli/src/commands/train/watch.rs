@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use ttt::config::Config;
-use ttt::plan;
+use ttt::layer::Keep;
+use ttt::plan::Memory;
+use ttt::train::Recompute;
 use ttt::train::metrics::{Record, Split};
 use ttt::train::observe::{Event, Observer};
 use ttt::train::run::Job;
@@ -87,11 +89,12 @@ impl Observer for Watch {
                 };
                 bar.set(p.bytes, &message);
             }
-            Event::Start { config, parameters, learned, train_tokens, validation_tokens, from_step, steps } => {
+            Event::Start { config, memory, keep, parameters, learned, train_tokens, validation_tokens, from_step, steps } => {
                 if let Some(tokenizing) = view.bar.take() {
                     tokenizing.finish();
                 }
                 self.header(config, [parameters, learned], [train_tokens, validation_tokens], [from_step, steps]);
+                self.memory(memory, keep);
                 view.steps = steps;
                 view.last = Instant::now();
                 view.bar = (!self.quiet).then(|| Bar::steps(steps));
@@ -148,17 +151,18 @@ impl Watch {
                 }
             ));
         }
-        let lens = vec![self.settings.segment_length(); self.settings.micro_batch()];
-        let mut memory = match self.settings.planned_segments() {
-            Some(segments) => plan::segmented_memory(config, &lens, self.settings.keep(), segments),
-            None => plan::training_memory(config, &lens, self.settings.keep()),
+    }
+
+    fn memory(&self, memory: Memory, keep: Keep) {
+        let fixed = memory.fixed();
+        let again = match Recompute::of(keep) {
+            recompute if self.settings.train.recompute == Recompute::Auto && recompute != Recompute::None => {
+                format!("; to fit, recompute is {}", recompute.name())
+            }
+            _ => String::new(),
         };
-        if train.only_initial_state {
-            memory = memory.of_initial_state(config);
-        }
-        let fixed = memory.weights + memory.gradients + memory.optimizer;
         say(&format!(
-            "memory  {} planned: {} weights, gradients and moments, {} activations, fast weights and states",
+            "memory  {} planned: {} weights, gradients and moments, {} activations, fast weights and states{again}",
             units::bytes(memory.total() as u64),
             units::bytes(fixed as u64),
             units::bytes((memory.total() - fixed) as u64),

@@ -12,9 +12,9 @@ use base64::prelude::BASE64_STANDARD;
 use futures_util::Stream;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use ttt::state::StateFile;
 
 use super::request::{Common, Start, job};
+use super::states::keep;
 use super::{ApiError, App};
 use crate::commands::serve::auth::Owner;
 use crate::commands::serve::engine::{Event, Failure, Finish, TokenInfo};
@@ -157,8 +157,7 @@ impl<F: Format> Reply<F> {
             kept.insert("state".into(), BASE64_STANDARD.encode(&state).into());
         }
         if let Some(name) = &self.common.save {
-            let about = StateFile::from_bytes(state.clone())?.header().into();
-            let described = self.app.store.put(&self.owner, name.clone(), self.parent.clone(), about, state).await?;
+            let described = keep(&self.app, &self.owner, name.clone(), self.parent.clone(), state).await?;
             kept.insert("state_id".into(), described.id.into());
         }
         Ok(kept)

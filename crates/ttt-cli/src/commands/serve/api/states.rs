@@ -21,7 +21,7 @@ use super::request::{Common, Start, check_tokenizer, checked_name, encode, job, 
 use super::{ApiError, App};
 use crate::commands::serve::auth::Owner;
 use crate::commands::serve::engine::{Event, Failure};
-use crate::commands::serve::store::Description;
+use crate::commands::serve::store::{About, Description};
 
 type Answer = Result<Response, ApiError>;
 
@@ -151,10 +151,8 @@ impl Learning {
                     return Ok(Step::Progress(json!({"tokens": tokens, "of": of, "tokens_per_second": speed, "inner": inner})));
                 }
                 Some(Event::Finished { state, .. }) => {
-                    let state = state.expect("was asked for");
-                    let about = StateFile::from_bytes(state.clone())?.header().into();
                     let (name, parent) = (self.name.take(), self.parent.take());
-                    let description = self.app.store.put(&self.owner, name, parent, about, state).await?;
+                    let description = keep(&self.app, &self.owner, name, parent, state.expect("was asked for")).await?;
                     return Ok(Step::Done(Box::new(description)));
                 }
                 Some(Event::Failed(why)) => return Err(why.into()),
@@ -163,6 +161,18 @@ impl Learning {
             }
         }
     }
+}
+
+/// Keeps a state file of this model.
+pub async fn keep(
+    app: &App,
+    owner: &Owner,
+    name: Option<String>,
+    parent: Option<String>,
+    state: Vec<u8>,
+) -> Result<Description, ApiError> {
+    let about: About = StateFile::from_bytes(state.clone())?.header().into();
+    Ok(app.store.put(owner, name, parent, about, state).await?)
 }
 
 /// Takes a state file in, after checking that it is one of this model.
@@ -183,7 +193,7 @@ pub async fn upload(
     let name = named.name.map(checked_name).transpose()?;
     let header = app.engine.verify(body.to_vec()).await?;
     check_tokenizer(&app, &header)?;
-    let description = app.store.put(&owner, name, None, (&header).into(), body.to_vec()).await?;
+    let description = app.store.put(&owner, name, None, &header, body.to_vec()).await?;
     Ok((StatusCode::CREATED, Json(description.json())).into_response())
 }
 
@@ -213,11 +223,7 @@ pub async fn rename(
     body: Bytes,
 ) -> Answer {
     writable(&app)?;
-    if content_type(&headers) != "application/json" {
-        return Err(unsupported_type(content_type(&headers), "application/json"));
-    }
-    let named: Named = from_json(&body)?;
-    let name = named.name.map(checked_name).transpose()?;
+    let name = new_name(&headers, &body)?;
     Ok(Json(app.store.rename(&owner, &id, name).await?.json()).into_response())
 }
 
@@ -230,16 +236,10 @@ pub async fn fork(
     body: Bytes,
 ) -> Answer {
     writable(&app)?;
-    let named = match body.is_empty() {
-        true => Named { name: None },
-        false if content_type(&headers) == "application/json" => from_json(&body)?,
-        false => return Err(unsupported_type(content_type(&headers), "application/json")),
-    };
+    let name = if body.is_empty() { None } else { new_name(&headers, &body)? };
     let description = app.store.get(&owner, &id).await?;
     let bytes = app.store.read(&owner, &description).await?;
-    let name = named.name.map(checked_name).transpose()?.or(description.name);
-    let about = StateFile::from_bytes(bytes.clone())?.header().into();
-    let copy = app.store.put(&owner, name, Some(description.id), about, bytes).await?;
+    let copy = keep(&app, &owner, name.or(description.name), Some(description.id), bytes).await?;
     Ok((StatusCode::CREATED, Json(copy.json())).into_response())
 }
 
@@ -248,6 +248,14 @@ pub async fn delete(State(app): State<Arc<App>>, Extension(owner): Extension<Own
     writable(&app)?;
     app.store.delete(&owner, &id).await?;
     Ok(Json(json!({"id": id, "object": "state", "deleted": true})).into_response())
+}
+
+/// The name in a body.
+fn new_name(headers: &HeaderMap, body: &[u8]) -> Result<Option<String>, ApiError> {
+    if content_type(headers) != "application/json" {
+        return Err(unsupported_type(content_type(headers), "application/json"));
+    }
+    from_json::<Named>(body)?.name.map(checked_name).transpose()
 }
 
 /// The type of a body, without parameters.

@@ -135,9 +135,10 @@ impl Store {
         owner: &Owner,
         name: Option<String>,
         parent: Option<String>,
-        about: About,
+        about: impl Into<About>,
         state: Vec<u8>,
     ) -> Result<Description, Error> {
+        let about = about.into();
         let count = self.descriptions(owner).await?.len() as u64;
         if count >= self.most {
             return Err(Error::Full(self.most));
