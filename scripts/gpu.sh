@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests and the tables on a machine with a GPU, where nothing can be built: scripts/gpu.sh FOLDER, FOLDER holding the
-# program `ttt` and the test binaries `cuda` and `cuda_decode`. Logs go to $OUT (otherwise ./gpu-results). Under nine minutes.
+# program `ttt` and the test binaries `cuda`, `cuda_decode` and `cuda_attention`. Logs go to $OUT (otherwise ./gpu-results). Under nine minutes.
 set -uo pipefail
 bin=$(cd "$1" && pwd)
 out=${OUT:-$PWD/gpu-results}
@@ -21,6 +21,7 @@ part doctor "$ttt" doctor --device cuda
 part doctor-again "$ttt" doctor --device cuda --json
 part tests "$bin/cuda" --test-threads=1 --nocapture
 part decode-tests "$bin/cuda_decode" --test-threads=1 --nocapture
+part attention-tests "$bin/cuda_attention" --test-threads=1 --nocapture
 for shape in "32 2048" "64 2048" "4 32768"; do
     set -- $shape
     part "train-$1x$2" "$ttt" bench train --device cuda --preset 125m --batch "$1" --length "$2" --repeat 5
@@ -32,6 +33,8 @@ done
 for batch in 8 32; do
     part "train-mlp-${batch}x2048" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch "$batch" --length 2048 --repeat 5
 done
+part train-attention-32x2048 "$ttt" bench train --device cuda --mixer attention --preset 125m --batch 32 --length 2048 --repeat 5
+part decode-attention-64 "$ttt" bench decode --device cuda --mixer attention --preset 125m --batch 64 --after 1024 --repeat 3
 part "train-mlp-8x2048-inner" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch 8 --length 2048 --repeat 5 --recompute inner
 part plan "$ttt" plan --device cuda model.preset=125m model.inner=mlp --batch 8 --length 2048
 for batch in 64 512; do

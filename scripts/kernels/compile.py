@@ -13,7 +13,7 @@ import re
 import sys
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "crates", "ttt", "src")
-INCLUDES = [os.path.join(ROOT, *folder) for folder in (("device", "cuda"), ("ops", "ttt_linear"), ("ops", "ttt_mlp"), ("ops", "step"))]
+INCLUDES = [os.path.join(ROOT, *folder) for folder in (("device", "cuda"), ("ops", "ttt_linear"), ("ops", "ttt_mlp"), ("ops", "step"), ("ops", "attention"))]
 
 
 def library():

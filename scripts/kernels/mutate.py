@@ -80,6 +80,27 @@ MUTATIONS = [
     ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
     ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
     ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
+    ("attention/attention.cuh", "return row * PITCH + ((chunk ^ permutation(row)) << 4);", "return row * PITCH + (chunk << 4);"),
+    ("attention/attention.cuh", "at = min(key, end - 1), to", "at = min(key, end - 1) + (key == 64), to"),
+    ("attention/attention_params.cuh", "s.first_row + key - s.phase", "s.first_row + key"),
+    ("attention/forward.cu", "if (at > query) x[t][j][e] = HIDDEN;", "if (at >= query) x[t][j][e] = HIDDEN;"),
+    ("attention/forward.cu", "if (key + STEP - 1 > seen) {", "if (key + STEP - 1 > seen + 63) {"),
+    ("attention/forward.cu", "top[t][r] = now, sum[t][r] *= before;", "top[t][r] = now;"),
+    ("attention/forward.cu", "        __syncthreads();\n", ""),
+    ("attention/forward.cu", "__shfl_xor_sync(FULL_WARP, all, 2)", "__shfl_xor_sync(FULL_WARP, all, 1)"),
+    ("attention/backward.cu", "dot += __shfl_xor_sync(FULL_WARP, dot, 2);", ""),
+    ("attention/backward.cu", "dx[t][n][e] = w * (dx[t][n][e] - delta[t][e / 2]);", "dx[t][n][e] = w * dx[t][n][e];"),
+    ("attention/backward.cu", "load_b_rows(b, keys, j, i, l);", "load_b_rows(b, values, j, i, l);"),
+    ("attention/backward.cu", "if (edge && at > query) w = 0.0f;\n                        x", "x"),
+    ("attention/backward.cu", "(first - s.phase) / STEP * STEP", "(first - s.phase + STEP - 1) / STEP * STEP"),
+    ("attention/backward.cu", "token = from, head++;", "token = from;"),
+    ("attention/backward.cu", "if (add && key >= s.phase) add[4 * j] = 0;", ""),
+    ("attention/backward.cu", "stage ^= shared ^ shared + S::STAGE;", ""),
+    ("attention/decode.cu", "first + n * KEYS + group < to ? fast_exp2(x[n] - most) : 0.0f;", "fast_exp2(x[n] - most);"),
+    ("attention/decode.cu", "top = most, sum *= before;", "top = most;"),
+    ("attention/decode.cu", "keys = s.phase + 1;", "keys = s.phase;"),
+    ("attention/plain.cu", "sum = sum * before + w;", "sum = sum + w;"),
+    ("attention/plain.cu", "ds = p.scale * w * (dw - p.delta[row * p.heads + head]);", "ds = w * (dw - p.delta[row * p.heads + head]);"),
     ("step/product.cu", "mma_k16(sum[t], a[1], x[t][2], x[t][3]);", ""),
     ("step/product.cu", "if (BEHIND == ADD) x += bf16_f32(*y);", ""),
     ("step/product.cu", "up * (gate / (1.0f + __expf(-gate)))", "up * gate"),
@@ -120,13 +141,14 @@ class Copy:
     def __init__(self):
         self.root = tempfile.TemporaryDirectory()
         root = self.root.name
-        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/step", "ops/sample"):
+        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/step", "ops/sample", "ops/attention"):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
 
     def fails(self, check, *more):
         command = [sys.executable, os.path.join(self.root.name, "scripts", "kernels", f"{check}.py"), "check"]
-        command += ["--d", "64"] if check == "step" else ["--emulate", "--d", "32", *more]
+        d = "64" if check == "attention" else "32"
+        command += ["--d", "64"] if check == "step" else ["--emulate", "--d", d, *more]
         return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0
 
     def path(self, folder, name):

@@ -17,8 +17,8 @@ impl Lm {
     /// A model that is not on a GPU, or memory.
     pub(crate) fn step(&self, tokens: &Tokens, segments: &[Segment], states: &mut States) -> Result<Tensor> {
         let Some(gpu) = self.device.as_cuda() else { return Err(Error::Device("the model is not on a GPU".into())) };
-        let (weights, rope) = (&self.weights, self.rope.as_ref());
-        let pass = Pass { weights, segments, routes: None, rope, inner_lr: 1.0, keep: Keep::Nothing };
+        let (weights, rope) = (&self.weights, self.rope(segments)?);
+        let pass = Pass { weights, segments, routes: None, rope: rope.as_ref(), inner_lr: 1.0, keep: Keep::Nothing };
         let mut x = embedding::cuda::forward_of(gpu, tokens, self.weights.matrix(self.ids.embed).float())?;
         for (block, state) in self.blocks.iter().zip(&mut states.layers) {
             x = block.forward(&pass, x, Some(state))?.0;

@@ -48,6 +48,8 @@ pub struct Entry {
 pub const HEADERS: &[(&str, &str, &str)] = &[
     ("rows.cuh", "device/cuda/rows.cuh", include_str!("rows.cuh")),
     ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
+    ("attention_params.cuh", "ops/attention/attention_params.cuh", include_str!("../../ops/attention/attention_params.cuh")),
+    ("attention.cuh", "ops/attention/attention.cuh", include_str!("../../ops/attention/attention.cuh")),
     ("step.cuh", "ops/step/step.cuh", include_str!("../../ops/step/step.cuh")),
     ("loops.cuh", "ops/ttt_linear/loops.cuh", include_str!("../../ops/ttt_linear/loops.cuh")),
     ("params.cuh", "ops/ttt_linear/params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),

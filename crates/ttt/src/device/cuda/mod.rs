@@ -43,7 +43,7 @@ pub fn supports(config: &Config) -> Result<()> {
     };
     match config.mixer {
         Mixer::Ttt => {}
-        Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
+        Mixer::Attention => return limit("the size of a head", config.head_dim(), crate::ops::attention::cuda::MAX_HEAD_DIM),
         Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
     }
     if config.sums() || !config.ttt_layer_norm || !config.ttt_residual {

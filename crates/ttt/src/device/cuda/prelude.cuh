@@ -45,6 +45,18 @@ DEVICE float fast_tanh(float x) {
     return r;
 }
 
+// 2^x and log2 x, within 2 ulp or 2^-22; 2^x is 0 far below.
+DEVICE float fast_exp2(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+DEVICE float fast_log2(float x) {
+    float r;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // ---- matrices ---------------------------------------------------------------------------------------------------------------
 // Fragments of a warp, g = lane / 4, c = lane % 4 (PTX ISA, mma.m16n8k16):
 //   A [16, 16]: a0 (g, 2c..), a1 (g + 8, 2c..), a2 (g, 2c + 8..), a3 (g + 8, 2c + 8..)

@@ -68,10 +68,9 @@ impl Table {
     /// [`crate::Error::OutOfMemory`].
     ///
     /// # Panics
-    /// When `head_dim` is odd; on a GPU.
+    /// When `head_dim` is odd.
     pub fn of_batch(device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
-        let positions: Vec<usize> = segments.iter().flat_map(|s| s.phase..s.phase + s.len).collect();
-        Table::filled(Kind::Halves, device, dtype, &positions, head_dim, theta)
+        Table::of_rows(Kind::Halves, device, dtype, segments, head_dim, theta)
     }
 
     /// The same for heads of neighbours: a TTT layer whose mini-batch is the whole sequence.
@@ -80,10 +79,24 @@ impl Table {
     /// [`crate::Error::OutOfMemory`].
     ///
     /// # Panics
-    /// When `head_dim` is odd; on a GPU.
+    /// When `head_dim` is odd.
     pub fn neighbours_of_batch(device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
+        Table::of_rows(Kind::Neighbours, device, dtype, segments, head_dim, theta)
+    }
+
+    /// A table with a row for each row of a batch. A GPU makes it itself from the segments that lie there, so that a recorded step
+    /// does too.
+    fn of_rows(kind: Kind, device: &Device, dtype: DType, segments: &[Segment], head_dim: usize, theta: f64) -> Result<Table> {
+        if let Some(gpu) = device.as_cuda() {
+            assert!(head_dim.is_multiple_of(2), "rotary positions need an even head size, not {head_dim}");
+            let rows = segments.iter().map(|s| s.len).sum();
+            let empty = || Tensor::empty(device, &[rows, head_dim], DType::F32);
+            let (cos, sin) = (empty()?, empty()?);
+            cuda::fill(gpu, [&cos, &sin], segments, kind.pairs(head_dim), theta)?;
+            return Ok(Table { kind, cos, sin });
+        }
         let positions: Vec<usize> = segments.iter().flat_map(|s| s.phase..s.phase + s.len).collect();
-        Table::filled(Kind::Neighbours, device, dtype, &positions, head_dim, theta)
+        Table::filled(kind, device, dtype, &positions, head_dim, theta)
     }
 
     fn filled(kind: Kind, device: &Device, dtype: DType, positions: &[usize], head_dim: usize, theta: f64) -> Result<Table> {
@@ -166,9 +179,14 @@ pub fn rotate(x: ViewMut, table: &Table, segments: &[Segment], heads: usize, dir
     };
     let pairs = table.kind.pairs(table.head_dim());
     if let Some(gpu) = x.device().as_cuda() {
-        assert_eq!(table.kind, Kind::MiniBatch, "a GPU turns neighbours alone");
         let tables = [table.cos.view(), table.sin.view()];
-        cuda::rotate(gpu, &x, tables, segments, direction).expect("memory for the segments of a batch");
+        match table.kind {
+            Kind::MiniBatch => {
+                cuda::rotate(gpu, &x, tables, Some(segments), direction).expect("memory for the segments of a batch");
+            }
+            Kind::Neighbours => cuda::rotate(gpu, &x, tables, None, direction).expect("nothing is uploaded"),
+            Kind::Halves => cuda::rotate_halves(gpu, &x, tables, direction),
+        }
     } else if fast(x.device(), x.dtype()) {
         let (cos, sin) = (table.cos.view().as_mat(), table.sin.view().as_mat());
         match table.kind {
