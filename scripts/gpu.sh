@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests and the tables on a machine with a GPU, where nothing can be built: scripts/gpu.sh FOLDER, FOLDER holding the
-# program `ttt` and the test binaries `cuda`, `cuda_decode`, `cuda_mixers` and `ttt_batch`. Logs go to $OUT (otherwise ./gpu-results). Under nine minutes.
+# program `ttt` and the test binaries `cuda`, `cuda_decode`, `cuda_attention`, `cuda_mixers` and `ttt_batch`. Logs go to $OUT (otherwise
+# ./gpu-results). Under nine minutes.
 set -uo pipefail
 bin=$(cd "$1" && pwd)
 out=${OUT:-$PWD/gpu-results}
@@ -23,6 +24,7 @@ part tests "$bin/cuda" --test-threads=1 --nocapture
 part decode-tests "$bin/cuda_decode" --test-threads=1 --nocapture
 part mixer-tests "$bin/cuda_mixers" --test-threads=1 --nocapture
 part ladder-tests "$bin/ttt_batch" a_gpu --nocapture
+part attention-tests "$bin/cuda_attention" --test-threads=1 --nocapture
 for shape in "32 2048" "64 2048" "4 32768"; do
     set -- $shape
     part "train-$1x$2" "$ttt" bench train --device cuda --preset 125m --batch "$1" --length "$2" --repeat 5
@@ -34,6 +36,8 @@ done
 for batch in 8 32; do
     part "train-mlp-${batch}x2048" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch "$batch" --length 2048 --repeat 5
 done
+part train-attention-32x2048 "$ttt" bench train --device cuda --mixer attention --preset 125m --batch 32 --length 2048 --repeat 5
+part decode-attention-64 "$ttt" bench decode --device cuda --mixer attention --preset 125m --batch 64 --after 1024 --repeat 3
 part "train-mlp-8x2048-inner" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch 8 --length 2048 --repeat 5 --recompute inner
 part plan "$ttt" plan --device cuda model.preset=125m model.inner=mlp --batch 8 --length 2048
 for batch in 64 512; do

@@ -17,7 +17,8 @@ SOURCES = os.path.join(HERE, "..", "..", "crates", "ttt", "src")
 # Folders whose check has another name.
 CHECKS = {"step": "step", "sample": "step", "selective_scan": "scan", "linear_attention": "chunks", "ttt_batch": "chunks"}
 # What a check wants to know; the others know no heads.
-ARGUMENTS = {"step": ["--d", "64"], "ttt_linear": ["--emulate", "--d", "32"], "ttt_mlp": ["--emulate", "--d", "32"]}
+ARGUMENTS = {"step": ["--d", "64"], "ttt_linear": ["--emulate", "--d", "32"], "ttt_mlp": ["--emulate", "--d", "32"],
+             "attention": ["--emulate", "--d", "64"]}
 
 # file, text, replacement: a dropped term, a swapped index, a missing barrier or wait.
 MUTATIONS = [
@@ -118,6 +119,27 @@ MUTATIONS = [
     ("ttt_batch/rows.cu", "float sum = add ? *to : 0.0f;", "float sum = 0.0f;"),
     ("ttt_batch/rows.cu", "a5 = mean_of(dg, xhat, l) + a3", "a5 = mean_of(dg, xhat, l)"),
     ("ttt_batch/rows.cu", "p.dk[own + c] = p.residual ? de[i] : 0.0f", "p.dk[own + c] = 0.0f"),
+    ("attention/attention.cuh", "return row * PITCH + ((chunk ^ permutation(row)) << 4);", "return row * PITCH + (chunk << 4);"),
+    ("attention/attention.cuh", "at = min(key, end - 1), to", "at = min(key, end - 1) + (key == 64), to"),
+    ("attention/attention_params.cuh", "s.first_row + key - s.phase", "s.first_row + key"),
+    ("attention/forward.cu", "if (at > query) x[t][j][e] = HIDDEN;", "if (at >= query) x[t][j][e] = HIDDEN;"),
+    ("attention/forward.cu", "if (key + STEP - 1 > seen) {", "if (key + STEP - 1 > seen + 63) {"),
+    ("attention/forward.cu", "top[t][r] = now, sum[t][r] *= before;", "top[t][r] = now;"),
+    ("attention/forward.cu", "        __syncthreads();\n", ""),
+    ("attention/forward.cu", "__shfl_xor_sync(FULL_WARP, all, 2)", "__shfl_xor_sync(FULL_WARP, all, 1)"),
+    ("attention/backward.cu", "dot += __shfl_xor_sync(FULL_WARP, dot, 2);", ""),
+    ("attention/backward.cu", "dx[t][n][e] = w * (dx[t][n][e] - delta[t][e / 2]);", "dx[t][n][e] = w * dx[t][n][e];"),
+    ("attention/backward.cu", "load_b_rows(b, keys, j, i, l);", "load_b_rows(b, values, j, i, l);"),
+    ("attention/backward.cu", "if (edge && at > query) w = 0.0f;\n                        x", "x"),
+    ("attention/backward.cu", "(first - s.phase) / STEP * STEP", "(first - s.phase + STEP - 1) / STEP * STEP"),
+    ("attention/backward.cu", "token = from, head++;", "token = from;"),
+    ("attention/backward.cu", "if (add && key >= s.phase) add[4 * j] = 0;", ""),
+    ("attention/backward.cu", "stage ^= shared ^ shared + S::STAGE;", ""),
+    ("attention/decode.cu", "first + n * KEYS + group < to ? fast_exp2(x[n] - most) : 0.0f;", "fast_exp2(x[n] - most);"),
+    ("attention/decode.cu", "top = most, sum *= before;", "top = most;"),
+    ("attention/decode.cu", "keys = s.phase + 1;", "keys = s.phase;"),
+    ("attention/plain.cu", "sum = sum * before + w;", "sum = sum + w;"),
+    ("attention/plain.cu", "ds = p.scale * w * (dw - p.delta[row * p.heads + head]);", "ds = w * (dw - p.delta[row * p.heads + head]);"),
     ("step/product.cu", "mma_k16(sum[t], a[1], x[t][2], x[t][3]);", ""),
     ("step/product.cu", "if (BEHIND == ADD) x += bf16_f32(*y);", ""),
     ("step/product.cu", "up * (gate / (1.0f + __expf(-gate)))", "up * gate"),
@@ -158,7 +180,7 @@ class Copy:
     def __init__(self):
         self.root = tempfile.TemporaryDirectory()
         root = self.root.name
-        folders = "ttt_linear ttt_mlp step sample selective_scan linear_attention ttt_batch".split()
+        folders = "ttt_linear ttt_mlp step sample attention selective_scan linear_attention ttt_batch".split()
         for folder in ("device/cuda", *(f"ops/{folder}" for folder in folders)):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copy(os.path.join(SOURCES, "ops", "element.cuh"), self.path(".", "element.cuh"))

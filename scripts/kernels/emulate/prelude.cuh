@@ -206,6 +206,12 @@ DEVICE u32 cluster_rank() { return emu::rank(); }
 DEVICE u32 cluster_address(u32 at, u32 rank) { return at | (rank + 1) << 24; }
 static inline void __syncwarp() { emu::meet(emu::warp(), 32); }
 template <class T> static T __shfl_sync(u32, T x, u32 lane) { return emu::exchange(x)[lane & 31]; }
+static inline int __any_sync(u32, int x) {
+    const int* all = emu::exchange(x);
+    int any = 0;
+    for (u32 i = 0; i < 32; i++) any |= all[i];
+    return any;
+}
 template <class T> static T __shfl_xor_sync(u32, T x, u32 mask) { return emu::exchange(x)[(threadIdx.x & 31) ^ mask]; }
 template <class T> static T __shfl_up_sync(u32, T x, u32 d) {
     const u32 lane = threadIdx.x & 31;
@@ -239,6 +245,7 @@ DEVICE float round_bf16(float x) { return low_f32(pack_bf16(x, 0.0f)); }
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
 DEVICE float fast_tanh(float x) { return tanhf(x); }
 DEVICE float fast_exp2(float x) { return exp2f(x); }
+DEVICE float fast_log2(float x) { return log2f(x); }
 DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - emu::own_shared()); }
 DEVICE void emu_ldmatrix(u32 (&r)[4], u32 row, bool trans) {
     const u32 lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;

@@ -32,9 +32,7 @@ pub fn run(args: &Doctor, out: &mut dyn Write) -> Result<()> {
     device.memory().trim();
     let mut errors =
         vec![("TTT-Linear", self_test(&device, &ttt(Inner::Linear)?)?), ("TTT-MLP", self_test(&device, &ttt(Inner::Mlp)?)?)];
-    if device.as_cuda().is_none() {
-        errors.push(("Transformer", self_test(&device, &small(Config::transformer("tiny")?))?));
-    }
+    errors.push(("Transformer", self_test(&device, &small(Config::transformer("tiny")?))?));
     errors.push(("Mamba", self_test(&device, &small(Config::mamba("tiny")?))?));
     let gpu = Gpu::of(&device);
     // Written so that an error that is not a number fails.

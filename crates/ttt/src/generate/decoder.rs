@@ -86,7 +86,8 @@ impl<'m> Decoder<'m> {
         };
         self.model.check_tokens(tokens)?;
         let shape = [tokens.len(), self.model.config().vocab_size];
-        let recorded = Recorded::find(&mut self.recorded, gpu, states, states.segments(&batch), shape)?;
+        let segments = states.segments(&batch);
+        let recorded = Recorded::find(&mut self.recorded, gpu, states, segments, shape)?;
         let choices = recorded.once(self.model, gpu, states, sequences, tokens)?;
         states.advance(&batch);
         Ok(choices)

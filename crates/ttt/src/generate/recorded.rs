@@ -9,6 +9,7 @@ use crate::batch::Segment;
 use crate::device::cuda::context::Mark;
 use crate::device::cuda::graph::Graph;
 use crate::device::cuda::{Cuda, Uploaded};
+use crate::layer::state::Extent;
 use crate::lm::Lm;
 use crate::ops::sample::cuda::{NO_END, Sampler, Sequence as OnGpu};
 use crate::state::States;
@@ -30,6 +31,37 @@ pub(super) struct Recorded {
     marks: Vec<Mark>,
     /// Whether a step has run that was not recorded: the first one finds algorithms and memory.
     warm: bool,
+    /// Tokens that each slot has room for, where states grow.
+    room: usize,
+}
+
+/// Room for tokens of a session that is made at once: growing moves the states, and the step is recorded again.
+const AHEAD: usize = 64;
+
+/// Where states lie.
+fn addresses(states: &States) -> Vec<u64> {
+    states.layers.iter().flat_map(|layer| layer.tensors()).map(|(_, tensor)| tensor.address()).collect()
+}
+
+/// Tokens that each slot has room for; no limit where states do not grow.
+fn room(states: &States) -> usize {
+    let growing = |(name, tensor): (&str, &Tensor)| (Extent::of(name) == Extent::Tokens).then(|| tensor.shape()[1]);
+    states.layers.iter().flat_map(|layer| layer.tensors()).filter_map(growing).min().unwrap_or(usize::MAX)
+}
+
+/// Makes room for `tokens` tokens in every slot, and for half as many again.
+fn reserve(states: &mut States, tokens: usize) -> Result<()> {
+    states.layers.iter_mut().try_for_each(|layer| layer.reserve(tokens + AHEAD))
+}
+
+/// Tokens of the longest sequence, with the one that it reads.
+fn longest(segments: &[Segment]) -> usize {
+    segments.iter().map(|s| s.phase + s.len).max().unwrap_or(0)
+}
+
+/// How many phases a segment goes through before it begins again: those of a mini-batch, or no end of them.
+fn phases(model: &Lm) -> usize {
+    model.config().mini_batch().unwrap_or(i32::MAX as usize)
 }
 
 impl Recorded {
@@ -37,11 +69,14 @@ impl Recorded {
     pub(super) fn find<'a>(
         all: &'a mut Vec<Recorded>,
         gpu: &Cuda,
-        states: &States,
+        states: &mut States,
         segments: Vec<Segment>,
         [rows, vocab]: [usize; 2],
     ) -> Result<&'a mut Recorded> {
-        let addresses: Vec<u64> = states.layers.iter().flat_map(|layer| layer.tensors()).map(|(_, t)| t.address()).collect();
+        if room(states) < longest(&segments) {
+            reserve(states, longest(&segments))?;
+        }
+        let (addresses, room) = (addresses(states), room(states));
         // Of states that were dropped nothing is left to repeat.
         all.retain(|r| r.addresses == addresses);
         let found = match all.iter().position(|r| r.segments.len() == rows) {
@@ -52,7 +87,7 @@ impl Recorded {
                 let marks = (0..Sampler::RING).map(|_| Mark::new(gpu.shared_context())).collect::<Result<_>>()?;
                 let live = Arc::new(gpu.upload_segments(&segments)?);
                 let sampler = Sampler::new(gpu, rows, vocab)?;
-                Recorded { graph: None, addresses, segments: segments.clone(), live, sampler, marks, warm: false }
+                Recorded { graph: None, addresses, segments: segments.clone(), live, sampler, marks, warm: false, room }
             }
         };
         all.push(found);
@@ -105,6 +140,16 @@ impl Recorded {
         Ok(())
     }
 
+    /// Makes room for sequences of `tokens` tokens. States that were moved are another step's.
+    fn grow(&mut self, states: &mut States, tokens: usize) -> Result<()> {
+        if tokens > self.room {
+            reserve(states, tokens)?;
+            (self.graph, self.warm) = (None, false);
+            (self.addresses, self.room) = (addresses(states), room(states));
+        }
+        Ok(())
+    }
+
     /// Launches a step.
     fn launch(&self, model: &Lm, gpu: &Cuda, states: &mut States) -> Result<()> {
         gpu.with_segments((&self.segments, &self.live), || {
@@ -125,6 +170,7 @@ impl Running<'_> {
     /// Queues a step.
     pub(super) fn step(&mut self, model: &Lm, states: &mut States) -> Result<()> {
         let gpu = model.device().as_cuda().expect("recorded on a GPU");
+        self.recorded.grow(states, longest(&self.recorded.segments) + self.steps)?;
         self.recorded.run(model, gpu, states)?;
         self.steps += 1;
         self.recorded.marks[self.steps % Sampler::RING].set();

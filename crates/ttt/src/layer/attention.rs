@@ -8,8 +8,8 @@ use crate::layer::state::{KEYS, VALUES};
 use crate::layer::{Carried, Pass};
 use crate::ops::attention::{self, Cache, Grads, Inputs};
 use crate::ops::rope::{self, Direction};
-use crate::ops::{add, linear};
-use crate::params::{AttentionIds, Params};
+use crate::ops::{add, linear, step};
+use crate::params::{AttentionIds, ParamId, Params};
 use crate::tensor::Tensor;
 use crate::weights::Weights;
 
@@ -70,13 +70,29 @@ impl AttentionLayer {
         rope::rotate(q_and_k, pass.rope(), pass.segments, turning, Direction::Forward);
         let [_, k, v] = self.blocks(&projected);
         if let Some(cache) = cache.as_deref_mut() {
-            cache.append(k, v, pass.segments);
+            cache.append(k, v, pass.segments)?;
         }
         let [o, log_sum] = attention::forward(&self.inputs(pass, &projected, cache.as_deref()))?;
         let out = linear::forward(o.view(), pass.weights.matrix(self.ids.o_proj))?;
         let kept = pass.keep.activations();
         let past = cache.filter(|_| pass.segments.iter().any(|s| s.phase > 0)).cloned();
         Ok((out, kept.then_some(AttentionSaved { projected, o, log_sum, past })))
+    }
+
+    /// `x += layer(norm(x))` for one token of each sequence, on a GPU in few launches. `norm` is the weight of the norm.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(super) fn decode(&self, pass: &Pass<'_>, x: &mut Tensor, (norm, eps): (ParamId, f64), cache: &mut Cache) -> Result<()> {
+        let (w, ids) = (pass.weights, &self.ids);
+        let (mut projected, _) = step::norm_linear(x.view(), w.view(norm), eps, w.matrices(ids.q_proj, ids.v_proj))?;
+        let turning = self.heads + self.kv_heads;
+        let q_and_k = projected.view_mut().col_range(0..turning * self.head_dim);
+        rope::rotate(q_and_k, pass.rope(), pass.segments, turning, Direction::Forward);
+        let [_, k, v] = self.blocks(&projected);
+        cache.append(k, v, pass.segments)?;
+        let [o, _] = attention::forward(&self.inputs(pass, &projected, Some(cache)))?;
+        step::add_linear(x, o.view(), w.matrix(ids.o_proj))
     }
 
     /// [`AttentionLayer::forward`] of which only some rows are wanted: keys and values are those of all tokens, but queries and
@@ -89,7 +105,7 @@ impl AttentionLayer {
         let mut kv = linear::forward(x, w.matrices(self.ids.k_proj, self.ids.v_proj))?;
         let width = self.kv_heads * self.head_dim;
         rope::rotate(kv.view_mut().col_range(0..width), rope, pass.segments, self.kv_heads, Direction::Forward);
-        cache.append(kv.view().col_range(0..width), kv.view().col_range(width..2 * width), pass.segments);
+        cache.append(kv.view().col_range(0..width), kv.view().col_range(width..2 * width), pass.segments)?;
 
         // Each wanted row is a sequence of one token, which has read what came before it.
         let segments: Vec<_> = rows.iter().enumerate().map(|(i, row)| pass.alone(*row, i)).collect();

@@ -191,16 +191,25 @@ impl Block {
     /// Whether a pass is a step of one token for each sequence on a GPU that has kernels for it.
     fn decodes(&self, pass: &Pass<'_>, x: &Tensor) -> bool {
         let one_each = pass.keep == Keep::Nothing && !pass.segments.is_empty() && pass.segments.iter().all(|s| s.len == 1);
-        one_each && matches!(&self.mixer, MixerLayer::Ttt(ttt) if ttt.decodes(x, self.taps))
+        one_each
+            && match &self.mixer {
+                MixerLayer::Ttt(ttt) => ttt.decodes(x, self.taps),
+                MixerLayer::Attention(_) => x.device().as_cuda().is_some(),
+                MixerLayer::Mamba(_) => false,
+            }
     }
 
     /// [`Block::run`] of such a pass, in few launches. Works in `x`.
     fn decode(&self, pass: &Pass<'_>, mut x: Tensor, state: &mut LayerState) -> Result<Tensor> {
-        let (MixerLayer::Ttt(ttt), LayerState::Ttt(state)) = (&self.mixer, state) else {
-            panic!("a TTT layer and its state decode in few launches, not {:?}", self.mixer)
-        };
-        let before = self.pre_conv.as_ref().zip(state.pre_conv.as_mut());
-        ttt.decode(pass, &mut x, before, (self.norm, self.eps), &mut state.fast, state.qk_conv.as_mut())?;
+        let norm = (self.norm, self.eps);
+        match (&self.mixer, state) {
+            (MixerLayer::Ttt(ttt), LayerState::Ttt(state)) => {
+                let before = self.pre_conv.as_ref().zip(state.pre_conv.as_mut());
+                ttt.decode(pass, &mut x, before, norm, &mut state.fast, state.qk_conv.as_mut())?;
+            }
+            (MixerLayer::Attention(attention), LayerState::Attention(cache)) => attention.decode(pass, &mut x, norm, cache)?,
+            (mixer, _) => panic!("a layer and its state decode in few launches, not {mixer:?}"),
+        }
         if let Some(ffn) = &self.ffn {
             ffn.decode(pass, &mut x)?;
         }

@@ -2,6 +2,7 @@
 //! every gradient, at odd sizes; the same bits on one thread and on two.
 
 mod attention;
+mod attention_cases;
 #[allow(dead_code)] // what only the test of GPUs calls
 mod case;
 mod cases;

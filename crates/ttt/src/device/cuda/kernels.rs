@@ -51,6 +51,8 @@ pub const HEADERS: &[(&str, &str, &str)] = &[
     ("element.cuh", "ops/element.cuh", include_str!("../../ops/element.cuh")),
     ("chunks.cuh", "ops/linear_attention/chunks.cuh", include_str!("../../ops/linear_attention/chunks.cuh")),
     ("scan.cuh", "ops/selective_scan/scan.cuh", include_str!("../../ops/selective_scan/scan.cuh")),
+    ("attention_params.cuh", "ops/attention/attention_params.cuh", include_str!("../../ops/attention/attention_params.cuh")),
+    ("attention.cuh", "ops/attention/attention.cuh", include_str!("../../ops/attention/attention.cuh")),
     ("step.cuh", "ops/step/step.cuh", include_str!("../../ops/step/step.cuh")),
     ("loops.cuh", "ops/ttt_linear/loops.cuh", include_str!("../../ops/ttt_linear/loops.cuh")),
     ("params.cuh", "ops/ttt_linear/params.cuh", include_str!("../../ops/ttt_linear/params.cuh")),

@@ -43,7 +43,7 @@ pub fn supports(config: &Config) -> Result<()> {
     };
     match config.mixer {
         Mixer::Ttt => {}
-        Mixer::Attention => return Err(Error::Config("attention needs --device cpu for now".into())),
+        Mixer::Attention => return limit("the size of a head", config.head_dim(), crate::ops::attention::cuda::MAX_HEAD_DIM),
         Mixer::Mamba => {
             limit("state_size", config.state_size, crate::ops::selective_scan::cuda::MAX_STATES)?;
             return limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS);

@@ -45,10 +45,15 @@ DEVICE float fast_tanh(float x) {
     return r;
 }
 
-// 2^x within 2 ulp; results below 2^-126 are 0.
+// 2^x and log2 x, within 2 ulp or 2^-22; 2^x is 0 far below.
 DEVICE float fast_exp2(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+DEVICE float fast_log2(float x) {
+    float r;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 

@@ -13,6 +13,7 @@
 //! Letters: n rows of the batch, h heads of queries, g heads of keys and values, d channels of a head.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -43,18 +44,28 @@ impl Cache {
 
     /// Puts keys and values `[n, g·d]` of the batch behind those of each segment's slot.
     ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
     /// # Panics
     /// When there is no room for them, or the shapes do not fit.
-    pub fn append(&mut self, k: View, v: View, segments: &[Segment]) {
+    pub fn append(&mut self, k: View, v: View, segments: &[Segment]) -> Result<()> {
         for (rows, to) in [(k, &mut self.keys), (v, &mut self.values)] {
             let &[slots, capacity, width] = to.shape() else { panic!("a cache of shape {:?}", to.shape()) };
             expect_shape("keys or values", rows.shape(), [rows.rows(), width]);
             for s in segments {
                 let end = s.phase + s.len;
                 assert!(s.slot < slots && end <= capacity, "{end} tokens in slot {} of a cache {:?}", s.slot, [slots, capacity]);
+                if rows.device().as_cuda().is_some() {
+                    continue;
+                }
                 let first = s.slot * capacity + s.phase;
                 add::copy_to(to.view_mut().row_range(first..first + s.len), rows.row_range(s.rows()));
             }
+        }
+        match k.device().as_cuda() {
+            Some(gpu) => cuda::append(gpu, self, [k, v], segments),
+            None => Ok(()),
         }
     }
 
@@ -123,17 +134,19 @@ pub struct Grads<'a> {
     pub dv: ViewMut<'a>,
 }
 
-/// `o [n, h·d]` and `L [n, h]`.
+/// `o [n, h·d]` and `L [n, h]`, which is f32 in mixed precision.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When the shapes do not fit; on a GPU.
+/// When the shapes do not fit.
 pub fn forward(inputs: &Inputs<'_>) -> Result<[Tensor; 2]> {
     let [heads, _] = inputs.heads();
     let q = &inputs.q;
-    on_cpu(q.device());
+    if let Some(gpu) = q.device().as_cuda() {
+        return cuda::forward(gpu, inputs);
+    }
     let mut o = Tensor::empty(q.device(), &[q.rows(), q.cols()], q.dtype())?;
     let mut log_sum = Tensor::empty(q.device(), &[q.rows(), heads], q.dtype())?;
     if fast(q.device(), q.dtype()) {
@@ -152,7 +165,7 @@ pub fn forward(inputs: &Inputs<'_>) -> Result<[Tensor; 2]> {
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When the shapes do not fit; on a GPU.
+/// When the shapes do not fit.
 pub fn backward(
     inputs: &Inputs<'_>,
     [o, log_sum]: [&Tensor; 2],
@@ -162,7 +175,6 @@ pub fn backward(
 ) -> Result<()> {
     let [heads, _] = inputs.heads();
     let (n, q) = (inputs.q.rows(), &inputs.q);
-    on_cpu(q.device());
     for (name, is, should) in [
         ("o", o.view().shape(), q.shape()),
         ("log_sum", log_sum.view().shape(), [n, heads]),
@@ -172,6 +184,9 @@ pub fn backward(
         ("dv", grads.dv.shape(), inputs.k.shape()),
     ] {
         expect_shape(name, is, should);
+    }
+    if let Some(gpu) = q.device().as_cuda() {
+        return cuda::backward(gpu, inputs, [o, log_sum], dout, dpast, &grads);
     }
     let Grads { dq, mut dk, mut dv } = grads;
     // The rows of the pass itself start from what later passes say of them, and are no part of what came before.
@@ -208,8 +223,4 @@ fn fill_zero(x: ViewMut) {
         let mut x = x.into_mat::<E>();
         (0..x.rows()).for_each(|i| x.row_mut(i).fill(E::from_f64(0.0)));
     });
-}
-
-fn on_cpu(device: &Device) {
-    assert!(device.as_cuda().is_none(), "attention runs on a CPU alone");
 }
