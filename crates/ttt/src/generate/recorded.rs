@@ -183,8 +183,3 @@ impl Running<'_> {
         self.recorded.sampler.chosen(index)
     }
 }
-
-/// How many phases a segment goes through before it begins again: those of a mini-batch, or no end of them.
-fn phases(model: &Lm) -> usize {
-    model.config().mini_batch().unwrap_or(i32::MAX as usize)
-}
