@@ -135,7 +135,7 @@ MUTATIONS = [
     ("attention/backward.cu", "token = from, head++;", "token = from;"),
     ("attention/backward.cu", "if (add && key >= s.phase) add[4 * j] = 0;", ""),
     ("attention/backward.cu", "stage ^= shared ^ shared + S::STAGE;", ""),
-    ("attention/decode.cu", "first + n * KEYS + group < to ? fast_exp2(x[n] - most) : 0.0f;", "fast_exp2(x[n] - most);"),
+    ("attention/decode.cu", "    sum *= by;", ""),
     ("attention/decode.cu", "top = most, sum *= before;", "top = most;"),
     ("attention/decode.cu", "keys = s.phase + 1;", "keys = s.phase;"),
     ("attention/plain.cu", "sum = sum * before + w;", "sum = sum + w;"),
