@@ -13,7 +13,8 @@ import re
 import sys
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "crates", "ttt", "src")
-INCLUDES = [os.path.join(ROOT, *folder) for folder in (("device", "cuda"), ("ops", "ttt_linear"), ("ops", "ttt_mlp"), ("ops", "step"), ("ops", "attention"))]
+INCLUDES = [os.path.join(ROOT, *folder) for folder in (("device", "cuda"), ("ops", "ttt_linear"), ("ops", "ttt_mlp"), ("ops", "step"),
+                                                    ("ops", "attention"), ("ops", "selective_scan"), ("ops", "linear_attention"), ("ops",))]
 
 
 def library():

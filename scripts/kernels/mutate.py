@@ -14,6 +14,12 @@ import tempfile
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = os.path.join(HERE, "..", "..", "crates", "ttt", "src")
 
+# Folders whose check has another name.
+CHECKS = {"step": "step", "sample": "step", "selective_scan": "scan", "linear_attention": "chunks", "ttt_batch": "chunks"}
+# What a check wants to know; the others know no heads.
+ARGUMENTS = {"step": ["--d", "64"], "ttt_linear": ["--emulate", "--d", "32"], "ttt_mlp": ["--emulate", "--d", "32"],
+             "attention": ["--emulate", "--d", "64"]}
+
 # file, text, replacement: a dropped term, a swapped index, a missing barrier or wait.
 MUTATIONS = [
     ("forward.cu", "scale * ((gamma[i] * gamma[i] - mean_gx) * xhat", "scale * (gamma[i] * gamma[i] * xhat"),
@@ -80,6 +86,39 @@ MUTATIONS = [
     ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
     ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
     ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
+    ("selective_scan/scan.cuh", "if (lane >= d) run = decay * before + run, decay *= longer;", "if (lane >= d) run = decay * before + run;"),
+    ("selective_scan/scan.cuh", "return lane == 0 ? state : before;", "return before;"),
+    ("selective_scan/scan.cuh", "return lane == 31 ? state : after;", "return after;"),
+    ("selective_scan/scan.cuh", "p = p * q + 2.0f / 3.0f;", "p = p * q + 2.0f / 4.0f;"),
+    ("selective_scan/forward.cu", "        __syncthreads(); // states are written, tiles are read\n", ""),
+    ("selective_scan/forward.cu", "if (lane == 31) states[s * GROUP + own + j] = end;", ""),
+    ("selective_scan/forward.cu", "at.first_row / SPAN + at.segment + done / SPAN", "at.first_row / SPAN + done / SPAN"),
+    ("selective_scan/forward.cu", "y[j][i] = skip * u[j][i], u[j][i]", "y[j][i] = 0.0f, u[j][i]"),
+    ("selective_scan/forward.cu", "h[s] = fast_exp2(delta * decay[s]) * h[s] + u", "h[s] = fast_exp2(delta * decay[s]) * h[s] + x"),
+    ("selective_scan/backward.cu", "if (lane == 0) dh[k] = start;", ""),
+    ("selective_scan/backward.cu", "i > 0 ? h[i - 1] : before", "h[i]"),
+    ("selective_scan/backward.cu", "dinput[j][i] += g_h * b[i];", "dinput[j][i] += gamma * b[i];"),
+    ("selective_scan/backward.cu", "sum * (decay * LN_2)", "sum * decay"),
+    ("selective_scan/backward.cu", "                store_lane(part + PITCH, lane, dc);\n                __syncthreads();", "                store_lane(part + PITCH, lane, dc);"),
+    ("selective_scan/backward.cu", "q.groups > 1 && g > 0 ? sums", "false ? sums"),
+    ("selective_scan/backward.cu", "* -expm1f(-delta[j][i])", "* expf(-delta[j][i])"),
+    ("selective_scan/backward.cu", "for (u32 i = 0; i < p.blocks; i++)", "for (u32 i = 1; i < p.blocks; i++)"),
+    ("linear_attention/chunks.cuh", "at.first / CHUNK + at.segment + at.chunk", "at.first / CHUNK + at.chunk"),
+    ("linear_attention/products.cu", "value = column <= row ? value + whole : 0.0f", "value = value + whole"),
+    ("linear_attention/products.cu", "first_k + depth < k ? read(q.a, a + i)", "true ? read(q.a, a + i)"),
+    ("linear_attention/products.cu", "            __syncthreads();\n#pragma unroll\n            for (u32 depth = 0", "#pragma unroll\n            for (u32 depth = 0"),
+    ("linear_attention/products.cu", "t < at.count; t++) {\n            const float weight", "t + 1 < at.count; t++) {\n            const float weight"),
+    ("linear_attention/products.cu", "p.reverse ? count - 1 - i : i", "i"),
+    ("linear_attention/rows.cu", "j <= t; j += 32", "j < t; j += 32"),
+    ("linear_attention/rows.cu", "x > 0.0f ? x + 1.0f : __expf(x)", "x > 0.0f ? x : __expf(x)"),
+    ("linear_attention/rows.cu", "+ dtotal * read(p.sums, sums + c)", ""),
+    ("linear_attention/rows.cu", "= -product * inverse;", "= -product;"),
+    ("ttt_batch/rows.cu", "p.ghat[own + c] = lr * g[i]", "p.ghat[own + c] = g[i]"),
+    ("ttt_batch/rows.cu", "- scale * p.sums[own + c]", "- p.sums[own + c]"),
+    ("ttt_batch/rows.cu", "d[i] = rs * (d[i] - p0 - xhat[i] * p1)", "d[i] = rs * (d[i] - p0)"),
+    ("ttt_batch/rows.cu", "float sum = add ? *to : 0.0f;", "float sum = 0.0f;"),
+    ("ttt_batch/rows.cu", "a5 = mean_of(dg, xhat, l) + a3", "a5 = mean_of(dg, xhat, l)"),
+    ("ttt_batch/rows.cu", "p.dk[own + c] = p.residual ? de[i] : 0.0f", "p.dk[own + c] = 0.0f"),
     ("attention/attention.cuh", "return row * PITCH + ((chunk ^ permutation(row)) << 4);", "return row * PITCH + (chunk << 4);"),
     ("attention/attention.cuh", "at = min(key, end - 1), to", "at = min(key, end - 1) + (key == 64), to"),
     ("attention/attention_params.cuh", "s.first_row + key - s.phase", "s.first_row + key"),
@@ -132,7 +171,7 @@ def place(file):
     if file.startswith("step:"):
         return "ttt_linear", file[5:], "step"
     folder, name = file.split("/") if "/" in file else ("ttt_linear", file)
-    return folder, name, "step" if folder in ("step", "sample") else folder
+    return folder, name, CHECKS.get(folder, folder)
 
 
 class Copy:
@@ -141,14 +180,15 @@ class Copy:
     def __init__(self):
         self.root = tempfile.TemporaryDirectory()
         root = self.root.name
-        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/step", "ops/sample", "ops/attention"):
+        folders = "ttt_linear ttt_mlp step sample attention selective_scan linear_attention ttt_batch".split()
+        for folder in ("device/cuda", *(f"ops/{folder}" for folder in folders)):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
+        shutil.copy(os.path.join(SOURCES, "ops", "element.cuh"), self.path(".", "element.cuh"))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
 
     def fails(self, check, *more):
         command = [sys.executable, os.path.join(self.root.name, "scripts", "kernels", f"{check}.py"), "check"]
-        d = "64" if check == "attention" else "32"
-        command += ["--d", "64"] if check == "step" else ["--emulate", "--d", d, *more]
+        command += ARGUMENTS.get(check, []) + ([] if check == "step" else list(more))
         return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0
 
     def path(self, folder, name):

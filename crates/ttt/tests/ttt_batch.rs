@@ -1,10 +1,13 @@
 //! Batch descent and linear attention: the fast code against the plain loops, both against finite differences, each other and
-//! TTT-Linear, however sequences are cut and packed.
+//! TTT-Linear, however sequences are cut and packed; on a GPU, where there is one, against the plain loops.
 
 mod ttt_case;
 
+use std::sync::Arc;
+
 use ttt::batch::Segment;
 use ttt::config::{Inner, TokenScale};
+use ttt::device::cuda::{Cuda, Options};
 use ttt::device::{Device, Kernels};
 use ttt::ops::inner::Variant;
 use ttt::ops::linear_attention::{self, Kind};
@@ -47,7 +50,9 @@ fn state_len(op: Op, d: usize) -> usize {
 }
 
 fn tensor(device: &Device, dtype: DType, shape: &[usize], x: &[f64]) -> Tensor {
-    Tensor::from_slice(device, shape, x).unwrap().cast(dtype).unwrap()
+    let made = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let tensor = Tensor::from_slice(&device.cpu_beside(), shape, x).unwrap().cast(made).unwrap().to(device).unwrap();
+    if dtype == made { tensor } else { tensor.cast(dtype).unwrap() }
 }
 
 impl Trial {
@@ -96,7 +101,9 @@ impl Trial {
     /// Outputs and final states, or with gradients `(values, [dq, dk, dv, dlr, dgamma, dbeta, dstate])`.
     fn run(&self, device: &Device, dtype: DType, gradients: bool) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
         let (n, h, d, len) = (self.lens.iter().sum::<usize>(), self.heads, self.d, state_len(self.op, self.d));
-        let place = |i: usize, shape: [usize; 2]| tensor(device, dtype, &shape, &self.x[i]);
+        // States, rates and parameters, in f32 beside bf16 too.
+        let master = if dtype == DType::Bf16 { DType::F32 } else { dtype };
+        let place = |i: usize, shape: [usize; 2]| tensor(device, master, &shape, &self.x[i]);
         // The three side by side, so that rows have a stride.
         let wide = h * d;
         let rows = (0..n).flat_map(|t| [0, 1, 2].into_iter().flat_map(move |i| (0..wide).map(move |c| (i, t * wide + c))));
@@ -104,7 +111,7 @@ impl Trial {
         let part = |i: usize| qkv.view().col_range(i * wide..(i + 1) * wide);
         let (lr, gamma, beta) = (place(3, [n, h]), place(4, [h, d]), place(5, [h, d]));
         let segments = self.segments();
-        let mut state = tensor(device, dtype, &[self.lens.len() + 1, h, len], &self.in_slots());
+        let mut state = tensor(device, master, &[self.lens.len() + 1, h, len], &self.in_slots());
         let (out, start) = match self.op {
             Op::Batch { .. } => ttt_batch::forward(&self.batch(&part, [&lr, &gamma, &beta], &segments), &mut state, gradients),
             Op::Attention(_) => linear_attention::forward(&self.attention(&part, &segments), &mut state, gradients),
@@ -114,11 +121,11 @@ impl Trial {
         let end = state.to_f64_vec()[each..].chunks_exact(each).rev().flatten().copied().collect();
         let mut all = Vec::new();
         if let Some(start) = start {
-            let nan = |shape: [usize; 2]| tensor(device, dtype, &shape, &vec![f64::NAN; shape[0] * shape[1]]);
-            let quarter = |shape: [usize; 2]| tensor(device, dtype, &shape, &vec![0.25; shape[0] * shape[1]]);
-            let [mut dq, mut dk, mut dv] = [(); 3].map(|()| nan([n, wide]));
-            let (mut dlr, mut dgamma, mut dbeta) = (nan([n, h]), quarter([h, d]), quarter([h, d]));
-            let mut dstate = tensor(device, dtype, &[self.lens.len(), h, len], &self.dstate);
+            let filled = |dtype, shape: [usize; 2], x| tensor(device, dtype, &shape, &vec![x; shape[0] * shape[1]]);
+            let quarter = |shape: [usize; 2]| filled(master, shape, 0.25);
+            let [mut dq, mut dk, mut dv] = [(); 3].map(|()| filled(dtype, [n, wide], f64::NAN));
+            let (mut dlr, mut dgamma, mut dbeta) = (filled(master, [n, h], f64::NAN), quarter([h, d]), quarter([h, d]));
+            let mut dstate = tensor(device, master, &[self.lens.len(), h, len], &self.dstate);
             let dout = tensor(device, dtype, &[n, wide], &self.dout);
             let [dq_, dk_, dv_] = [&mut dq, &mut dk, &mut dv].map(|t| t.view_mut());
             match self.op {
@@ -251,6 +258,45 @@ fn fast_code_computes_what_the_loops_do() {
             close(&format!("{what} end"), &fast_end, &end, 2e-5);
             for ((name, fast), grad) in NAMES.iter().zip(&fast_grads).zip(&grads) {
                 close(&format!("{what} d{name}"), fast, grad, 5e-5);
+            }
+        }
+    }
+}
+
+/// One head of every length around a chunk and packed ones, on a GPU whose new tensors are NaN. Looks for it at run time and says so
+/// when there is none, which is a failure if `TTT_TEST_DEVICE=cuda` is set.
+#[test]
+fn a_gpu_computes_what_the_loops_do() {
+    let gpu = match Cuda::open(Options { ordinal: 0, poison: true }) {
+        Ok(cuda) => Device::Cuda(Arc::new(cuda)),
+        Err(e) => {
+            assert!(std::env::var("TTT_TEST_DEVICE").as_deref() != Ok("cuda"), "TTT_TEST_DEVICE=cuda, but {e}");
+            return eprintln!("no GPU: nothing was tested ({e})");
+        }
+    };
+    let plain = device(Kernels::Reference);
+    let packed = vec![130, 0, 3, 64, 1, 200];
+    let lengths = [1, 15, 16, 17, 63, 1040].map(|t| (1, 64, vec![t]));
+    let sizes: Vec<(usize, usize, Vec<usize>)> =
+        lengths.into_iter().chain([(2, 16, packed.clone()), (3, 6, vec![65]), (2, 96, packed)]).collect();
+    for op in ops() {
+        for (heads, d, lens) in &sizes {
+            let mut trial = Trial::new(op, *heads, *d, lens, 0);
+            // Sums of hundreds of tokens, of a size at which f32 shows what it can.
+            trial.x[..2].iter_mut().flatten().for_each(|x| *x *= 0.3);
+            let rounded = |x: &mut f64| *x = half::bf16::from_f32(*x as f32).to_f64();
+            trial.x[..3].iter_mut().flatten().for_each(rounded);
+            trial.dout.iter_mut().for_each(rounded);
+            let (out, end, grads) = trial.run(&plain, DType::F64, true);
+            for (dtype, bound, gradient_bound) in [(DType::F32, 2e-5, 1e-4), (DType::Bf16, 1e-2, 1e-2)] {
+                let what = format!("{op:?} of {heads} x {d}, {lens:?} {dtype:?}:");
+                let ours = trial.run(&gpu, dtype, true);
+                close(&format!("{what} out"), &ours.0, &out, bound);
+                close(&format!("{what} end"), &ours.1, &end, 2e-5);
+                for ((name, ours), grad) in NAMES.iter().zip(&ours.2).zip(&grads) {
+                    close(&format!("{what} d{name}"), ours, grad, gradient_bound);
+                }
+                assert!(ours == trial.run(&gpu, dtype, true), "{what} another result when run again");
             }
         }
     }

@@ -188,6 +188,9 @@ struct uint4 { u32 x, y, z, w; };
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline float emu_exp(float x) { return expf(x); }
 #define __expf emu_exp
+struct float4 { float x, y, z, w; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float __fdividef(float x, float y) { return x / y; }
 static inline float __fmul_rn(float x, float y) { return x * y; }
 static inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 static inline u64 __umul64hi(u64 x, u64 y) { return (u64)((unsigned __int128)x * y >> 64); }
@@ -210,6 +213,14 @@ static inline int __any_sync(u32, int x) {
     return any;
 }
 template <class T> static T __shfl_xor_sync(u32, T x, u32 mask) { return emu::exchange(x)[(threadIdx.x & 31) ^ mask]; }
+template <class T> static T __shfl_up_sync(u32, T x, u32 d) {
+    const u32 lane = threadIdx.x & 31;
+    return emu::exchange(x)[lane < d ? lane : lane - d];
+}
+template <class T> static T __shfl_down_sync(u32, T x, u32 d) {
+    const u32 lane = threadIdx.x & 31;
+    return emu::exchange(x)[lane + d < 32 ? lane + d : lane];
+}
 static inline float __uint_as_float(u32 x) { float r; memcpy(&r, &x, 4); return r; }
 static inline u32 __float_as_uint(float x) { u32 r; memcpy(&r, &x, 4); return r; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

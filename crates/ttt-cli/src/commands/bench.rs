@@ -16,7 +16,7 @@ use ttt::config::Config;
 use ttt::device::{Device, probe};
 use ttt::train::Settings;
 
-use crate::args::{Bench, BenchWhat, DeviceName, InnerName};
+use crate::args::{Bench, BenchWhat, InnerName};
 use crate::commands::plan;
 use crate::commands::train::settings::is_assignment;
 use crate::keep::Keep;
@@ -53,16 +53,7 @@ pub fn run(args: &Bench, out: &mut dyn Write) -> Result<()> {
         return serve::run(&args.load, args.json, out);
     }
     let config = config(args)?;
-    if let (Some(BenchWhat::Ops), DeviceName::Cuda(_)) = (args.what, args.device.device) {
-        return Err(
-            crate::Usage("`ttt bench ops` measures the processor; train, prefill and decode run on a GPU too".into()).into()
-        );
-    }
-    let name = match args.what {
-        Some(BenchWhat::Ops) if args.device.device == DeviceName::Auto => DeviceName::Cpu,
-        _ => args.device.device,
-    };
-    let device = model::device(name, args.device.threads.unwrap_or(0), &config)?;
+    let device = model::device(args.device.device, args.device.threads.unwrap_or(0), &config)?;
     if args.what == Some(BenchWhat::State) {
         return state::run(args, &config, &device, out);
     }

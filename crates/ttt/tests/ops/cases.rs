@@ -236,6 +236,7 @@ pub fn scan_case(lengths: &'static [usize], channels: usize, states: usize) -> C
         [&wide, &wide, &narrow, &narrow, &[channels, states], &of_channels, &of_channels, &[slots * states, channels]];
     let inputs: Vec<(&str, &[usize])> = SCAN.into_iter().zip(shapes).collect();
     Case::new("selective_scan", &inputs)
+        .in_f32(&[4, 5, 6, 7])
         .forward(move |v| {
             let mut state = tensor_of(v[7]).reshape(&shape);
             let (y, none) = selective_scan::forward(&scan_inputs(v, &segments(lengths)), Some(&mut state), false).unwrap();
@@ -260,6 +261,7 @@ pub fn scan_case_without_states(channels: usize, states: usize) -> Case {
     let shapes: [&[usize]; 7] = [&wide, &wide, &narrow, &narrow, &[channels, states], &of_channels, &of_channels];
     let inputs: Vec<(&str, &[usize])> = SCAN.into_iter().zip(shapes).collect();
     Case::new("selective_scan without states", &inputs)
+        .in_f32(&[4, 5, 6])
         .forward(move |v| vec![selective_scan::forward(&scan_inputs(v, &segments(&LENGTHS)), None, false).unwrap().0])
         .backward(move |v, dy| {
             let segments = segments(&LENGTHS);

@@ -13,16 +13,25 @@ use ttt::tensor::{DType, Tensor};
 use super::{Measured, measure};
 use crate::args::Bench;
 
-/// Tensors of numbers around 0.
+/// Tensors as a model has them: on a GPU activations and operands of products in bf16.
 struct Make<'d>(&'d Device);
 
 impl Make<'_> {
+    /// Activations, around 0.
     fn numbers(&self, shape: &[usize]) -> Result<Tensor> {
-        let mut tensor = Tensor::empty(self.0, shape, DType::F32)?;
-        for (i, x) in tensor.as_mut_slice::<f32>().iter_mut().enumerate() {
-            *x = 0.1 * (i as f32 * 0.7).sin();
-        }
-        Ok(tensor)
+        let numbers = self.parameters(shape, small)?;
+        if self.0.as_cuda().is_some() { Ok(numbers.cast(DType::Bf16)?) } else { Ok(numbers) }
+    }
+
+    /// Activations to be written.
+    fn room(&self, shape: &[usize]) -> Result<Tensor> {
+        let dtype = if self.0.as_cuda().is_some() { DType::Bf16 } else { DType::F32 };
+        Ok(Tensor::zeros(self.0, shape, dtype)?)
+    }
+
+    fn parameters(&self, shape: &[usize], value: impl Fn(usize) -> f32) -> Result<Tensor> {
+        let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
+        Ok(Tensor::from_slice(self.0, shape, &values)?)
     }
 
     fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
@@ -30,16 +39,23 @@ impl Make<'_> {
     }
 }
 
+/// Parameters around 0.
+fn small(i: usize) -> f32 {
+    0.1 * (i as f32 * 0.7).sin()
+}
+
 /// Measures all operations. The rates are tokens a second through that operation alone.
 pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measured>> {
     let make = Make(device);
+    // Bytes of an activation.
+    let size = if device.as_cuda().is_some() { 2 } else { 4 };
     let (d, wide, taps) = (config.hidden_size, config.intermediate_size, config.conv_kernel);
     let n = (args.batch * args.length) as usize;
     let length = args.length as usize;
     let segments: Vec<Segment> =
         (0..args.batch as usize).map(|slot| Segment { first_row: slot * length, len: length, slot, phase: 0 }).collect();
     let [x, dy] = [make.numbers(&[n, d])?, make.numbers(&[n, d])?];
-    let row = (4 * d) as f64;
+    let row = (size * d) as f64;
     let mut all = Vec::new();
     let mut time = |name: &str, cost: [f64; 2], work: &mut (dyn FnMut() -> Result<()> + Send)| -> Result<()> {
         all.push(measure(name, device, args.repeat, n as f64, cost, || device.install(&mut *work))?);
@@ -59,14 +75,14 @@ pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measure
         })?;
     }
 
-    let weight = make.numbers(&[1, d])?;
+    let weight = make.parameters(&[1, d], small)?;
     let mut dweight = make.zeros(&[1, d])?;
     time("rms_norm", [4.0 * d as f64, 2.0 * row], &mut || Ok(rms_norm::forward(x.view(), weight.view(), 1e-6).map(drop)?))?;
     time("rms_norm, backward", [10.0 * d as f64, 3.0 * row], &mut || {
         Ok(rms_norm::backward(dy.view(), x.view(), weight.view(), 1e-6, dweight.view_mut()).map(drop)?)
     })?;
 
-    let [kernel, bias] = [make.numbers(&[d, taps])?, make.numbers(&[1, d])?];
+    let [kernel, bias] = [make.parameters(&[d, taps], small)?, make.parameters(&[1, d], small)?];
     let [mut dkernel, mut dbias] = [make.zeros(&[d, taps])?, make.zeros(&[1, d])?];
     time("conv", [2.0 * (taps * d) as f64, 2.0 * row], &mut || {
         Ok(conv::forward(x.view(), kernel.view(), bias.view(), &segments, None).map(drop)?)
@@ -100,7 +116,7 @@ pub fn all(args: &Bench, config: &Config, device: &Device) -> Result<Vec<Measure
 
     // As many parameters as two layers' matrices; the rate is per token of the batch, as everywhere.
     let parameters = 2 * (5 * d * d + 3 * d * wide);
-    let [mut p, g] = [make.numbers(&[parameters])?, make.numbers(&[parameters])?];
+    let [mut p, g] = [make.parameters(&[parameters], small)?, make.parameters(&[parameters], small)?];
     let [mut m, mut v] = [make.zeros(&[parameters])?, make.zeros(&[parameters])?];
     let settings = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let per_token = parameters as f64 / n as f64;
@@ -124,7 +140,7 @@ fn attention(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, t
     let row = (4 * (2 * d + 2 * kv)) as f64;
     time("attention", [cost, row], &mut || Ok(ttt::ops::attention::forward(&inputs).map(drop)?))?;
     let [o, log_sum] = ttt::ops::attention::forward(&inputs)?;
-    let [mut dq, mut dk, mut dv] = [make.zeros(&[n, d])?, make.zeros(&[n, kv])?, make.zeros(&[n, kv])?];
+    let [mut dq, mut dk, mut dv] = [make.room(&[n, d])?, make.room(&[n, kv])?, make.room(&[n, kv])?];
     // Scores are computed again: five products where the forward pass has two.
     time("attention, backward", [2.5 * cost, 2.0 * row], &mut || {
         let grads = ttt::ops::attention::Grads { dq: dq.view_mut(), dk: dk.view_mut(), dv: dv.view_mut() };
@@ -135,18 +151,14 @@ fn attention(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, t
 /// Scan, activation and gate of one Mamba layer.
 fn mamba(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time: &mut Time<'_>) -> Result<()> {
     let (inner, states) = (config.inner_size(), config.state_size);
-    let row = (4 * inner) as f64;
+    let row = (if make.0.as_cuda().is_some() { 2 * inner } else { 4 * inner }) as f64;
     let [x, dt, dy] = [make.numbers(&[n, inner])?, make.numbers(&[n, inner])?, make.numbers(&[n, inner])?];
     time("silu", [4.0 * inner as f64, 2.0 * row], &mut || Ok(silu::forward(x.view()).map(drop)?))?;
     time("silu gate", [5.0 * inner as f64, 3.0 * row], &mut || Ok(silu::gate(dt.view(), x.view()).map(drop)?))?;
     let [b, c] = [make.numbers(&[n, states])?, make.numbers(&[n, states])?];
-    let mut a_log = make.zeros(&[inner, states])?;
-    for (i, x) in a_log.as_mut_slice::<f32>().iter_mut().enumerate() {
-        *x = ((i % states + 1) as f32).ln();
-    }
-    let [d, mut dt_bias] = [make.numbers(&[1, inner])?, make.zeros(&[1, inner])?];
+    let a_log = make.parameters(&[inner, states], |i| ((i % states + 1) as f32).ln())?;
     // Steps of about 0.01, as a model starts with.
-    dt_bias.as_mut_slice::<f32>().fill(-4.6);
+    let [d, dt_bias] = [make.parameters(&[1, inner], small)?, make.parameters(&[1, inner], |_| -4.6)?];
     let inputs = selective_scan::Inputs {
         x: x.view(),
         dt: dt.view(),
@@ -161,8 +173,8 @@ fn mamba(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
     time("selective_scan", [cost, 3.0 * row], &mut || Ok(selective_scan::forward(&inputs, None, false).map(drop)?))?;
     let (_, saved) = selective_scan::forward(&inputs, None, true)?;
     let saved = saved.expect("a pass that keeps states");
-    let [mut dx, mut ddt] = [make.zeros(&[n, inner])?, make.zeros(&[n, inner])?];
-    let [mut db, mut dc] = [make.zeros(&[n, states])?, make.zeros(&[n, states])?];
+    let [mut dx, mut ddt] = [make.room(&[n, inner])?, make.room(&[n, inner])?];
+    let [mut db, mut dc] = [make.room(&[n, states])?, make.room(&[n, states])?];
     let mut da_log = make.zeros(&[inner, states])?;
     let [mut dd, mut ddt_bias] = [make.zeros(&[1, inner])?, make.zeros(&[1, inner])?];
     time("selective_scan, backward", [2.0 * cost, 6.0 * row], &mut || {
@@ -182,14 +194,9 @@ fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
     let (d, kind) = (config.hidden_size, config.ttt_layer_type);
     let [q, keys, v, dz] = [&[n, d][..]; 4].map(|shape| make.numbers(shape));
     let (q, keys, v, dz) = (q?, keys?, v?, dz?);
-    let mut lr = make.zeros(&[n, heads])?;
-    lr.as_mut_slice::<f32>().fill(config.ttt_base_lr as f32 / width as f32 / 2.0);
-    let mut tok = make.zeros(&[1, k])?;
-    for (i, x) in tok.as_mut_slice::<f32>().iter_mut().enumerate() {
-        *x = 1.0 / (i + 1) as f32;
-    }
-    let mut gamma = make.zeros(&[heads, width])?;
-    gamma.as_mut_slice::<f32>().fill(1.0);
+    let lr = make.parameters(&[n, heads], |_| config.ttt_base_lr as f32 / width as f32 / 2.0)?;
+    let tok = make.parameters(&[1, k], |i| 1.0 / (i + 1) as f32)?;
+    let gamma = make.parameters(&[heads, width], |_| 1.0)?;
     let beta = make.zeros(&[heads, width])?;
     let inputs = Inputs {
         q: q.view(),
@@ -204,18 +211,18 @@ fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
     };
     let slots = segments.len();
     let start: Vec<Tensor> = match kind {
-        Inner::Linear => vec![make.numbers(&[heads * width, width])?, make.zeros(&[heads, width])?],
+        Inner::Linear => vec![make.parameters(&[heads * width, width], small)?, make.zeros(&[heads, width])?],
         Inner::Mlp => vec![
-            make.numbers(&[heads * width, 4 * width])?,
+            make.parameters(&[heads * width, 4 * width], small)?,
             make.zeros(&[heads, 4 * width])?,
-            make.numbers(&[heads * 4 * width, width])?,
+            make.parameters(&[heads * 4 * width, width], small)?,
             make.zeros(&[heads, width])?,
         ],
     };
     let initial: Vec<View<'_>> = start.iter().map(Tensor::view).collect();
     let mut state = FastWeights::zeros(make.0, DType::F32, kind, slots, heads, width, k)?;
     let cost = flops(config, n).mixing / config.num_hidden_layers as f64;
-    let row = (4 * d) as f64;
+    let row = (if make.0.as_cuda().is_some() { 2 * d } else { 4 * d }) as f64;
     let group = config.checkpoint_group();
     let forward = match kind {
         Inner::Linear => ttt_linear::forward,
@@ -229,7 +236,7 @@ fn inner(config: &Config, make: &Make<'_>, segments: &[Segment], n: usize, time:
     begin(&mut state);
     let (_, saved) = forward(&inputs, &mut state, Some(group))?;
     let saved = saved.expect("a pass with a group keeps states");
-    let [mut dq, mut dk, mut dv] = [make.zeros(&[n, d])?, make.zeros(&[n, d])?, make.zeros(&[n, d])?];
+    let [mut dq, mut dk, mut dv] = [make.room(&[n, d])?, make.room(&[n, d])?, make.room(&[n, d])?];
     let mut dlr = make.zeros(&[n, heads])?;
     let mut dtok = make.zeros(&[1, k])?;
     let [mut dgamma, mut dbeta] = [make.zeros(&[heads, width])?, make.zeros(&[heads, width])?];

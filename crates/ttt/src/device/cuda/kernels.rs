@@ -48,6 +48,9 @@ pub struct Entry {
 pub const HEADERS: &[(&str, &str, &str)] = &[
     ("rows.cuh", "device/cuda/rows.cuh", include_str!("rows.cuh")),
     ("prelude.cuh", "device/cuda/prelude.cuh", include_str!("prelude.cuh")),
+    ("element.cuh", "ops/element.cuh", include_str!("../../ops/element.cuh")),
+    ("chunks.cuh", "ops/linear_attention/chunks.cuh", include_str!("../../ops/linear_attention/chunks.cuh")),
+    ("scan.cuh", "ops/selective_scan/scan.cuh", include_str!("../../ops/selective_scan/scan.cuh")),
     ("attention_params.cuh", "ops/attention/attention_params.cuh", include_str!("../../ops/attention/attention_params.cuh")),
     ("attention.cuh", "ops/attention/attention.cuh", include_str!("../../ops/attention/attention.cuh")),
     ("step.cuh", "ops/step/step.cuh", include_str!("../../ops/step/step.cuh")),

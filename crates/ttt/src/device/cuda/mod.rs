@@ -44,14 +44,21 @@ pub fn supports(config: &Config) -> Result<()> {
     match config.mixer {
         Mixer::Ttt => {}
         Mixer::Attention => return limit("the size of a head", config.head_dim(), crate::ops::attention::cuda::MAX_HEAD_DIM),
-        Mixer::Mamba => return Err(Error::Config("Mamba needs --device cpu for now".into())),
-    }
-    if config.sums() || !config.ttt_layer_norm || !config.ttt_residual {
-        let message = "mini-batches as long as the sequence, linear attention, and inner models without LayerNorm or residual do not \
-                       run on a GPU yet; use --device cpu";
-        return Err(Error::Config(message.into()));
+        Mixer::Mamba => {
+            limit("state_size", config.state_size, crate::ops::selective_scan::cuda::MAX_STATES)?;
+            return limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS);
+        }
     }
     limit("conv_kernel", config.conv_kernel, crate::ops::conv::cuda::MAX_TAPS)?;
+    if config.sums() {
+        limit("a head's width", config.head_dim(), crate::ops::linear_attention::cuda::MAX_WIDTH)?;
+        return limit("num_attention_heads", config.num_attention_heads, crate::ops::inner_lr::cuda::MAX_HEADS);
+    }
+    if !config.ttt_layer_norm || !config.ttt_residual {
+        let message =
+            "inner models without LayerNorm or residual run on a GPU with mini_batch_size `sequence` alone; use --device cpu";
+        return Err(Error::Config(message.into()));
+    }
     limit("mini_batch_size", config.mini_batch_size, crate::ops::ttt_linear::cuda::MAX_MINI_BATCH)?;
     limit("num_attention_heads", config.num_attention_heads, crate::ops::inner_lr::cuda::MAX_HEADS)
 }

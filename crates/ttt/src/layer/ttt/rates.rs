@@ -2,9 +2,10 @@
 
 use super::{Learner, TttLayer};
 use crate::Result;
+use crate::config::TokenScale;
 use crate::device::view::View;
 use crate::layer::Pass;
-use crate::ops::{inner_lr, token_scale};
+use crate::ops::{add, inner_lr, token_scale};
 use crate::tensor::{DType, Tensor};
 
 /// What the learner reads beside q, k and v. Linear attention reads none of it.
@@ -29,28 +30,33 @@ impl TttLayer {
     pub(super) fn rates(&self, pass: &Pass<'_>, x: View<'_>) -> Result<Rates> {
         let (w, device, n) = (pass.weights, x.device(), x.rows());
         let dtype = if x.dtype() == DType::Bf16 { DType::F32 } else { x.dtype() };
-        let filled = |shape: &[usize], value: &dyn Fn(usize) -> f64| -> Result<Tensor> {
-            let values: Vec<f64> = (0..shape.iter().product()).map(value).collect();
-            Tensor::from_slice(&device.cpu_beside(), shape, &values)?.cast(dtype)?.to(device)
+        // All `value` times the token scale, if one is given.
+        let filled = |shape: &[usize], value: f64, scale: Option<TokenScale>| -> Result<Tensor> {
+            if let Some(gpu) = device.as_cuda() {
+                return add::cuda::filled(gpu, device, shape, value, scale == Some(TokenScale::Mean));
+            }
+            let at = |i| value * scale.map_or(1.0, |scale: TokenScale| scale.at(i));
+            let values: Vec<f64> = (0..shape.iter().product()).map(at).collect();
+            Tensor::from_slice(device, shape, &values)?.cast(dtype)
         };
         let mini_batch = match self.learner {
             Learner::MiniBatch { mini_batch, .. } => mini_batch,
             Learner::Batch { .. } | Learner::Attention(_) => 0,
         };
         let (lr, tok) = match (self.learner, self.ids.lr) {
-            (Learner::Attention(_), _) => (filled(&[0, self.heads], &|_| 0.0)?, filled(&[1, 0], &|_| 0.0)?),
+            (Learner::Attention(_), _) => (filled(&[0, self.heads], 0.0, None)?, filled(&[1, 0], 0.0, None)?),
             (_, Some(ids)) => {
                 let (weight, bias) = (w.operand(ids.weight, ids.weight), w.view(ids.bias).reshape(1, self.heads));
                 let lr = inner_lr::forward(x, weight, bias, self.lr_scale(pass))?;
                 let tok = match ids.token_idx {
                     Some(token_idx) => token_scale::forward(w.view(token_idx))?,
-                    None => filled(&[1, 0], &|_| 0.0)?,
+                    None => filled(&[1, 0], 0.0, None)?,
                 };
                 (lr, tok)
             }
             (_, None) => {
-                let lr = filled(&[n, self.heads], &|_| self.base_lr * pass.inner_lr)?;
-                (lr, filled(&[1, mini_batch], &|i| self.token_scale.at(i))?)
+                let lr = filled(&[n, self.heads], self.base_lr * pass.inner_lr, None)?;
+                (lr, filled(&[1, mini_batch], 1.0, Some(self.token_scale))?)
             }
         };
         let no_norm = match self.ids.ttt_norm {

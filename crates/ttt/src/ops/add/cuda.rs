@@ -1,10 +1,11 @@
 //! On a GPU.
 
 use crate::Result;
+use crate::device::Device;
 use crate::device::cuda::kernels::{Entry, Source};
 use crate::device::cuda::{Cuda, args, blocks, width};
 use crate::device::view::{View, ViewMut};
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
@@ -29,6 +30,7 @@ pub(crate) static SOURCE: Source = Source {
         Entry { name: "to_bf16_8", registers: 40 },
         Entry { name: "to_f32_1", registers: 40 },
         Entry { name: "to_f32_8", registers: 40 },
+        Entry { name: "fill", registers: 40 },
         Entry { name: "add_up", registers: 48 },
     ],
 };
@@ -93,6 +95,15 @@ pub(crate) fn repeat(cuda: &Cuda, y: &ViewMut, x: View) {
     let args = args![y.address(), y.stride(), x.address(), x.stride(), x.rows(), y.rows(), y.cols()];
     // SAFETY: both have the same number of columns (the caller splits one matrix); `y` is mutably borrowed.
     unsafe { cuda.launch(&SOURCE, (x.dtype(), kernel), blocks(y.rows() * y.cols() / wide), 256, 0, args) };
+}
+
+/// f32 numbers that are all `value`, or with `harmonic` value / (i + 1): made on the GPU, so that a step that is recorded can.
+pub(crate) fn filled(cuda: &Cuda, device: &Device, shape: &[usize], value: f64, harmonic: bool) -> Result<Tensor> {
+    let mut y = Tensor::empty(device, shape, DType::F32)?;
+    let list = args![y.view_mut().as_view().address(), y.len(), value as f32, usize::from(harmonic)];
+    // SAFETY: `y` was just made.
+    unsafe { cuda.launch(&SOURCE, (DType::F32, "fill"), blocks(y.len()), 256, 0, list) };
+    Ok(y)
 }
 
 /// `y[c] += Σ_i partials[i, first + c]`, `y` contiguous, in an order that depends on `count` alone.

@@ -80,6 +80,12 @@ extern "C" __global__ void __launch_bounds__(256) to_f32_8(float *y, int ys, con
     copy<8>(y, ys, x, xs, rows, cols);
 }
 
+// y[i] = value, or value / (i + 1) with `harmonic`.
+extern "C" __global__ void __launch_bounds__(256) fill(float *y, int count, float value, int harmonic) {
+    i64 i = thread_index();
+    if (i < count) y[i] = harmonic ? value / (float)(i + 1) : value;
+}
+
 // y[c] += sum over `count` rows of width `width` of their column first + c / piece * step + c % piece, always in the same order:
 // 32 threads a column, each every 32nd row. Blocks of 32 x 32 threads.
 extern "C" __global__ void __launch_bounds__(1024)

@@ -10,6 +10,7 @@
 //! the products of queries and keys, between chunks S.
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod reference;
 
 use rayon::prelude::*;
@@ -98,7 +99,9 @@ pub fn forward(inputs: &Inputs<'_>, state: &mut Tensor, keep: bool) -> Result<(T
     let (n, d) = inputs.sizes();
     let start = if keep { Some(starts(inputs.segments, state)?) } else { None };
     let mut o = Tensor::empty(inputs.q.device(), &[n, inputs.heads * d], inputs.q.dtype())?;
-    if inputs.fast() {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        cuda::forward(gpu, inputs, state, &mut o)?;
+    } else if inputs.fast() {
         run(inputs, state, o.view_mut(), cpu::scratch(d), cpu::forward)?;
     } else {
         with_dtype!(inputs.q.dtype(), E => run::<E>(inputs, state, o.view_mut(), 0, reference::forward)?);
@@ -122,7 +125,9 @@ pub fn backward(inputs: &Inputs<'_>, start: &Tensor, dout: View<'_>, dstate: &mu
     }
     let expected = [inputs.segments.len(), inputs.heads, state_len(d)];
     assert!(start.shape() == expected && dstate.shape() == expected, "states {:?} and {:?}", start.shape(), dstate.shape());
-    if inputs.fast() {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        cuda::backward(gpu, inputs, start, dout, dstate, grads)
+    } else if inputs.fast() {
         run_backward(inputs, start, dout, dstate, grads, cpu::backward_scratch, cpu::backward)
     } else {
         with_dtype!(inputs.q.dtype(), E => {
@@ -135,6 +140,13 @@ pub fn backward(inputs: &Inputs<'_>, start: &Tensor, dout: View<'_>, dstate: &mu
 pub(crate) fn starts(segments: &[Segment], state: &Tensor) -> Result<Tensor> {
     let [_, heads, len] = *state.shape() else { panic!("states of shape {:?}", state.shape()) };
     let mut start = Tensor::empty(state.device(), &[segments.len(), heads, len], state.dtype())?;
+    if state.device().as_cuda().is_some() {
+        let each = heads * len;
+        for (i, segment) in segments.iter().enumerate() {
+            start.copy_from(i * each, state, segment.slot * each..(segment.slot + 1) * each);
+        }
+        return Ok(start);
+    }
     with_dtype!(state.dtype(), E => {
         let (from, to) = (state.as_slice::<E>(), start.as_mut_slice::<E>());
         for (segment, to) in segments.iter().zip(to.chunks_exact_mut(heads * len)) {

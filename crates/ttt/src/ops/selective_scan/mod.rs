@@ -12,6 +12,7 @@
 //! own. The phase of a segment means nothing here: any cut is exact.
 
 mod cpu;
+pub(crate) mod cuda;
 mod math;
 pub(crate) mod reference;
 
@@ -51,7 +52,7 @@ pub struct Inputs<'a> {
 /// What [`backward`] needs besides the inputs.
 #[derive(Debug)]
 pub struct Saved {
-    /// States at the start of every [`CHUNK`] of every segment, `[chunks, N, c]`.
+    /// States at the start of every [`CHUNK`] of every segment, `[chunks, N, c]`; on a GPU as its kernels keep them.
     states: Tensor,
 }
 
@@ -146,7 +147,6 @@ impl<'a> Inputs<'a> {
             let fits = matches!(*state.shape(), [s, n, c] if s >= slots && n == states && c == channels);
             assert!(fits, "states are {:?} and should be [at least {slots}, {states}, {channels}]", state.shape());
         }
-        assert!(self.x.device().as_cuda().is_none(), "the selective scan runs on the CPU only");
     }
 
     fn mats<E: Element>(&self) -> Mats<'a, E> {
@@ -180,11 +180,15 @@ fn rows_of<E: Element>(tensor: Option<&mut Tensor>, channels: usize) -> MatMut<'
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When a shape is not as above, or the segments do not cover the rows one behind the other; on a GPU.
+/// When a shape is not as above, or the segments do not cover the rows one behind the other; on a GPU with more than 16 states.
 pub fn forward(inputs: &Inputs, state: Option<&mut Tensor>, keep: bool) -> Result<(Tensor, Option<Saved>)> {
     inputs.check(state.as_deref());
     let (device, dtype, channels) = (inputs.x.device(), inputs.x.dtype(), inputs.channels());
     let mut y = Tensor::empty(device, &inputs.x.shape(), dtype)?;
+    if let Some(gpu) = device.as_cuda() {
+        let kept = cuda::forward(gpu, inputs, state, keep, &mut y)?;
+        return Ok((y, kept.map(|states| Saved { states })));
+    }
     let mut kept = match keep {
         true => Some(Tensor::empty(device, &[inputs.chunks(), inputs.states(), channels], dtype)?),
         false => None,
@@ -235,9 +239,12 @@ pub fn backward(
     for (name, shape, should) in shapes {
         expect_shape(name, shape, should);
     }
+    let (device, dtype) = (inputs.x.device(), inputs.x.dtype());
+    if let Some(gpu) = device.as_cuda() {
+        return cuda::backward(gpu, inputs, &saved.states, dy, dstate, activations, parameters);
+    }
     let kept = [inputs.chunks(), states, channels];
     assert!(saved.states.shape() == kept, "kept states are {:?} and should be {kept:?}", saved.states.shape());
-    let (device, dtype) = (inputs.x.device(), inputs.x.dtype());
     if fast(device, dtype) {
         let (activations, parameters) = grad_mats(activations, parameters);
         let (kept, dstate) = (saved.rows(), rows_of(dstate, channels));

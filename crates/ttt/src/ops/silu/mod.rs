@@ -1,6 +1,7 @@
 //! SiLU, `silu(a) = a / (1 + e^−a)`, alone and as a gate: the two places where a Mamba block has it.
 
 mod cpu;
+pub(crate) mod cuda;
 mod reference;
 
 use crate::Result;
@@ -12,12 +13,11 @@ use crate::tensor::{Tensor, with_dtype};
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
-///
-/// # Panics
-/// On a GPU.
 pub fn forward(x: View) -> Result<Tensor> {
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::forward(gpu, x, &y.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::forward(x.as_mat(), y.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => reference::forward::<E>(x.as_mat(), y.view_mut().into_mat()));
@@ -31,11 +31,13 @@ pub fn forward(x: View) -> Result<Tensor> {
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When the shapes differ; on a GPU.
+/// When the shapes differ.
 pub fn backward(dy: View, x: View) -> Result<Tensor> {
     expect_shape("dy", dy.shape(), x.shape());
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::backward(gpu, dy, x, &dx.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::backward(dy.as_mat(), x.as_mat(), dx.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => reference::backward::<E>(dy.as_mat(), x.as_mat(), dx.view_mut().into_mat()));
@@ -49,11 +51,13 @@ pub fn backward(dy: View, x: View) -> Result<Tensor> {
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When the shapes differ; on a GPU.
+/// When the shapes differ.
 pub fn gate(gate: View, x: View) -> Result<Tensor> {
     expect_shape("gate", gate.shape(), x.shape());
     let mut y = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::gate(gpu, gate, x, &y.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::gate(gate.as_mat(), x.as_mat(), y.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => reference::gate::<E>(gate.as_mat(), x.as_mat(), y.view_mut().into_mat()));
@@ -67,13 +71,15 @@ pub fn gate(gate: View, x: View) -> Result<Tensor> {
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When the shapes differ; on a GPU.
+/// When the shapes differ.
 pub fn backward_gate(dy: View, gate: View, x: View, dgate: ViewMut) -> Result<Tensor> {
     expect_shape("dy", dy.shape(), x.shape());
     expect_shape("gate", gate.shape(), x.shape());
     expect_shape("dgate", dgate.shape(), x.shape());
     let mut dx = Tensor::empty(x.device(), &x.shape(), x.dtype())?;
-    if fast(x.device(), x.dtype()) {
+    if let Some(gpu) = x.device().as_cuda() {
+        cuda::backward_gate(gpu, dy, gate, x, &dgate, &dx.view_mut());
+    } else if fast(x.device(), x.dtype()) {
         cpu::backward_gate(dy.as_mat(), gate.as_mat(), x.as_mat(), dgate.into_mat(), dx.view_mut().into_mat());
     } else {
         with_dtype!(x.dtype(), E => {

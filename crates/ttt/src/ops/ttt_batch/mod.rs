@@ -11,6 +11,7 @@
 //! For sequences of up to 64 tokens it is [`super::ttt_linear`] with a mini-batch no shorter than the sequence.
 
 mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod reference;
 
 use rayon::prelude::*;
@@ -173,7 +174,9 @@ pub fn forward(inputs: &Inputs<'_>, state: &mut Tensor, keep: bool) -> Result<(T
     let (n, heads, d) = inputs.sizes();
     let start = if keep { Some(linear_attention::starts(inputs.segments, state)?) } else { None };
     let mut z = Tensor::empty(inputs.q.device(), &[n, heads * d], inputs.q.dtype())?;
-    if inputs.fast() {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        cuda::forward(gpu, inputs, state, &mut z)?;
+    } else if inputs.fast() {
         run(inputs, state, z.view_mut(), cpu::scratch(d), cpu::forward)?;
     } else {
         with_dtype!(inputs.q.dtype(), E => run::<E>(inputs, state, z.view_mut(), 0, reference::forward)?);
@@ -200,7 +203,9 @@ pub fn backward(inputs: &Inputs<'_>, start: &Tensor, dz: View<'_>, dstate: &mut 
     expect_shape("dbeta", grads.dbeta.shape(), [heads, d]);
     let expected = [inputs.segments.len(), heads, state_len(d)];
     assert!(start.shape() == expected && dstate.shape() == expected, "states {:?} and {:?}", start.shape(), dstate.shape());
-    if inputs.fast() {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        cuda::backward(gpu, inputs, start, dz, dstate, grads)
+    } else if inputs.fast() {
         run_backward(inputs, start, dz, dstate, grads, cpu::backward_scratch, cpu::backward)
     } else {
         with_dtype!(inputs.q.dtype(), E => run_backward::<E>(inputs, start, dz, dstate, grads, |_, _| 0, reference::backward))
