@@ -90,7 +90,7 @@ MUTATIONS = [
     ("selective_scan/scan.cuh", "return lane == 0 ? state : before;", "return before;"),
     ("selective_scan/scan.cuh", "return lane == 31 ? state : after;", "return after;"),
     ("selective_scan/scan.cuh", "p = p * q + 2.0f / 3.0f;", "p = p * q + 2.0f / 4.0f;"),
-    ("selective_scan/forward.cu", "        __syncthreads(); // states are written, tiles are read\n", ""),
+    ("selective_scan/forward.cu", "stage_steps<16>(d_tile, p, row, count, first);\n        __syncthreads();", "stage_steps<16>(d_tile, p, row, count, first);"),
     ("selective_scan/forward.cu", "if (lane == 31) states[s * GROUP + own + j] = end;", ""),
     ("selective_scan/forward.cu", "at.first_row / SPAN + at.segment + done / SPAN", "at.first_row / SPAN + done / SPAN"),
     ("selective_scan/forward.cu", "y[j][i] = skip * u[j][i], u[j][i]", "y[j][i] = 0.0f, u[j][i]"),
