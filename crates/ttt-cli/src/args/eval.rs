@@ -1,8 +1,67 @@
-//! What `ttt eval` reports, the tasks that it knows, and `ttt task`.
+//! What `ttt eval` and `ttt task` are told.
 
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+
+use super::DeviceArgs;
+
+const EVAL_HELP: &str = "\
+Every token is predicted before anything is learned from it. A position is the number of tokens that the state had read before; \
+its loss comes with a 95 % interval over documents, or, of fewer than 8, over sixteenths of a bucket in a document. The inner losses \
+are the mean squared errors of each layer's inner models on the last token of every mini-batch: under the initial weights W0, \
+before its update, and after it.
+
+Examples:
+  ttt eval runs/tiny --data book.txt --plot book.svg
+  ttt eval runs/tiny --data texts/ --per-document --context 2048
+  ttt eval runs/recall --task recall --pairs 4,8,16
+  ttt eval runs/tiny --task needle --haystack corpus --lengths 1000,4000 --plot needle.svg";
+
+/// Arguments of `ttt eval`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EVAL_HELP)]
+pub struct Eval {
+    /// Folder of a model or a run
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Start from a skill, the initial fast weights that `ttt train --only-initial-state` learned for this model
+    #[arg(long, value_name = "FILE")]
+    pub skill: Option<PathBuf>,
+    /// Files, folders or 'globs' of texts, as for `ttt train`; each document is read from its beginning; of a prompt and its completion only the completion is judged
+    #[arg(long, value_name = "PATH", required_unless_present = "task", num_args = 1..)]
+    pub data: Vec<String>,
+    /// How text becomes tokens: `bytes`, or a tokenizer.json or its folder [default: the model's]
+    #[arg(long, value_name = "bytes|FILE")]
+    pub tokenizer: Option<String>,
+    /// Forget everything after this many tokens [default: never]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub context: Option<u64>,
+    /// What stands on a line of its own between the documents of a plain text [default: a file is one document]
+    #[arg(long, value_name = "LINE")]
+    pub separator: Option<String>,
+    /// Also print the result of each document
+    #[arg(long)]
+    pub per_document: bool,
+    /// Judge every document as the continuation of what this state file has read
+    #[arg(long, value_name = "STATE", conflicts_with = "context")]
+    pub state_in: Option<PathBuf>,
+    /// Write the state after the document, of which there may be only one, to this file
+    #[arg(long, value_name = "STATE")]
+    pub state_out: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Type that the large matrices are held in: f32, bf16 or int8 (the rest stays f32); f64 runs the plain reference loops; on a GPU f32, or bf16 for activations too [default: as stored, on a GPU bf16]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<ttt::Storage>,
+    #[command(flatten)]
+    pub report: Report,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub task: TaskArgs,
+}
 
 /// What an evaluation reports beside its totals.
 #[derive(Debug, clap::Args)]
