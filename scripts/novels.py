@@ -2,7 +2,7 @@
 """Fetches 186 English novels of 1839 to 1930 and writes them as text: data for runs whose documents are long.
 
     python3 scripts/novels.py data/novels
-    ttt tokenizer train data/novels/train --vocab-size 32000 --out data/novels/tokenizer.json
+    ttt tokenizer train --data data/novels/train --vocab-size 32000 --out data/novels
 
 OUT/train and OUT/validation hold one file a novel; one in twenty, chosen by a hash of its name, is for validation. The texts come
 from two public repositories at fixed commits (needs git; 150 MB): `computationalstylistics/100_english_novels`, and the English
