@@ -21,7 +21,7 @@ part doctor "$ttt" doctor --device cuda
 part doctor-again "$ttt" doctor --device cuda --json
 part tests "$bin/cuda" --test-threads=1 --nocapture
 part decode-tests "$bin/cuda_decode" --test-threads=1 --nocapture
-for shape in "32 2048" "4 16384"; do
+for shape in "32 2048" "64 2048" "4 32768"; do
     set -- $shape
     part "train-$1x$2" "$ttt" bench train --device cuda --preset 125m --batch "$1" --length "$2" --repeat 5
 done
@@ -32,6 +32,8 @@ done
 for batch in 8 32; do
     part "train-mlp-${batch}x2048" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch "$batch" --length 2048 --repeat 5
 done
+part "train-mlp-8x2048-inner" "$ttt" bench train --device cuda --preset 125m --inner mlp --batch 8 --length 2048 --repeat 5 --recompute inner
+part plan "$ttt" plan --device cuda model.preset=125m model.inner=mlp --batch 8 --length 2048
 for batch in 64 512; do
     part "decode-mlp-$batch" "$ttt" bench decode --device cuda --preset 125m --inner mlp --batch "$batch" --repeat 3
 done

@@ -1,8 +1,10 @@
 """Shows that the checks see a wrong kernel: plants one error at a time in a copy of the sources and expects the emulator's check to
 fail.
 
-    python scripts/kernels/mutate.py [FILE ...]     # forward.cu, ttt_mlp/forward.cu, tiles.cuh, ...; all by default
+    python scripts/kernels/mutate.py [--jobs N] [FILE ...]     # forward.cu, ttt_mlp/forward.cu, tiles.cuh, ...; all by default
 """
+import argparse
+import concurrent.futures
 import os
 import shutil
 import subprocess
@@ -78,34 +80,89 @@ MUTATIONS = [
     ("ttt_mlp/decode.cu", "sum += m2[j] * rows[j * ROW + D + 2 * F + c]", "sum += m1[j] * rows[j * ROW + D + 2 * F + c]"),
     ("ttt_mlp/decode.cu", "w[i][c] -= xj[i] * by[c]", "w[i][c] += xj[i] * by[c]"),
     ("ttt_mlp/decode.cu", "if (first == 0) db += by;", ""),
+    ("step/product.cu", "mma_k16(sum[t], a[1], x[t][2], x[t][3]);", ""),
+    ("step/product.cu", "if (BEHIND == ADD) x += bf16_f32(*y);", ""),
+    ("step/product.cu", "up * (gate / (1.0f + __expf(-gate)))", "up * gate"),
+    ("step/product.cu", "if (BEFORE == GATED_NORM) {\n#pragma unroll\n                for (u32 i = 0; i < 8; i++) v[i] += shift[i];", "if (BEFORE == GATED_NORM) {"),
+    ("step/product.cu", "round_bf16(v[i]) * gelu(a[i])", "round_bf16(v[i]) * a[i]"),
+    ("step/product.cu", "sum += (v[i] - mean) * (v[i] - mean);", "sum += v[i] * v[i];"),
+    ("step/product.cu", "y[j] += taps[j][3] * now[j];", ""),
+    ("step/product.cu", "v[i] *= r2 * norm.scale[i];", "v[i] *= r * norm.scale[i];"),
+    ("step/product.cu", "if (at < p.k) {", "if (true) {"),
+    ("step/rows.cu", "y[j] += w[3] * now[j];", ""),
+    ("step/rows.cu", "store_global4(window + (i - 1) * p.cols + c, old[i]);", "store_global4(window + (i - 1) * p.cols + c, old[i - 1]);"),
+    ("step/rows.cu", "if (GATED) v[i] += shift[i];", ""),
+    ("step/rows.cu", "if (len == 0) return;", ""),
+    ("step:decode.cu", "round_bf16(y * cosine + other * sine)", "round_bf16(y * cosine - other * sine)"),
+    ("step:decode.cu", "logit += parts[i];", "logit = parts[i];"),
+    ("step:decode.cu", "own[(i - 1) * width] = own[i * width];", ""),
+    ("step:decode.cu", "own[(taps - 2) * width] = next;", ""),
+    ("step:decode.cu", "p.taps_of[0] ? 1 : 2", "p.taps_of[0] ? 2 : 1"),
+    ("sample/kernel.cu", "if (known && key >> (32 - known) != prefix) continue;", ""),
+    ("sample/kernel.cu", "for (u32 w = 0; w < WARPS; w++) best = s.of_warp[w] > best ? s.of_warp[w] : best;", ""),
+    ("sample/kernel.cu", "bound -= above;\n    for", "for"),
+    ("sample/kernel.cu", "- logf(exponentials)", ""),
+    ("sample/kernel.cu", "d.drawn = drawn + 1;", ""),
 ]
 
 
-def main():
-    survivors = 0
-    with tempfile.TemporaryDirectory() as root:
-        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp"):
+def place(file):
+    """Folder and file of a source, and the check that sees it: `step:` is TTT-Linear's kernel for a token seen by the step's check."""
+    if file.startswith("step:"):
+        return "ttt_linear", file[5:], "step"
+    folder, name = file.split("/") if "/" in file else ("ttt_linear", file)
+    return folder, name, "step" if folder in ("step", "sample") else folder
+
+
+class Copy:
+    """Sources and checks that may be changed."""
+
+    def __init__(self):
+        self.root = tempfile.TemporaryDirectory()
+        root = self.root.name
+        for folder in ("device/cuda", "ops/ttt_linear", "ops/ttt_mlp", "ops/step", "ops/sample"):
             shutil.copytree(os.path.join(SOURCES, folder), os.path.join(root, "crates", "ttt", "src", folder))
         shutil.copytree(HERE, os.path.join(root, "scripts", "kernels"))
-        ops = os.path.join(root, "crates", "ttt", "src", "ops")
-        scripts = os.path.join(root, "scripts", "kernels")
-        check_of = lambda op: [sys.executable, os.path.join(scripts, f"{op}.py"), "check", "--emulate", "--d", "32"]
-        ops_of = lambda file: file.split("/") if "/" in file else ["ttt_linear", file]
-        chosen = [m for m in MUTATIONS if not sys.argv[1:] or m[0] in sys.argv[1:]]
-        for op in sorted({ops_of(file)[0] for file, _, _ in chosen}):
-            if subprocess.run(check_of(op), stdout=subprocess.DEVNULL).returncode:
-                sys.exit(f"the unchanged kernels of {op} fail")
-        for file, old, new in chosen:
-            path = os.path.join(ops, *ops_of(file))
-            check = check_of(ops_of(file)[0])
-            text = open(path).read()
-            assert old in text, f"{file} no longer has {old!r}"
-            open(path, "w").write(text.replace(old, new, 1))
-            run = subprocess.run(check + ["--stop"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            open(path, "w").write(text)
-            seen = run.returncode != 0
-            survivors += not seen
-            print(f"{'seen' if seen else 'NOT SEEN'}  {file}: {old!r} -> {new!r}", flush=True)
+
+    def fails(self, check, *more):
+        command = [sys.executable, os.path.join(self.root.name, "scripts", "kernels", f"{check}.py"), "check"]
+        command += ["--d", "64"] if check == "step" else ["--emulate", "--d", "32", *more]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0
+
+    def path(self, folder, name):
+        return os.path.join(self.root.name, "crates", "ttt", "src", "ops", folder, name)
+
+
+def plant(mutation):
+    """Whether a check sees an error."""
+    file, old, new = mutation
+    folder, name, check = place(file)
+    copy = Copy()
+    path = copy.path(folder, name)
+    text = open(path).read()
+    assert old in text, f"{file} no longer has {old!r}"
+    open(path, "w").write(text.replace(old, new, 1))
+    return copy.fails(check, "--stop")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=1, help="errors planted at once")
+    parser.add_argument("files", nargs="*")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not args.files or m[0] in args.files]
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        checks = sorted({place(file)[2] for file, _, _ in chosen})
+        unchanged = [pool.submit(Copy().fails, check) for check in checks]
+        planted = [pool.submit(plant, m) for m in chosen]
+        for check, failed in zip(checks, unchanged):
+            if failed.result():
+                print(f"the unchanged kernels of {check} fail", flush=True)
+                survivors += 1
+        for (file, old, new), seen in zip(chosen, planted):
+            survivors += not seen.result()
+            print(f"{'seen' if seen.result() else 'NOT SEEN'}  {file}: {old!r} -> {new!r}", flush=True)
     sys.exit(survivors > 0)
 
 

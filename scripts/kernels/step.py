@@ -65,6 +65,7 @@ def products(dev, rng):
                              ("product_swiglu_16", 11, 128, 20)]:
         swiglu = "swiglu" in name
         x, w, gate = (bf16(rng.normal(size=s)) for s in ((rows, k), (n * (1 + swiglu), k), (rows, k)))
+        x = bf16(x + 0.5)  # a mean that counts
         y = bf16(rng.normal(size=(rows, n)))
         scale, shift = (rng.normal(size=k).astype(np.float32) for _ in range(2))
         wide = dev.upload(to_bits(np.concatenate([x, gate], 1)))
@@ -204,8 +205,9 @@ def token(dev, rng, d):
 def sampler(dev, rng):
     a = dev.address
     settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.6), (0.8, 20, 0.9)]
-    for vocab in (5, 300, 2500):
-        logits = (np.floor(rng.random((len(settings), vocab)) * 30) / 4).astype(np.float32)
+    for vocab, fine in ((5, False), (300, False), (2500, False), (300, True)):
+        logits = rng.normal(size=(len(settings), vocab)) * 2 if fine else np.floor(rng.random((len(settings), vocab)) * 30) / 4
+        logits = logits.astype(np.float32)
         draws = np.zeros(len(settings), DRAW)
         for d, (temperature, k, top_p) in zip(draws, settings):
             d["scale"], d["top_k"], d["top_p"], d["ends"] = (np.log2(np.e) / temperature if temperature else 0), k, top_p, 2**32 - 1
@@ -213,10 +215,10 @@ def sampler(dev, rng):
         up = [dev.upload(v) for v in (logits, draws.view(np.uint8), np.zeros((2, len(settings), 2), np.uint32), np.zeros(len(settings), np.uint32))]
         p = Sample(*map(a, up), 0, vocab, 2, 16, 0)
         wrong = {}
-        for step in range(2):
+        for step in range(20 if fine else 2):
             dev.launch("sample", p, len(settings), 1024, 0)
             for row, (temperature, k, top_p) in enumerate(settings):
-                x, token, logprob = logits[row].astype(np.float64), int(up[2][step, row, 0]), float(up[2].view(np.float32)[step, row, 1])
+                x, token, logprob = logits[row].astype(np.float64), int(up[2][step % 2, row, 0]), float(up[2].view(np.float32)[step % 2, row, 1])
                 order = np.lexsort((np.arange(vocab), -x))
                 kept = order[:1] if temperature == 0 else order[:k] if k else order
                 weights = np.exp((x[kept] - x.max()) / (temperature or 1))
@@ -224,7 +226,7 @@ def sampler(dev, rng):
                     kept = kept[:np.searchsorted(np.cumsum(weights), top_p * weights.sum() - 1e-6) + 1]
                 wrong[f"row {row}"] = max(wrong.get(f"row {row}", 0.0), float(token not in kept),
                                           abs(logprob - (x[token] - np.log(np.exp(x - x.max()).sum()) - x.max())))
-        say("sample", wrong, 1e-5, vocab=vocab)
+        say("sample", wrong, 1e-5, vocab=vocab, fine=fine)
 
 
 def bench():

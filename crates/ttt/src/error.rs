@@ -51,8 +51,8 @@ pub enum Error {
     },
     /// A GPU has not enough memory.
     #[error(
-        "out of GPU memory: {wanted} bytes were asked for with {in_use} in use; {free} of {total} are free; a smaller micro-batch, \
-         shorter sequences or `--recompute block` need less (`ttt plan` says how much)"
+        "out of GPU memory: {} were asked for, {} of {} are free and {} are in use; {advice}",
+        size(*wanted), size(*free), size(*total), size(*in_use)
     )]
     OutOfGpuMemory {
         /// Bytes of the request that failed.
@@ -63,6 +63,8 @@ pub enum Error {
         free: usize,
         /// Bytes of the GPU.
         total: usize,
+        /// What to do: settings that fit, where it is known what was wanted.
+        advice: String,
     },
     /// A GPU, its driver or its libraries cannot be used.
     #[error("{0}")]
@@ -84,7 +86,32 @@ pub enum Error {
     Interrupted,
 }
 
+/// Bytes as people read them.
+pub(crate) fn size(bytes: usize) -> String {
+    match bytes as f64 / f64::from(1 << 20) {
+        mib if mib < 1000.0 => format!("{mib:.1} MiB"),
+        mib => format!("{:.1} GiB", mib / 1024.0),
+    }
+}
+
 impl Error {
+    /// An [`Error::OutOfGpuMemory`] with other advice; another error as it is.
+    pub fn with_advice(self, advice: String) -> Self {
+        match self {
+            Error::OutOfGpuMemory { wanted, in_use, free, total, .. } => {
+                Error::OutOfGpuMemory { wanted, in_use, free, total, advice }
+            }
+            other => other,
+        }
+    }
+
+    /// An [`Error::OutOfGpuMemory`] of which no more is known.
+    pub(crate) fn out_of_gpu_memory(wanted: usize, in_use: usize, free: usize, total: usize) -> Self {
+        let advice =
+            "a smaller micro-batch, shorter sequences or `--recompute block` need less (`ttt plan --device cuda` says how much)";
+        Error::OutOfGpuMemory { wanted, in_use, free, total, advice: advice.into() }
+    }
+
     /// An [`Error::Io`] about `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Error::Io { path: path.as_ref().to_owned(), source }

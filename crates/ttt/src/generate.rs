@@ -119,6 +119,18 @@ impl<'m> Generator<'m> {
         choose(self.logits(), &sampling, unit(sampling.seed, stream, drawn))
     }
 
+    /// Reads a token and chooses the next: [`Generator::read`] and [`Generator::choose`], on a GPU in one step, which is recorded.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or memory.
+    pub fn step(&mut self, states: &mut States, slot: usize, token: u32) -> Result<Choice> {
+        let sequence = Sequence { slot, draw: self.draw, ends: [None; 2] };
+        let choices = self.decoder.step(states, &[sequence], &[token])?;
+        self.draw.drawn += 1;
+        self.last = None;
+        Ok(choices[0])
+    }
+
     /// Chooses up to `limit` tokens from what was read on, and reads each but the last; on a GPU without waiting for the host
     /// between them ([`Decoder`]). Ends behind a token of `ends`, which is neither read nor given to `each`, and when `each` returns
     /// false, behind the tokens that are under way by then, which it is given too. Returns the token chosen last, if any: what comes

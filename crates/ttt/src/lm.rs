@@ -16,6 +16,7 @@ use crate::dstates::DStates;
 use crate::hub::{ModelFolder, Skill, SkillInfo, model_hash};
 use crate::layer::{Block, BlockSaved, Keep, Pass, Route, routes};
 use crate::narrow::Narrow;
+use crate::ops::verdict::cuda::Verdict;
 use crate::ops::{add, cross_entropy, embedding, linear, rms_norm, rope};
 use crate::params::{ModelIds, ParamTable, Params};
 use crate::state::States;
@@ -337,6 +338,24 @@ impl Lm {
             .install(|| cross_entropy::forward_backward(hidden.view(), head, targets, weights, grads.view_mut(self.ids.head)))
     }
 
+    /// [`Lm::loss`] on a GPU, whose likelihoods stay there: they are added to `verdict`.
+    pub(crate) fn loss_judged(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        weights: &[f64],
+        verdict: &Verdict,
+        grads: &mut Params,
+    ) -> Result<Tensor> {
+        self.check_tokens(targets)?;
+        let gpu = self.device.as_cuda().expect("a verdict is a GPU's");
+        let head = self.weights.operand(self.ids.head, self.ids.head);
+        let grads = grads.view_mut(self.ids.head);
+        let (counted, dhidden) = cross_entropy::on_gpu(gpu, hidden.view(), head, targets, weights, grads)?;
+        verdict.add_loss(gpu, &counted);
+        Ok(dhidden)
+    }
+
     /// Adds the gradients of every parameter that `grads` has room for ([`Params::holds`]), from the gradient of the hidden rows, to
     /// `grads`.
     ///
@@ -420,7 +439,7 @@ impl Lm {
         Ok(Some(table(&self.device, self.dtype(), segments, head_dim, theta)?))
     }
 
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         match tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
             Some(t) => Err(Error::Invalid(format!(
                 "token id {t} is outside the model's vocabulary of {} ids: the text was made with another tokenizer",

@@ -403,6 +403,22 @@ impl Tensor {
         }
     }
 
+    /// The first `rows` rows of slot `i` of a tensor `[slots, rows, ...]`, as a tensor of one slot.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Panics
+    /// When they do not exist.
+    pub(crate) fn slot(&self, i: usize, rows: usize) -> Result<Tensor> {
+        let mut shape = self.shape.clone();
+        let first = i * self.len() / shape[0];
+        (shape[0], shape[1]) = (1, rows);
+        let mut alone = Tensor::empty(&self.device, &shape, self.dtype)?;
+        alone.copy_from(0, self, first..first + alone.len());
+        Ok(alone)
+    }
+
     /// As a matrix: all axes but the last are rows.
     pub fn view(&self) -> View<'_> {
         let [rows, cols] = self.matrix_shape();

@@ -410,3 +410,43 @@ fn generators_write_on() {
         assert_eq!(states.position(0), 21 + at as u64);
     }
 }
+
+/// Steps that are waited for are ordinary steps bit for bit, whoever is there, and a slot that was saved and restored in between
+/// goes on as if nothing had happened, without another noticing.
+#[test]
+fn steps_of_whoever_is_there() {
+    for gpu in gpus() {
+        let host = shaken_model(&config(Inner::Linear, 0b111, (128, 2)), &gpu.cpu_beside(), DType::F32, 6);
+        let model = moved(&host, gpu, DType::Bf16);
+        let slots: Vec<usize> = (0..9).collect();
+        let [(mut ours, _), (mut want, _)] = [(); 2].map(|()| prompted(&model, &slots));
+        let (mut decoder, mut random, mut drawn, mut last) = (Decoder::new(&model), Random::new(3), [0; 9], [1; 9]);
+        for round in 0..60 {
+            let here: Vec<usize> = (0..9).filter(|_| random.below(4) > 0).collect();
+            if here.is_empty() {
+                continue;
+            }
+            let sampling = |i: usize| Sampling { temperature: i as f64 / 4.0, top_k: 50, top_p: 0.9, seed: i as u64 };
+            let mut draws: Vec<Draw> = here.iter().map(|&i| Draw { drawn: drawn[i], ..Draw::new(sampling(i), 0) }).collect();
+            let sequence = |(i, draw): (&usize, &Draw)| Sequence { slot: *i, draw: *draw, ends: [None; 2] };
+            let sequences: Vec<Sequence> = here.iter().zip(&draws).map(sequence).collect();
+            let tokens: Vec<u32> = here.iter().map(|i| last[*i]).collect();
+            let chosen = decoder.step(&mut ours, &sequences, &tokens).unwrap();
+            let mut batch = Batch::default();
+            here.iter().zip(&tokens).for_each(|(slot, token)| batch.push(&[*token], *slot));
+            let (hidden, _) = model.forward(&batch, Some(&mut want), Keep::Nothing, 1.0).unwrap();
+            let logits = model.logits(&hidden, &(0..here.len()).collect::<Vec<_>>()).unwrap();
+            let ordinary = sample::forward(logits.view(), &mut draws).unwrap();
+            for ((&i, ours), want) in here.iter().zip(&chosen).zip(&ordinary) {
+                assert_eq!(ours.token, want.token, "round {round}, slot {i}");
+                (last[i], drawn[i]) = (ours.token, drawn[i] + 1);
+            }
+            if round % 7 == 0 {
+                let file = ours.to_bytes(round % 9, &model, &[], None).unwrap();
+                ours.restore_bytes(round % 9, &model, file).unwrap();
+            }
+        }
+        assert_eq!(numbers(&ours, &model, &slots), numbers(&want, &model, &slots));
+        assert!(slots.iter().all(|slot| ours.position(*slot) == want.position(*slot)));
+    }
+}

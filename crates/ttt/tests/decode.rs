@@ -68,3 +68,54 @@ fn sequences_side_by_side_are_sequences_alone() {
         }
     }
 }
+
+/// Steps of whoever is there: sequences come, wait and go, and each gets the tokens that it gets alone.
+#[test]
+fn sequences_come_and_go_between_steps() {
+    let device = Device::cpu().unwrap();
+    let config = Config { vocab_size: 60, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, ..Config::default() };
+    let model = shaken_model(&config, &device, DType::F32, 4);
+    let prompts: Vec<Vec<u32>> = [7, 18, 2, 33].iter().map(|n| Random::new(*n).tokens(*n as usize, 60)).collect();
+    let sampling = |i: usize| Sampling { temperature: [0.0, 1.0, 0.7, 1.3][i], top_k: 20, top_p: 0.95, seed: 8 + i as u64 };
+    let limit = 24;
+    let alone: Vec<Vec<u32>> = (0..4)
+        .map(|i| {
+            let (mut states, mut tokens) = (model.states(1).unwrap(), Vec::new());
+            let mut generator = Generator::new(&model, sampling(i)).unwrap();
+            generator.read(&mut states, 0, &prompts[i]).unwrap();
+            let each = |choice: ttt::generate::Choice| {
+                tokens.push(choice.token);
+                Ok::<bool, ttt::Error>(true)
+            };
+            generator.write(&mut states, 0, limit, [None; 2], each).unwrap();
+            tokens
+        })
+        .collect();
+
+    let slots = [3, 0, 4, 1];
+    let mut states = model.states(5).unwrap();
+    for (prompt, slot) in prompts.iter().zip(slots).filter(|(prompt, _)| prompt.len() > 1) {
+        ttt::generate::learn(&model, &mut states, slot, &prompt[..prompt.len() - 1]).unwrap();
+    }
+    let mut last: Vec<u32> = prompts.iter().map(|prompt| *prompt.last().unwrap()).collect();
+    let (mut together, mut decoder, mut random) = (vec![Vec::new(); 4], Decoder::new(&model), Random::new(5));
+    while together.iter().any(|tokens| tokens.len() < limit) {
+        let here: Vec<usize> = (0..4).filter(|i| together[*i].len() < limit && random.below(3) > 0).collect();
+        if here.is_empty() {
+            continue;
+        }
+        let draw = |i: usize| Draw { drawn: together[i].len() as u64, ..Draw::new(sampling(i), 0) };
+        let sequences: Vec<Sequence> = here.iter().map(|&i| Sequence { slot: slots[i], draw: draw(i), ends: [None; 2] }).collect();
+        let tokens: Vec<u32> = here.iter().map(|i| last[*i]).collect();
+        for (&i, choice) in here.iter().zip(decoder.step(&mut states, &sequences, &tokens).unwrap()) {
+            last[i] = choice.token;
+            together[i].push(choice.token);
+        }
+    }
+    assert_eq!(together, alone);
+    for (i, slot) in slots.into_iter().enumerate() {
+        assert_eq!(states.position(slot), (prompts[i].len() + limit - 1) as u64, "position of sequence {i}");
+    }
+    let outside = decoder.step(&mut states, &[Sequence { slot: 0, draw: Draw::new(sampling(0), 0), ends: [None; 2] }], &[60]);
+    assert!(outside.unwrap_err().to_string().contains("token id 60"), "a token outside the vocabulary");
+}

@@ -392,5 +392,5 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
     let batch = Batch::packed(&[Random::new(1).tokens(512, 512), Random::new(2).tokens(512, 512)]);
     device.memory().reset_peak();
     model.forward(&batch, Some(&mut states), Keep::Nothing, 1.0).unwrap();
-    near("prefill", plan::inference_memory(&config, 2, 512).total(), device.memory().usage().peak);
+    near("prefill", plan::inference_memory(&config, 2, 512, plan::Place::Cpu).total(), device.memory().usage().peak);
 }

@@ -117,7 +117,13 @@ fn gradients_are_bit_identical_whatever_is_kept() {
         let targets = random.tokens(197, 50);
         let weights = vec![1.0 / 197.0; 197];
         let (loss, whole) = gradient(&model, &batch, &targets, &weights, Keep::Saved { group: 1 });
-        for keep in [Keep::Saved { group: 3 }, Keep::Saved { group: 100 }, Keep::Input { group: 1 }, Keep::Input { group: 4 }] {
+        for keep in [
+            Keep::Saved { group: 3 },
+            Keep::Saved { group: 100 },
+            Keep::Start { group: 2 },
+            Keep::Input { group: 1 },
+            Keep::Input { group: 4 },
+        ] {
             let (again, grads) = gradient(&model, &batch, &targets, &weights, keep);
             assert_eq!(loss.to_bits(), again.to_bits(), "{keep:?}");
             assert!(whole.data().as_slice::<f32>() == grads.data().as_slice::<f32>(), "{config:?} {keep:?}");

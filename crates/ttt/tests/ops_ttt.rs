@@ -9,7 +9,7 @@ use ttt::config::Inner;
 use ttt::device::{Device, Kernels};
 use ttt::ops::inner::Variant;
 use ttt::tensor::DType;
-use ttt_case::{Case, Grads, close, largest, variants};
+use ttt_case::{Case, Grads, close, distance, largest, variants};
 
 const BOTH: [Inner; 2] = [Inner::Linear, Inner::Mlp];
 
@@ -68,6 +68,33 @@ fn every_gradient_entry_is_the_finite_difference() {
                 }
             }
         }
+    }
+}
+
+/// The references with a GPU's roundings are near the definition and not it, and the same however a text is cut.
+#[test]
+fn rounded_references_are_near_the_definition() {
+    let rounded = Device::cpu_with(2, Kernels::Rounded).unwrap();
+    for inner in BOTH {
+        let case = Case::new(inner, 2, 16, 4, &[23, 8]).in_mixed_precision();
+        let [exact, ours] = [&reference(), &rounded].map(|device| case.forward(device, DType::F64, None));
+        let [exact_grads, grads] = [&reference(), &rounded].map(|device| case.backward(device, DType::F64, 2));
+        let mut errors = vec![("z", distance(&ours.z, &exact.z))];
+        errors.push(("weights", distance(&case.final_weights(&ours), &case.final_weights(&exact))));
+        errors.extend(grads.named().into_iter().zip(exact_grads.named()).map(|((what, a), (_, b))| (what, distance(a, b))));
+        for (what, error) in errors {
+            assert!((1e-4..3e-2).contains(&error), "{inner:?}: {what} {error:.1e}");
+        }
+        assert_eq!(grads, case.backward(&rounded, DType::F64, 3), "{inner:?}: other checkpoints");
+        let mut state = case.state(&rounded, DType::F64);
+        let (mut z, mut at) = (Vec::new(), 0);
+        for len in [1, 2, 7, 0, 13] {
+            let segment = Segment { first_row: 0, len, slot: 0, phase: at % 4 };
+            let rows: Vec<usize> = (at..at + len).collect();
+            z.extend(case.forward_rows(&rounded, DType::F64, &rows, &[segment], &mut state));
+            at += len;
+        }
+        assert!(distance(&z, &ours.z[..z.len()]) < 1e-9, "{inner:?}: in chunks");
     }
 }
 

@@ -133,7 +133,7 @@ fn values_of_a_wrong_type_name_their_key() {
         ("[train]\nsequence_length = -1", "`train.sequence_length` in x.toml: invalid value: integer `-1`"),
         (
             "[train]\nrecompute = 'all'",
-            "`train.recompute` in x.toml: unknown variant `all`, expected one of `none`, `block`, `segment`",
+            "`train.recompute` in x.toml: unknown variant `all`, expected one of `auto`, `none`, `inner`, `block`, `segment`",
         ),
         ("[model]\ninner = 'cubic'", "`model.inner` in x.toml: unknown variant `cubic`, expected `linear` or `mlp`"),
         ("[model]\nhidden_size = 'wide'", "`model.hidden_size` in x.toml: invalid type: string \"wide\""),

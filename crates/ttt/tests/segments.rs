@@ -172,7 +172,8 @@ fn a_step_over_segments_is_the_step_over_the_whole() {
         assert!((across.loss - report.loss).abs() < 1e-6 && (across.grad_norm / report.grad_norm - 1.0).abs() < 1e-5);
         assert_eq!((across.counted, report.counted), (384.0, 384.0));
         assert!(relative(&across_m, &m) < 1e-4, "{inner:?} {}", relative(&across_m, &m));
-        for (recompute, keep) in [(true, keep), (false, Keep::Input { group: 1 }), (true, Keep::Input { group: 3 })] {
+        let others = [Keep::Input { group: 1 }, Keep::Start { group: 1 }].map(|keep| (false, keep));
+        for (recompute, keep) in others.into_iter().chain([keep, Keep::Input { group: 3 }].map(|keep| (true, keep))) {
             let (again, _, again_weights) = in_segments(true, recompute, keep);
             assert!(again == across && again_weights == weights, "{inner:?} {recompute} {keep:?}");
         }
@@ -278,6 +279,7 @@ fn planned_memory_of_segments_is_within_a_tenth_of_the_measured_peak() {
         for (keep, gradient, recompute) in [
             (Keep::Saved { group: 4 }, false, false),
             (Keep::Input { group: 4 }, false, false),
+            (Keep::Start { group: 4 }, true, false),
             (Keep::Saved { group: 4 }, true, false),
             (Keep::Saved { group: 4 }, true, true),
             (Keep::Input { group: 4 }, true, false),

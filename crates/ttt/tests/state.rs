@@ -168,3 +168,19 @@ fn attention_is_exact() {
 fn attention_with_shared_keys_and_values_is_exact() {
     exact(|k| transformer(config(Inner::Linear, false, k), 2));
 }
+
+/// A layer whose token scale has ended at 0 keeps nothing beyond a mini-batch; the others do.
+#[test]
+fn a_layer_without_a_last_token_scale_stays_where_it_began() {
+    let mut model = shaken_model(&config(Inner::Linear, false, 8), &Device::cpu().unwrap(), DType::F64, 3);
+    let name = "model.layers.1.seq_modeling_block.learnable_token_idx";
+    let id = model.params().table().find(name).unwrap();
+    *model.params_mut().values_mut::<f64>(id).last_mut().unwrap() = -1.0;
+    let scale = |layer: usize| model.blocks()[layer].mixer().ttt().unwrap().last_token_scale(model.weights()).unwrap().unwrap();
+    assert!(scale(0) > 0.0 && scale(1) == 0.0);
+    let mut states = model.states(1).unwrap();
+    let weights = |states: &States, layer: usize| states.layer(layer).ttt().fast.weights().to_f64_vec();
+    let before = [0, 1].map(|layer| weights(&states, layer));
+    read(&model, &mut states, &one(&Random::new(2).tokens(24, VOCAB), 0));
+    assert!(weights(&states, 0) != before[0] && weights(&states, 1) == before[1]);
+}

@@ -202,8 +202,8 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
     for preset in [ttt(Inner::Linear), ttt(Inner::Mlp), Config::transformer("tiny").unwrap(), grouped] {
         let preset = Config { vocab_size: 512, ..preset };
         let inner = preset.kind();
-        for (keep, mamba) in [(Keep::Saved { group: 4 }, true), (Keep::Input { group: 4 }, true), (Keep::Saved { group: 1 }, false)]
-        {
+        let kept = [Keep::Saved { group: 4 }, Keep::Start { group: 4 }, Keep::Input { group: 4 }].map(|keep| (keep, true));
+        for (keep, mamba) in kept.into_iter().chain([(Keep::Saved { group: 1 }, false)]) {
             let mut config = preset.clone();
             if config.inner().is_some() {
                 (config.use_gate, config.share_qk, config.pre_conv) = (mamba, mamba, mamba);
@@ -226,7 +226,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
         device.memory().reset_peak();
         model.forward(&batch, Some(&mut states), Keep::Nothing, 1.0).unwrap();
         let measured = device.memory().usage().peak as f64;
-        let planned = plan::inference_memory(&config, 2, 512).total() as f64;
+        let planned = plan::inference_memory(&config, 2, 512, plan::Place::Cpu).total() as f64;
         assert!((planned / measured - 1.0).abs() < 0.1, "{inner:?} prefill: planned {planned}, measured {measured}");
     }
 }
@@ -240,7 +240,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak_at_125m_width() {
     let mut optimizer = Optimizer::new(&model).unwrap();
     let mut batch = micro_batch(&[Random::new(1).tokens(513, 16_000)]);
     batch.mask[..100].fill(0.0);
-    for keep in [Keep::Saved { group: 4 }, Keep::Input { group: 4 }] {
+    for keep in [Keep::Saved { group: 4 }, Keep::Start { group: 4 }, Keep::Input { group: 4 }] {
         device.memory().reset_peak();
         optimizer.step(&mut model, std::slice::from_ref(&batch), &StepSettings { keep, ..step_settings(1e-3) }).unwrap();
         let measured = device.memory().usage().peak as f64;

@@ -74,7 +74,7 @@ pub struct Bench {
     /// decode on a GPU: choose among the likeliest tokens whose probabilities reach this sum
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f64,
-    /// train: compute blocks again in the backward pass
+    /// train: what to compute again in the backward pass; auto is as little as fits [default: none]
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
     /// Print a JSON object

@@ -42,7 +42,7 @@ impl std::fmt::Display for DeviceName {
 }
 
 impl DeviceName {
-    fn parse(text: &str) -> Result<DeviceName, String> {
+    pub(super) fn parse(text: &str) -> Result<DeviceName, String> {
         let number = |n: &str| n.parse().map_err(|_| format!("`{n}` is no number of a GPU; they are counted from 0"));
         match text {
             "auto" => Ok(DeviceName::Auto),
@@ -69,8 +69,23 @@ pub enum Precision {
 /// What the backward pass computes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Recompute {
+    // On a GPU the first of those below that fits in its memory, otherwise nothing
+    Auto,
     // Nothing
     None,
+    // The inner loops of TTT layers
+    Inner,
     // Every block, from its input
     Block,
+}
+
+impl From<Recompute> for ttt::train::Recompute {
+    fn from(recompute: Recompute) -> Self {
+        match recompute {
+            Recompute::Auto => Self::Auto,
+            Recompute::None => Self::None,
+            Recompute::Inner => Self::Inner,
+            Recompute::Block => Self::Block,
+        }
+    }
 }

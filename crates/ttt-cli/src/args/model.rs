@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{DeviceArgs, Precision};
+use super::{DeviceArgs, DeviceName, Precision};
 
 const VERIFY_HELP: &str = "\
 The reference holds `input_ids [b, t]` and `logits [b, t, v]`; also, if wanted, `loss` (with `targets` and `loss_mask`, both \
@@ -41,6 +41,12 @@ pub struct Plan {
     /// Tokens of each [default: train.sequence_length]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 24))]
     pub length: Option<u64>,
+    /// Where it would be computed: auto, cpu, or cuda, for which no GPU need be there
+    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = DeviceName::parse)]
+    pub device: DeviceName,
+    /// GPU: memory to fit into, in GiB [default: what is free on the GPU, where there is one]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..1 << 20))]
+    pub memory: Option<u64>,
     /// Print a JSON object, in bytes and operations
     #[arg(long)]
     pub json: bool,

@@ -88,6 +88,9 @@ pub struct Serve {
     #[arg(long, value_name = "N", default_value_t = 1000, help_heading = "Limits")]
     pub max_states: u64,
 
+    /// Transformers: memory for the keys and values of all slots; it bounds the tokens of a sequence, prompt and answer together
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = parse_bytes, help_heading = "States")]
+    pub cache_memory: u64,
     /// Where states are kept: a folder, or s3://BUCKET/PREFIX with credentials, region and endpoint in the AWS_ variables [default: ~/.local/share/ttt/states]
     #[arg(long, value_name = "DIR|URL", help_heading = "States")]
     pub store: Option<String>,

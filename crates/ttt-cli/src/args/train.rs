@@ -41,7 +41,7 @@ pub struct Train {
     /// Learn a skill: the initial fast weights of the model of --init-from, and nothing else; written to skill.safetensors
     #[arg(long)]
     pub only_initial_state: bool,
-    /// Compute activations again in the backward pass instead of keeping them: slower, needs less memory
+    /// What to compute again in the backward pass instead of keeping it: slower, needs less memory [default: auto, as little as fits]
     #[arg(long, value_name = "WHAT")]
     pub recompute: Option<Recompute>,
     /// Seed of the initial weights and of the order of the data

@@ -1,6 +1,6 @@
 //! `ttt eval`: loss, perplexity and bits per byte of texts that are new to a model, by position; or a task.
 
-mod report;
+pub mod report;
 mod tasks;
 mod texts;
 

@@ -37,7 +37,7 @@ pub fn run(args: &Info, out: &mut dyn Write) -> Result<()> {
         _ => ["torch_dtype", "dtype"].iter().find_map(|key| folder.extra().get(*key)?.as_str()).unwrap_or("unknown"),
     };
     let tokenizer = Tokenizer::from_folder(&path)?;
-    let state = plan::inference_memory(config, 1, 1).states;
+    let state = plan::inference_memory(config, 1, 1, plan::Place::Cpu).states;
     // What a token adds to the state of attention, in f32.
     let per_token = (config.mixer == Mixer::Attention).then(|| 8 * config.num_hidden_layers * config.key_value_size());
     let (hash, base) = (model_hash(lm.weights()), base_hash(lm.weights()));

@@ -23,6 +23,8 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
     let state = StateFile::open(&args.file)?;
     state.check_finite()?;
     let header = state.header();
+    // Layers that keep nothing beyond a mini-batch, and so do not move.
+    let mut still = Vec::new();
     let moved = match &args.model {
         Some(path) => {
             let lm = model::load(path, &args.device, Some(header.dtype.into()))?;
@@ -30,6 +32,10 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
             let initial = StateFile::from_bytes(states.to_bytes(0, &lm, &[], None)?)?;
             // Only a restored state is one of this model for sure.
             states.restore(0, &lm, &args.file)?;
+            for (layer, block) in lm.blocks().iter().enumerate() {
+                let scale = block.mixer().ttt().map(|ttt| ttt.last_token_scale(lm.weights())).transpose()?;
+                still.extend((scale.flatten() == Some(0.0)).then_some(layer));
+            }
             // What starts at zero has not moved by a part of where it was.
             lm.config().inner().map(|_| initial.distances(&state)).transpose()?
         }
@@ -42,6 +48,7 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
             "bytes": bytes, "tokens": header.tokens, "pending": header.pending, "phase": header.phase(),
             "mini_batch_size": header.mini_batch, "learner": header.learner, "layers": header.layers, "dtype": dtype,
             "model": header.model, "tokenizer": header.tokenizer, "moved": moved,
+            "mini_batch_only": still,
         });
         return Ok(writeln!(out, "{object}")?);
     }
@@ -65,6 +72,13 @@ fn info(args: &StateInfo, out: &mut dyn Write) -> Result<()> {
         writeln!(out, "\nlayer  fast weights moved, relative to their start")?;
         write_layers(&moved, out)?;
     }
+    if !still.is_empty() {
+        let layers = still.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        writeln!(
+            out,
+            "\nlayers {layers} keep nothing beyond a mini-batch: the learned scale of its last token is 0, where training has left it"
+        )?;
+    }
     Ok(())
 }
 
@@ -84,8 +98,11 @@ fn diff(args: &StateDiff, out: &mut dyn Write) -> Result<()> {
     }
     writeln!(out, "{}", if equal { "the states are equal" } else { "the states differ" })?;
     writeln!(out, "tokens read: {} and {}", units::grouped(tokens[0]), units::grouped(tokens[1]))?;
-    if !distances.is_empty() {
-        writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?;
+    match a.header().learner {
+        Learner::Attention => writeln!(out, "no distances: keys and values are a list that grows, not a vector of fixed size")?,
+        Learner::Mamba => writeln!(out, "\nlayer  distance of the recurrent state, relative to the first state's")?,
+        Learner::LinearAttention => writeln!(out, "\nlayer  distance of the sums, relative to the first state's")?,
+        _ => writeln!(out, "\nlayer  distance of the fast weights, relative to the first state's")?,
     }
     write_layers(&distances, out)
 }

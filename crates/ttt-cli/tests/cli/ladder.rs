@@ -21,8 +21,16 @@ fn every_rung_trains_and_is_compared() {
         let config = configs.join(format!("{name}.toml"));
         let line = [&["train", config.to_str().unwrap(), "--data", "text.txt", "--threads", "2", "--out", name][..], &TINY, &small];
         place.run(&line.concat()).ok();
-        let generated = place.run(&["generate", name, "--prompt", "12 green", "-n", "5", "--json"]).ok().json();
-        assert_eq!(generated["tokens"].as_array().unwrap().len(), 5);
+        let line = ["generate", name, "--prompt", "12 green", "-n", "5", "--json", "--no-eos", "--state-out", "a.state"];
+        assert_eq!(place.run(&line).ok().json()["tokens"].as_array().unwrap().len(), 5);
+        let learner = if name.as_str() < "3" {
+            "linear_attention"
+        } else if name.as_str() < "6" {
+            "batch"
+        } else {
+            "linear"
+        };
+        assert_eq!(place.run(&["state", "info", "a.state", "--json"]).ok().json()["learner"], learner);
         // The sums of unnormalised linear attention grow with what is read: rungs before mini-batches read at the length they were
         // trained at, the others the whole text.
         let context: &[&str] = if name.as_str() < "6" { &["--context", "32"] } else { &[] };

@@ -29,6 +29,10 @@ fn train_resume_generate_and_go_on() {
     assert_eq!(generate(&["--state-in", "a.state", "-n", "27"]), whole[13..]);
     place.run(&["state", "info", "a.state"]).ok().says(&["Mamba, 2 layers", "28 read, 1 pending"]);
 
+    place.run(&["generate", "m", "--state-in", "a.state", "-n", "5", "--state-out", "b.state"]).ok();
+    let diff = place.run(&["state", "diff", "a.state", "b.state"]).ok().says(&["distance of the recurrent state"]);
+    assert!(!diff.out.contains("fast weights"), "{}", diff.out);
+
     // A state of another model is refused in words.
     place.train(&["--out", "ttt", "-q"]).ok();
     place.run(&["generate", "ttt", "--state-in", "a.state"]).fails(1, &["mamba", "use the model that made the state"]);

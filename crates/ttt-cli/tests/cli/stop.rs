@@ -115,6 +115,61 @@ fn the_printed_command_goes_on() {
     place.no_temporary_files();
 }
 
+/// Ctrl-C while reading writes the state so far; what is printed goes on to the state that reading without a stop gives.
+#[test]
+fn ctrl_c_keeps_what_was_read() {
+    let place = Place::with_model();
+    let text = String::from_utf8(place.read("text.txt")).unwrap();
+    place.write("a.txt", text.repeat(3));
+    place.write("b.txt", text.repeat(10));
+    let line = ["read", "m", "a.txt", "b.txt", "--threads", "1", "--device", "reference", "--state-out"];
+    place.run(&[&line[..], &["whole.state"]].concat()).ok().says(&["of 2 documents", "loss of W0"]);
+
+    // Too early there is nothing to keep, and nothing is written.
+    let stopped = |delay: u64, line: &[&str]| {
+        let child = place.command(line).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(delay));
+        interrupt(child)
+    };
+    let ran = (0..8).map(|i| stopped(50 << i, &[&line[..], &["part.state"]].concat())).find(|ran| {
+        assert_eq!(ran.code, Some(130), "{}{}", ran.out, ran.err);
+        assert_eq!(ran.out.contains("go on with"), place.path("part.state").exists(), "{}{}", ran.out, ran.err);
+        ran.out.contains("go on with")
+    });
+    let ran = ran.unwrap().says(&["tokens of ", "state after ", "interrupted; go on with"]);
+    assert!(!ran.err.contains("error"), "{}", ran.err);
+    place.no_temporary_files();
+
+    // As often as one likes.
+    let command = |ran: &Ran| ran.out.lines().find(|line| line.contains("--skip-tokens")).unwrap().trim().to_owned();
+    let words = |line: &str| line.split(' ').skip_while(|word| *word != "read").map(str::to_owned).collect::<Vec<_>>();
+    let mut next = words(&command(&ran));
+    let end = next.iter().position(|word| word == "--state-in").unwrap();
+    assert_eq!(next[..end], ["read", "m", "a.txt", "b.txt"], "{next:?}");
+    let borrowed: Vec<&str> = next.iter().map(String::as_str).collect();
+    let again = stopped(400, &borrowed);
+    if again.out.contains("--skip-tokens") {
+        next = words(&command(&again));
+    }
+    if again.code == Some(130) {
+        place.run(&next.iter().map(String::as_str).collect::<Vec<_>>()).ok();
+    }
+    assert!(place.read("part.state") == place.read("whole.state"), "the states differ");
+
+    let most = ["read", "m", "a.txt", "--state-in", "part.state", "--skip-tokens", "100000000", "--state-out", "x.state"];
+    place.run(&most).fails(1, &["--skip-tokens leaves out 9", "tokens more than the files have"]);
+    place.run(&["read", "m", "a.txt", "--skip-tokens", "5", "--state-out", "x.state"]).fails(2, &["--state-in"]);
+    // What an unreadable text finds read is kept, too.
+    place.write("c.txt", [text.repeat(3).as_bytes(), b"\xe9"].concat());
+    let ran = place.run(&["read", "m", "b.txt", "c.txt", "--state-out", "x.state"]).fails(1, &["c.txt: not UTF-8"]);
+    place.write("c.txt", text.repeat(3));
+    let next = words(&command(&ran));
+    place.run(&next.iter().map(String::as_str).collect::<Vec<_>>()).ok();
+    place.run(&["read", "m", "b.txt", "c.txt", "--state-out", "y.state"]).ok();
+    place.run(&["state", "diff", "x.state", "y.state"]).ok().says(&["the states are equal"]);
+    place.no_temporary_files();
+}
+
 /// Writing more than `bytes` to a file fails, as on a full disk.
 fn limited(place: &Place, args: &[&str], bytes: u64) -> Ran {
     let mut command = place.command(args);

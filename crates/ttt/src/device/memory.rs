@@ -115,6 +115,14 @@ impl Pool {
         Usage { in_use: state.in_use, peak: state.peak, system_allocations: state.system_allocations }
     }
 
+    /// Bytes that tensors can have in all, those that they hold included: what is free now, where the system tells.
+    pub fn room(&self) -> Option<usize> {
+        let Source::Gpu(context) = &self.source else { return None };
+        let state = self.state.lock().expect("memory pool");
+        let unused: usize = state.free.iter().map(|(capacity, buffers)| capacity * buffers.len()).sum();
+        Some(state.in_use + unused + context.memory().0)
+    }
+
     /// Starts a new measurement of the peak.
     pub fn reset_peak(&self) {
         let mut state = self.state.lock().expect("memory pool");
@@ -166,7 +174,7 @@ impl Source {
             Source::Host => Error::OutOfMemory { wanted, in_use },
             Source::Gpu(context) => {
                 let (free, total) = context.memory();
-                Error::OutOfGpuMemory { wanted, in_use, free, total }
+                Error::out_of_gpu_memory(wanted, in_use, free, total)
             }
         }
     }

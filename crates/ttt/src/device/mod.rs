@@ -27,6 +27,8 @@ pub enum Kernels {
     Fast,
     /// The plain loops that define the operation.
     Reference,
+    /// The same, with the roundings of a GPU's inner models in mixed precision: what their kernels are tested against.
+    Rounded,
 }
 
 /// A place where tensors live and operations run. Cloning it clones a handle.

@@ -10,7 +10,7 @@ use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::sample::Draw;
 use crate::state::States;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// A sequence to continue.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,6 +64,32 @@ impl<'m> Decoder<'m> {
             None => How::OneByOne(OneByOne::new(sequences, logits)),
         };
         Ok(Session { model: self.model, states, how, sequences: sequences.to_vec(), ended, steps: 0, taken: 0 })
+    }
+
+    /// One step for sequences of which others may come and go: each reads its token, and what it chooses next is waited for and
+    /// returned. `ends` end nothing here.
+    ///
+    /// # Errors
+    /// Sampling settings out of range, a token outside the vocabulary, or memory.
+    ///
+    /// # Panics
+    /// When there are no sequences, two name the same slot or one that does not exist, or there is not a token for each.
+    pub fn step(&mut self, states: &mut States, sequences: &[Sequence], tokens: &[u32]) -> Result<Vec<Choice>> {
+        assert!(!tokens.is_empty() && tokens.len() == sequences.len(), "{} tokens of {} sequences", tokens.len(), sequences.len());
+        sequences.iter().try_for_each(|s| s.draw.sampling.validate())?;
+        let mut batch = Batch::default();
+        sequences.iter().zip(tokens).for_each(|(s, token)| batch.push(&[*token], s.slot));
+        let Some(gpu) = self.model.device().as_cuda() else {
+            let (hidden, _) = self.model.forward(&batch, Some(states), Keep::Nothing, 1.0)?;
+            let logits = self.model.logits(&hidden, &(0..tokens.len()).collect::<Vec<_>>())?;
+            return Ok(sequences.iter().zip(rows(&logits)).map(|(s, logits)| { *s }.choose(&logits)).collect());
+        };
+        self.model.check_tokens(tokens)?;
+        let shape = [tokens.len(), self.model.config().vocab_size];
+        let recorded = Recorded::find(&mut self.recorded, gpu, states, states.segments(&batch), shape)?;
+        let choices = recorded.once(self.model, gpu, states, sequences, tokens)?;
+        states.advance(&batch);
+        Ok(choices)
     }
 }
 
@@ -194,6 +220,9 @@ impl Sequence {
 
 /// Logits of each sequence.
 fn rows(logits: &Tensor) -> Vec<Vec<f32>> {
-    let all: Vec<f32> = logits.to_f64_vec().iter().map(|x| *x as f32).collect();
-    all.chunks_exact(logits.shape()[1]).map(<[f32]>::to_vec).collect()
+    let vocab = logits.shape()[1];
+    if logits.dtype() == DType::F32 && logits.device().as_cuda().is_none() {
+        return logits.as_slice::<f32>().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
+    }
+    logits.to_f64_vec().chunks_exact(vocab).map(|row| row.iter().map(|x| *x as f32).collect()).collect()
 }

@@ -5,7 +5,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::device::view::{View, ViewMut};
 use crate::layer::state::{KEYS, VALUES};
-use crate::layer::{Carried, Keep, Pass};
+use crate::layer::{Carried, Pass};
 use crate::ops::attention::{self, Cache, Grads, Inputs};
 use crate::ops::rope::{self, Direction};
 use crate::ops::{add, linear};
@@ -74,7 +74,7 @@ impl AttentionLayer {
         }
         let [o, log_sum] = attention::forward(&self.inputs(pass, &projected, cache.as_deref()))?;
         let out = linear::forward(o.view(), pass.weights.matrix(self.ids.o_proj))?;
-        let kept = matches!(pass.keep, Keep::Saved { .. });
+        let kept = pass.keep.activations();
         let past = cache.filter(|_| pass.segments.iter().any(|s| s.phase > 0)).cloned();
         Ok((out, kept.then_some(AttentionSaved { projected, o, log_sum, past })))
     }

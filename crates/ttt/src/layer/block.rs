@@ -164,7 +164,7 @@ impl Block {
             return Ok((self.decode(pass, x, state)?, None));
         }
         let pre_window = state.as_deref_mut().and_then(LayerState::pre_conv_mut);
-        let kept = matches!(pass.keep, Keep::Saved { .. });
+        let kept = pass.keep.activations();
         let window = pre_window.as_deref().filter(|_| kept).map(Tensor::copy).transpose()?;
         let (input, mixer_input) = match &self.pre_conv {
             Some(conv) => {
@@ -273,9 +273,9 @@ impl Block {
         let normed = rms_norm::forward(mixer_input.view(), norm, self.eps)?;
         let dnormed = self.mixer.backward(pass, normed.view(), mixer, dffn_input.view(), own.as_mut(), grads)?;
         drop(normed);
-        let mut dmixer_input = rms_norm::backward(dnormed.view(), mixer_input.view(), norm, self.eps, grads.view_mut(self.norm))?;
+        let (dnorm, residual) = (grads.view_mut(self.norm), Some(dffn_input.view()));
+        let dmixer_input = rms_norm::backward_onto(dnormed.view(), mixer_input.view(), norm, self.eps, dnorm, residual)?;
         drop((dnormed, mixer_input));
-        add::add_to(dmixer_input.view_mut(), dffn_input.view());
         let dx = match (&self.pre_conv, input) {
             (Some(conv), Some(input)) => {
                 let [dwindow] = own.as_mut().map_or([None], |own| own.some_mut([PRE_CONV]));

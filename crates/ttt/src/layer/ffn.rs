@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::config::Config;
 use crate::layer::Pass;
-use crate::ops::{add, linear, rms_norm, step, swiglu};
+use crate::ops::{linear, rms_norm, step, swiglu};
 use crate::params::{FeedForwardIds, ParamId, Params};
 use crate::tensor::Tensor;
 
@@ -28,8 +28,7 @@ impl FeedForward {
         let gate_up = linear::forward(normed.view(), pass.weights.matrices(self.gate, self.up))?;
         drop(normed);
         let hidden = swiglu::forward(gate_up.view())?;
-        let mut y = linear::forward(hidden.view(), pass.weights.matrix(self.down))?;
-        add::add_to(y.view_mut(), x.view());
+        let y = linear::forward_onto(hidden.view(), pass.weights.matrix(self.down), x.view())?;
         Ok((y, gate_up))
     }
 
@@ -55,9 +54,7 @@ impl FeedForward {
         }
         let dnormed = linear::backward_input(dgate_up.view(), pass.weights.operand(self.gate, self.up))?;
         drop(dgate_up);
-        let mut dx =
-            rms_norm::backward(dnormed.view(), x.view(), pass.weights.view(self.norm), self.eps, grads.view_mut(self.norm))?;
-        add::add_to(dx.view_mut(), dy.view());
-        Ok(dx)
+        let (norm, dnorm) = (pass.weights.view(self.norm), grads.view_mut(self.norm));
+        rms_norm::backward_onto(dnormed.view(), x.view(), norm, self.eps, dnorm, Some(dy.view()))
     }
 }

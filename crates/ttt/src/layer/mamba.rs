@@ -6,7 +6,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::device::view::View;
 use crate::layer::state::{CONV_WINDOW, RECURRENT};
-use crate::layer::{Carried, Keep, Pass, carry};
+use crate::layer::{Carried, Pass, carry};
 use crate::ops::selective_scan::{self, InputGrads, Inputs, ParamGrads};
 use crate::ops::{add, conv, linear, silu};
 use crate::params::{MambaIds, Params};
@@ -150,7 +150,7 @@ impl MambaLayer {
 
     /// Everything up to the output of the scan.
     fn mix(&self, pass: &Pass<'_>, x: View<'_>, state: Option<&mut MambaState>) -> Result<Mixed> {
-        let kept = matches!(pass.keep, Keep::Saved { .. });
+        let kept = pass.keep.activations();
         let (mut window, recurrent) = match state {
             Some(MambaState { window, recurrent }) => (Some(window), Some(recurrent)),
             None => (None, None),

@@ -38,11 +38,25 @@ pub enum Keep {
         /// Mini-batches between two kept states of the fast weights.
         group: usize,
     },
+    /// The activations of every block but the outputs of its inner loop, and of its fast weights only those that the sequences
+    /// began with; the backward pass runs the inner loop of a block again. The same as [`Keep::Saved`] where nothing learns in
+    /// mini-batches.
+    Start {
+        /// Mini-batches between two kept states of the fast weights while an inner loop runs again.
+        group: usize,
+    },
     /// Only the input of every block; the backward pass computes the block again with [`Keep::Saved`].
     Input {
         /// Mini-batches between two kept states of the fast weights while a block is computed again.
         group: usize,
     },
+}
+
+impl Keep {
+    /// Whether a block keeps activations.
+    pub(crate) fn activations(self) -> bool {
+        matches!(self, Keep::Saved { .. } | Keep::Start { .. })
+    }
 }
 
 /// What all layers of one pass through the model share.

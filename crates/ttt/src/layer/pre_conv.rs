@@ -77,8 +77,7 @@ impl PreConv {
             *dwindow = dstart;
         }
         let dnorm = grads.view_mut(self.norm);
-        let mut dx = rms_norm::backward(dnormed.view(), x.view(), pass.weights.view(self.norm), self.eps, dnorm)?;
-        add::add_to(dx.view_mut(), dy.view());
-        Ok(dx)
+        let norm = pass.weights.view(self.norm);
+        rms_norm::backward_onto(dnormed.view(), x.view(), norm, self.eps, dnorm, Some(dy.view()))
     }
 }

@@ -218,19 +218,67 @@ impl LayerState {
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; the state is then as it was.
     pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        // Half as much again, so that a sequence that grows token by token is seldom moved.
+        self.grow(tokens, |capacity| tokens.max(capacity + capacity / 2).next_multiple_of(64))
+    }
+
+    /// [`LayerState::reserve`] of no more than is asked for.
+    pub(crate) fn reserve_exact(&mut self, tokens: usize) -> Result<()> {
+        self.grow(tokens, |_| tokens)
+    }
+
+    fn grow(&mut self, tokens: usize, new_capacity: impl Fn(usize) -> usize) -> Result<()> {
         for (name, tensor) in self.tensors_mut() {
             let &[slots, capacity, width] = tensor.shape() else { continue };
             if Extent::of(name) != Extent::Tokens || tokens <= capacity {
                 continue;
             }
-            // Half as much again, so that a sequence that grows token by token is seldom moved.
-            let more = tokens.max(capacity + capacity / 2).next_multiple_of(64);
+            let more = new_capacity(capacity);
             let mut larger = Tensor::zeros(tensor.device(), &[slots, more, width], tensor.dtype())?;
             for slot in 0..slots {
                 let old = slot * capacity * width;
                 larger.copy_from(slot * more * width, tensor, old..old + capacity * width);
             }
             *tensor = larger;
+        }
+        Ok(())
+    }
+
+    /// Slot `slot`, which has read `tokens` tokens, alone on another device.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn slot_to(&self, slot: usize, tokens: usize, device: &Device) -> Result<LayerState> {
+        let alone = |tensor: &Tensor| tensor.slot(slot, tensor.shape()[1])?.to(device);
+        let some = |tensor: &Option<Tensor>| tensor.as_ref().map(alone).transpose();
+        Ok(match self {
+            LayerState::Ttt(TttState { fast, pre_conv, qk_conv }) => {
+                LayerState::Ttt(TttState { fast: fast.slot_to(slot, device)?, pre_conv: some(pre_conv)?, qk_conv: some(qk_conv)? })
+            }
+            LayerState::Attention(Cache { keys, values }) => LayerState::Attention(Cache {
+                keys: keys.slot(slot, tokens)?.to(device)?,
+                values: values.slot(slot, tokens)?.to(device)?,
+            }),
+            LayerState::Mamba(MambaState { window, recurrent }) => {
+                LayerState::Mamba(MambaState { window: alone(window)?, recurrent: alone(recurrent)? })
+            }
+        })
+    }
+
+    /// Fills slot `slot` with the one slot of a state that lies elsewhere and has read `tokens` tokens, for which there is room.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn set_slot(&mut self, slot: usize, from: &LayerState, tokens: usize) -> Result<()> {
+        for ((name, to), (_, from)) in self.tensors_mut().zip(from.tensors()) {
+            let per_slot = to.len() / to.shape()[0];
+            let some = match Extent::of(name) {
+                Extent::Tokens => tokens * to.shape()[2],
+                Extent::Whole | Extent::OpenRows => per_slot,
+            };
+            let moved = from.to(to.device())?;
+            let moved = if moved.dtype() == to.dtype() { moved } else { moved.cast(to.dtype())? };
+            to.copy_from(slot * per_slot, &moved, 0..some);
         }
         Ok(())
     }

@@ -35,6 +35,7 @@ pub mod token_scale;
 pub mod ttt_batch;
 pub mod ttt_linear;
 pub mod ttt_mlp;
+pub mod verdict;
 
 pub(crate) mod partials;
 pub(crate) mod segments;
@@ -59,6 +60,8 @@ pub(crate) static KERNELS: &[&crate::device::cuda::kernels::Source] = &[
     &step::cuda::PRODUCTS,
     &step::cuda::ROWS,
     &swiglu::cuda::SOURCE,
+    &verdict::cuda::SOURCE,
+    &inner::cuda::SOURCE,
     &ttt_linear::cuda::PLAIN,
     &ttt_linear::cuda::FORWARD_48,
     &ttt_linear::cuda::BACKWARD_48,

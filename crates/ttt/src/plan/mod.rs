@@ -1,18 +1,58 @@
 //! What a model costs before anything is allocated: parameters, memory by part, and arithmetic per token.
 //!
 //! The memory plan replays, with sizes only, the allocations that [`crate::lm`] and [`crate::layer`] make in one training step or
-//! one prefill (`replay`, and `mixer` for what is of one mixer); a test holds it against the measured peak.
+//! one prefill (`replay`, and `mixer` for what is of one mixer); tests hold it against the measured peak. `step` also looks for
+//! what fits.
 
 mod mixer;
 mod replay;
+mod step;
+
+pub use step::{Fit, Segments, Step, segmented_memory, training_memory};
 
 use crate::config::{Config, Mixer};
+use crate::device::Device;
 use crate::device::memory::size_class;
 use crate::generate::PREFILL_CHUNK;
 use crate::layer::{Keep, Learner};
 use crate::params::{Entry, ParamTable};
+use crate::tensor::DType;
 use crate::weights::Storage;
 use replay::{Ledger, Of, Shape};
+
+/// What the memory of a model depends on beside its sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A CPU, in f32.
+    Cpu,
+    /// A GPU, with activations of this type; bf16 is mixed precision.
+    Gpu(DType),
+}
+
+impl Place {
+    /// That of a model of this type on a device.
+    pub fn of(device: &Device, dtype: DType) -> Place {
+        if device.as_cuda().is_some() { Place::Gpu(dtype) } else { Place::Cpu }
+    }
+
+    /// Type of activations.
+    fn activations(self) -> DType {
+        match self {
+            Place::Cpu => DType::F32,
+            Place::Gpu(dtype) => dtype,
+        }
+    }
+
+    /// Bytes of the copies of `parameters` weights that products read in mixed precision.
+    fn copies(self, parameters: usize) -> usize {
+        if self == Place::Gpu(DType::Bf16) { size_class(2 * parameters) } else { 0 }
+    }
+
+    /// Scratch of libraries, which is no tensor's.
+    fn libraries(self) -> usize {
+        if let Place::Gpu(_) = self { crate::device::cuda::LIBRARY_SCRATCH } else { 0 }
+    }
+}
 
 /// Floating-point operations for one token (a multiply-add counts as two).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,6 +108,8 @@ pub fn flops(config: &Config, tokens: usize) -> Flops {
 pub struct Memory {
     /// The weights.
     pub weights: usize,
+    /// In mixed precision, their copies for products.
+    pub copies: usize,
     /// Gradients.
     pub gradients: usize,
     /// Both moments of the optimizer.
@@ -76,16 +118,26 @@ pub struct Memory {
     pub activations: usize,
     /// Fast weights kept for the backward pass.
     pub fast_weights: usize,
+    /// On a GPU, what else the inner loop keeps for it: scaled gradients, with which updates are undone, and what LayerNorm read.
+    pub inner_gradients: usize,
     /// States of the sequences: in inference, and in training those that segments continue, with their copies and gradients.
     pub states: usize,
     /// What one layer or the loss needs for a moment, at its largest.
     pub transient: usize,
+    /// On a GPU, scratch of its libraries' products, which is not counted among tensors.
+    pub libraries: usize,
 }
 
 impl Memory {
+    /// What stays from step to step.
+    pub fn fixed(&self) -> usize {
+        self.weights + self.copies + self.gradients + self.optimizer
+    }
+
     /// All parts together: the peak.
     pub fn total(&self) -> usize {
-        self.weights + self.gradients + self.optimizer + self.activations + self.fast_weights + self.states + self.transient
+        let kept = self.activations + self.fast_weights + self.inner_gradients + self.states;
+        self.fixed() + kept + self.transient + self.libraries
     }
 
     /// That of training, when the initial fast weights alone are learned: both moments, and weights and gradients once more, of
@@ -95,83 +147,6 @@ impl Memory {
         let bytes = |table: ParamTable| size_class(table.len() * 4);
         Memory { gradients: bytes(table.gradients_of_initial_state()), optimizer: 4 * bytes(table.initial_state()), ..self }
     }
-}
-
-/// Training in segments that continue states.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segments {
-    /// Sequences that a step continues, over all its micro-batches.
-    pub slots: usize,
-    /// Consecutive segments of each in a step.
-    pub per_step: usize,
-    /// Tokens of a whole sequence: as many as a state that grows may hold.
-    pub sequence: usize,
-    /// Whether gradient crosses the cuts between them.
-    pub gradient: bool,
-    /// Whether segments are then read again for the backward pass, from the states at their beginning.
-    pub recompute: bool,
-}
-
-/// Memory of one training step with sequences of the given lengths in a micro-batch, which all start afresh.
-///
-/// # Panics
-/// When `keep` keeps nothing.
-pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
-    step_memory(config, lens, keep, None)
-}
-
-/// [`training_memory`] of a step of segments of the given lengths, which continue states.
-///
-/// # Panics
-/// When `keep` keeps nothing.
-pub fn segmented_memory(config: &Config, lens: &[usize], keep: Keep, segments: Segments) -> Memory {
-    step_memory(config, lens, keep, Some(segments))
-}
-
-fn step_memory(config: &Config, lens: &[usize], keep: Keep, segments: Option<Segments>) -> Memory {
-    assert!(keep != Keep::Nothing, "a training step keeps something");
-    let parameters = size_class(ParamTable::new(config).0.len() * 4);
-    let tokens = segments.map_or(0, |s| s.sequence);
-    let shape = Shape { config, n: lens.iter().sum(), lens, tokens };
-    let l = &mut Ledger::default();
-    let slots = segments.map_or(0, |s| s.slots);
-    let of = if segments.is_some() { Of::Copies(slots) } else { Of::None };
-    let mut states = shape.take_all(l, slots, Shape::take_states);
-    let (mut activations, mut fast_weights) = (0, 0);
-    // States that grow, when so many segments of a step are still to be read.
-    let len = lens.iter().copied().max().unwrap_or(0);
-    let at = |left: usize| Shape { tokens: tokens.saturating_sub(left * len), ..shape };
-    let across = segments.filter(|s| s.gradient);
-    // Of the segments before the last, what their backward passes need.
-    let mut earlier = Vec::new();
-    for left in (2..=across.map_or(1, |s| s.per_step)).rev() {
-        if across.is_some_and(|s| s.recompute) {
-            let start = at(left).take_all(l, slots, Shape::take_states);
-            states += start;
-            let pass = at(left - 1).forward_all(l, Keep::Nothing, of);
-            l.free(pass.x + pass.hidden);
-            earlier.push((start, None));
-        } else {
-            let pass = at(left - 1).forward_all(l, keep, of);
-            activations += pass.held().0 + pass.hidden;
-            fast_weights += pass.held().1;
-            earlier.push((0, Some(pass)));
-        }
-    }
-    let last = shape.forward_all(l, keep, of);
-    activations += last.held().0;
-    fast_weights += last.held().1;
-    if across.is_some() {
-        states += shape.take_all(l, slots, Shape::take_carried);
-    }
-    shape.backward_all(l, last, keep, of, across.is_some());
-    for (i, (start, pass)) in earlier.into_iter().rev().enumerate() {
-        let pass = pass.unwrap_or_else(|| at(i + 1).forward_all(l, keep, of));
-        at(i + 1).backward_all(l, pass, keep, of, across.is_some());
-        l.free(start);
-    }
-    let transient = l.peak.saturating_sub(activations + fast_weights + states);
-    Memory { weights: parameters, gradients: parameters, optimizer: 2 * parameters, activations, fast_weights, states, transient }
 }
 
 /// Bytes of the weights of a model that is not trained.
@@ -185,18 +160,20 @@ pub fn weight_bytes(config: &Config, storage: Storage) -> usize {
 }
 
 /// Memory of reading `tokens` tokens in each of `slots` sequences, at most [`PREFILL_CHUNK`] of each at once.
-pub fn inference_memory(config: &Config, slots: usize, tokens: usize) -> Memory {
+pub fn inference_memory(config: &Config, slots: usize, tokens: usize, place: Place) -> Memory {
     let at_once = tokens.min(PREFILL_CHUNK);
     let lens = vec![at_once; slots];
     let shape = Shape { config, n: slots * at_once, lens: &lens, tokens };
-    let states = shape.take_all(&mut Ledger::default(), slots, Shape::take_states);
-    let mut l = Ledger::default();
+    let states = shape.take_all(&mut Ledger::new(place), slots, Shape::take_states);
+    let mut l = Ledger::new(place);
     let rope = shape.take_rope(&mut l);
     let mut x = l.take(shape.rows());
     for _ in 0..config.num_hidden_layers {
-        x = shape.forward(&mut l, x, None, Of::Slots).0;
+        x = shape.forward(&mut l, x, Keep::Nothing, Of::Slots).0;
     }
     l.touch(shape.rows());
     l.free(rope);
-    Memory { weights: size_class(ParamTable::new(config).0.len() * 4), states, transient: l.peak, ..Memory::default() }
+    let parameters = ParamTable::new(config).0.len();
+    let (weights, copies) = (size_class(4 * parameters), place.copies(parameters));
+    Memory { weights, copies, states, transient: l.peak, libraries: place.libraries(), ..Memory::default() }
 }

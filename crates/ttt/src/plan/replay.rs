@@ -3,20 +3,37 @@
 use crate::config::Config;
 use crate::device::memory::size_class;
 use crate::layer::Keep;
+use crate::ops::cross_entropy;
+use crate::plan::Place;
+use crate::tensor::DType;
 
-/// Logits that the loss holds at once, of whole rows: 16 MiB of them.
+/// Logits that the loss holds at once on a CPU, of whole rows: 16 MiB of them.
 const LOGITS: usize = 4 << 20;
 
 /// A running sum of bytes with its peak.
-#[derive(Default)]
 pub(super) struct Ledger {
+    pub(super) place: Place,
     pub(super) now: usize,
     pub(super) peak: usize,
 }
 
 impl Ledger {
-    pub(super) fn take(&mut self, floats: usize) -> usize {
-        let bytes = size_class(floats * 4);
+    pub(super) fn new(place: Place) -> Ledger {
+        Ledger { place, now: 0, peak: 0 }
+    }
+
+    /// Takes memory for numbers of the activations' type.
+    pub(super) fn take(&mut self, numbers: usize) -> usize {
+        self.take_bytes(numbers * self.place.activations().size())
+    }
+
+    /// Takes memory for numbers that are f32 whatever activations are.
+    pub(super) fn take_f32(&mut self, numbers: usize) -> usize {
+        self.take_bytes(numbers * DType::F32.size())
+    }
+
+    fn take_bytes(&mut self, bytes: usize) -> usize {
+        let bytes = size_class(bytes);
         self.now += bytes;
         self.peak = self.peak.max(self.now);
         bytes
@@ -27,8 +44,14 @@ impl Ledger {
     }
 
     /// Takes and gives back: something that lives for a moment.
-    pub(super) fn touch(&mut self, floats: usize) {
-        let bytes = self.take(floats);
+    pub(super) fn touch(&mut self, numbers: usize) {
+        let bytes = self.take(numbers);
+        self.free(bytes);
+    }
+
+    /// [`Ledger::touch`] of f32 numbers.
+    pub(super) fn touch_f32(&mut self, numbers: usize) {
+        let bytes = self.take_f32(numbers);
         self.free(bytes);
     }
 }
@@ -61,6 +84,8 @@ pub(super) struct Shape<'c> {
 pub(super) struct Kept {
     pub(super) activations: usize,
     pub(super) fast_weights: usize,
+    /// Of a GPU's inner loop: scaled gradients, and what LayerNorm read.
+    pub(super) inner_gradients: usize,
     pub(super) projected: usize,
     pub(super) qk: usize,
     pub(super) z: usize,
@@ -90,14 +115,14 @@ impl Shape<'_> {
     }
 
     /// A block's forward pass; its input is already counted. Returns its output and what it keeps.
-    pub(super) fn forward(&self, l: &mut Ledger, x: usize, keep: Option<usize>, of: Of) -> (usize, Kept) {
+    pub(super) fn forward(&self, l: &mut Ledger, x: usize, keep: Keep, of: Of) -> (usize, Kept) {
         let (config, rows) = (self.config, self.rows());
         let mut kept = Kept::default();
         let mut copies = match of {
             Of::Copies(_) => self.take_states(l, self.lens.len()),
             _ => 0,
         };
-        if let (Of::Copies(_), Some(_)) = (of, keep) {
+        if let (Of::Copies(_), true) = (of, keep.activations()) {
             (kept.start, copies) = self.take_start(l, copies);
         }
         let mixer_input = if config.pre_conv {
@@ -114,7 +139,7 @@ impl Shape<'_> {
         let y = self.mixer_forward(l, &mut kept, keep, of);
         l.free(normed);
         if !config.has_feed_forward() {
-            if keep.is_none() {
+            if !keep.activations() {
                 l.free(kept.mixer_input + kept.input);
             }
             l.free(copies);
@@ -128,7 +153,7 @@ impl Shape<'_> {
         let hidden = l.take(self.n * config.intermediate_size);
         let y = l.take(rows);
         l.free(hidden);
-        if keep.is_none() {
+        if !keep.activations() {
             l.free(kept.gate_up + kept.ffn_input + kept.mixer_input + kept.input);
         }
         l.free(copies);
@@ -138,12 +163,12 @@ impl Shape<'_> {
 
     /// A block's backward pass: gives back what it kept, turns the gradient of its output into that of its input.
     /// With `dstates` the gradient of its states is handed on.
-    fn backward(&self, l: &mut Ledger, kept: Kept, dy: usize, dstates: bool) -> usize {
+    fn backward(&self, l: &mut Ledger, kept: Kept, dy: usize, keep: Keep, dstates: bool) -> usize {
         let (config, rows) = (self.config, self.rows());
         let own = if dstates { self.take_carried(l, self.lens.len()) } else { 0 };
         let dffn_input = if config.has_feed_forward() { self.feed_forward_backward(l, &kept, dy) } else { dy };
         let normed = l.take(rows);
-        let dx = self.mixer_backward(l, &kept, dstates);
+        let dx = self.mixer_backward(l, kept, keep, dstates);
         l.free(normed);
         let dmixer_input = l.take(rows);
         l.free(dx + kept.mixer_input + dffn_input);
@@ -183,9 +208,9 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    /// Activations and fast weights.
-    pub(super) fn held(&self) -> (usize, usize) {
-        self.blocks.iter().fold((self.x, 0), |(a, f), k| (a + k.activations, f + k.fast_weights))
+    /// Activations, fast weights and inner gradients.
+    pub(super) fn held(&self) -> [usize; 3] {
+        self.blocks.iter().fold([self.x, 0, 0], |[a, f, g], k| [a + k.activations, f + k.fast_weights, g + k.inner_gradients])
     }
 }
 
@@ -196,8 +221,8 @@ impl Shape<'_> {
         let mut x = l.take(self.rows());
         for _ in 0..self.config.num_hidden_layers {
             match keep {
-                Keep::Saved { group } => {
-                    let (y, kept) = self.forward(l, x, Some(group), of);
+                Keep::Saved { .. } | Keep::Start { .. } => {
+                    let (y, kept) = self.forward(l, x, keep, of);
                     blocks.push(kept);
                     x = y;
                 }
@@ -206,11 +231,11 @@ impl Shape<'_> {
                     // The block frees its own handle of the input, but the saved one keeps it alive.
                     l.now += input;
                     let start = self.take_whole_start(l, of);
-                    let (y, _) = self.forward(l, input, None, of);
+                    let (y, _) = self.forward(l, input, Keep::Nothing, of);
                     blocks.push(Kept { input, start, activations: input + start, ..Kept::default() });
                     x = y;
                 }
-                Keep::Nothing => x = self.forward(l, x, None, of).0,
+                Keep::Nothing => x = self.forward(l, x, keep, of).0,
             }
         }
         let hidden = l.take(self.rows());
@@ -221,7 +246,10 @@ impl Shape<'_> {
     pub(super) fn backward_all(&self, l: &mut Ledger, pass: Pass, keep: Keep, of: Of, dstates: bool) {
         let dhidden = l.take(self.rows());
         // The loss brings the rows that count together, a chunk at a time.
-        let chunk = (LOGITS / self.config.vocab_size).clamp(1, self.n);
+        let chunk = match l.place {
+            Place::Cpu => (LOGITS / self.config.vocab_size).clamp(1, self.n),
+            Place::Gpu(dtype) => cross_entropy::cuda::chunk_rows(self.config.vocab_size, dtype, self.n),
+        };
         let logits = l.take(chunk * self.config.vocab_size);
         l.touch(chunk * self.config.hidden_size);
         l.free(logits + pass.hidden);
@@ -231,13 +259,13 @@ impl Shape<'_> {
         for kept in pass.blocks.into_iter().rev() {
             let kept = match keep {
                 Keep::Input { group } => {
-                    let (y, again) = self.forward(l, kept.input, Some(group), of);
+                    let (y, again) = self.forward(l, kept.input, Keep::Saved { group }, of);
                     l.free(y + kept.start);
                     again
                 }
                 _ => kept,
             };
-            dx = self.backward(l, kept, dx, dstates);
+            dx = self.backward(l, kept, dx, keep, dstates);
         }
         l.free(dx + rope);
     }

@@ -43,8 +43,9 @@ impl States {
     /// When there is no such slot, or the states are not of this model's shape.
     pub fn save(&self, slot: usize, model: &Lm, pending: &[u32], tokenizer: Option<&str>, path: impl AsRef<Path>) -> Result<u64> {
         let path = path.as_ref();
-        let on_cpu = self.on_cpu()?;
-        let (metadata, sources) = on_cpu.as_ref().unwrap_or(self).sources(slot, model, pending, tokenizer)?;
+        let alone = self.slot_on_cpu(slot)?;
+        let (states, slot) = alone.as_ref().map_or((self, slot), |alone| (alone, 0));
+        let (metadata, sources) = states.sources(slot, model, pending, tokenizer)?;
         write(path, &metadata, sources)?;
         Ok(std::fs::metadata(path).map_err(|e| Error::io(path, e))?.len())
     }
@@ -57,8 +58,9 @@ impl States {
     /// # Panics
     /// As [`States::save`].
     pub fn to_bytes(&self, slot: usize, model: &Lm, pending: &[u32], tokenizer: Option<&str>) -> Result<Vec<u8>> {
-        let on_cpu = self.on_cpu()?;
-        let (metadata, sources) = on_cpu.as_ref().unwrap_or(self).sources(slot, model, pending, tokenizer)?;
+        let alone = self.slot_on_cpu(slot)?;
+        let (states, slot) = alone.as_ref().map_or((self, slot), |alone| (alone, 0));
+        let (metadata, sources) = states.sources(slot, model, pending, tokenizer)?;
         let mut bytes = Vec::with_capacity(sources.iter().map(Source::bytes).sum::<usize>() + (1 << 14));
         write_to(&mut bytes, &metadata, sources).expect("a vector takes all bytes");
         Ok(bytes)
@@ -96,9 +98,9 @@ impl States {
     /// # Panics
     /// As [`States::restore`].
     pub fn restore_file(&mut self, slot: usize, model: &Lm, state: StateFile) -> Result<StateHeader> {
-        if let Some(mut on_cpu) = self.on_cpu()? {
-            let header = on_cpu.restore_file(slot, model, state)?;
-            self.set_from_cpu(&on_cpu)?;
+        if let Some(mut alone) = self.slot_on_cpu(slot)? {
+            let header = alone.restore_file(0, model, state)?;
+            self.set_slot_from_cpu(slot, &alone)?;
             return Ok(header);
         }
         let StateFile { file, header } = &state;

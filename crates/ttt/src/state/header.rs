@@ -19,7 +19,7 @@ pub(super) const LAYOUT: u32 = 1;
 
 /// What a state is the state of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Learner {
     /// TTT-Linear.
     Linear,

@@ -10,6 +10,7 @@ use crate::Result;
 use crate::batch::{Batch, Segment};
 use crate::device::Device;
 use crate::layer::LayerState;
+use crate::layer::state::Extent;
 use crate::lm::Lm;
 
 /// The states of a number of slots, each of which holds one sequence and its position. That of a TTT model, fast weights, open
@@ -52,6 +53,42 @@ impl States {
         let host = device.cpu_beside();
         let layers = self.layers.iter().map(|layer| layer.to(&host)).collect::<Result<_>>()?;
         Ok(Some(States { layers, positions: self.positions.clone(), mini_batch: self.mini_batch }))
+    }
+
+    /// A slot on the CPU, alone, when the states lie in a GPU's memory: what a file is written from.
+    pub(crate) fn slot_on_cpu(&self, slot: usize) -> Result<Option<States>> {
+        let Some(device) = self.device().filter(|device| device.as_cuda().is_some()) else { return Ok(None) };
+        assert!(slot < self.slots(), "slot {slot} of {}", self.slots());
+        let (host, position) = (device.cpu_beside(), self.positions[slot]);
+        let layers = self.layers.iter().map(|layer| layer.slot_to(slot, position as usize, &host)).collect::<Result<_>>()?;
+        Ok(Some(States { layers, positions: vec![position], mini_batch: self.mini_batch }))
+    }
+
+    /// Takes the values of a slot from states of one slot on the CPU. The others stay where they are.
+    pub(crate) fn set_slot_from_cpu(&mut self, slot: usize, from: &States) -> Result<()> {
+        let tokens = from.positions[0] as usize;
+        self.layers.iter_mut().try_for_each(|layer| layer.reserve(tokens))?;
+        self.layers.iter_mut().zip(&from.layers).try_for_each(|(to, from)| to.set_slot(slot, from, tokens))?;
+        self.positions[slot] = from.positions[0];
+        Ok(())
+    }
+
+    /// Makes room for sequences of `tokens` tokens in every slot, and not for more, where states grow with what is read (see
+    /// [`States::bytes_per_token`]). Without it room is made as it is needed, and then for more.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.reserve_exact(tokens))
+    }
+
+    /// Bytes that a slot grows by with every token: keys and values; otherwise 0.
+    pub fn bytes_per_token(&self) -> usize {
+        let grows = |(name, tensor): (&str, &crate::tensor::Tensor)| match Extent::of(name) {
+            Extent::Tokens => tensor.shape()[2] * tensor.dtype().size(),
+            Extent::Whole | Extent::OpenRows => 0,
+        };
+        self.layers.iter().flat_map(|layer| layer.tensors()).map(grows).sum()
     }
 
     /// Where they live.

@@ -169,3 +169,17 @@ pub fn tokenizer(settings: &Settings, config: &Config, checkpoint: Option<&Path>
     }
     Ok(tokenizer)
 }
+
+/// Ids that samples begin with. They are made before anything is trained, so that a sample never stops a run.
+pub(super) fn sample_prompt(settings: &Settings, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let mut prompt: Vec<u32> = tokenizer.bos().into_iter().collect();
+    if settings.sample.every > 0 {
+        let advice = "choose another sample.prompt, or no samples with sample.every=0";
+        let text = tokenizer.encode(&settings.sample.prompt);
+        prompt.extend(text.map_err(|e| Error::Config(format!("sample.prompt: {e}; {advice}")))?);
+        if prompt.is_empty() {
+            return Err(Error::Config(format!("sample.prompt is empty and the tokenizer has no id that begins a text; {advice}")));
+        }
+    }
+    Ok(prompt)
+}

@@ -1,5 +1,6 @@
 //! Training: settings of a run, schedules, and what a run writes beside its checkpoints.
 
+mod batches;
 mod carried;
 pub mod checkpoint;
 mod corpus;
@@ -16,4 +17,4 @@ pub mod step;
 pub mod tensorboard;
 
 pub use corpus::{DataId, TextId};
-pub use settings::Settings;
+pub use settings::{Recompute, Settings};

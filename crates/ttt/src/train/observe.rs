@@ -4,6 +4,8 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::data::Progress;
+use crate::layer::Keep;
+use crate::plan::Memory;
 use crate::train::metrics::Record;
 
 /// What happens during a run, for whoever shows it.
@@ -19,6 +21,10 @@ pub enum Event<'a> {
     Start {
         /// The model.
         config: &'a Config,
+        /// What a step needs of memory.
+        memory: Memory,
+        /// What its forward pass keeps.
+        keep: Keep,
         /// Number of its parameters.
         parameters: usize,
         /// Number of those that are learned.

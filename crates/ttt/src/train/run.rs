@@ -1,19 +1,20 @@
 //! The training loop.
 
-use std::ops::Range;
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::batch::Batch;
 use crate::config::Config;
-use crate::data::{Examples, Sampler, Streams, Stretch, Tokenizer, Tokens};
+use crate::data::{Sampler, Streams, Tokenizer};
 use crate::device::{Device, probe};
 use crate::eval::{Evaluation, evaluate_batch};
 use crate::generate::{Generator, Sampling};
 use crate::hub::{ModelFolder, Skill, SkillInfo, write_atomic};
+use crate::layer::Keep;
 use crate::lm::Lm;
 use crate::ops::adamw;
-use crate::plan;
+use crate::plan::{self, Place, Step};
 use crate::state::States;
 use crate::tensor::DType;
 use crate::train::checkpoint::{self, Checkpoints, TrainerState};
@@ -24,7 +25,7 @@ use crate::train::observe::{Event, Observer};
 use crate::train::settings::{Carry as Over, Recompute};
 use crate::train::step::{Carry, MicroBatch, Optimizer, StepReport, StepSettings};
 use crate::train::tensorboard::EventFile;
-use crate::train::{Settings, metrics, plot};
+use crate::train::{Settings, batches, metrics, plot};
 use crate::{AtPath, Error, Result};
 
 /// What to train, where.
@@ -67,8 +68,8 @@ pub fn run(job: &Job, observer: &dyn Observer) -> Result<Outcome> {
         settings.validate()?;
     }
     let job = Job { settings, ..job.clone() };
-    let mut run = Run::new(&job, lock, observer)?;
-    run.train(observer)
+    let run = Run::new(&job, lock, observer);
+    run.and_then(|mut run| run.train(observer)).map_err(|e| job.settings.advised(&job.device, e))
 }
 
 /// Checks the run folder; an existing run is never overwritten.
@@ -91,20 +92,6 @@ fn check_folder(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Ids that samples begin with. They are made before anything is trained, so that a sample never stops a run.
-fn sample_prompt(settings: &Settings, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let mut prompt: Vec<u32> = tokenizer.bos().into_iter().collect();
-    if settings.sample.every > 0 {
-        let advice = "choose another sample.prompt, or no samples with sample.every=0";
-        let text = tokenizer.encode(&settings.sample.prompt);
-        prompt.extend(text.map_err(|e| Error::Config(format!("sample.prompt: {e}; {advice}")))?);
-        if prompt.is_empty() {
-            return Err(Error::Config(format!("sample.prompt is empty and the tokenizer has no id that begins a text; {advice}")));
-        }
-    }
-    Ok(prompt)
-}
-
 /// Everything that lives as long as the run.
 struct Run<'j> {
     job: &'j Job,
@@ -118,6 +105,9 @@ struct Run<'j> {
     carried: Option<States>,
     /// Windows of the validation text.
     validation: Sampler,
+    /// What forward passes keep.
+    keep: Keep,
+    place: Place,
     /// Ids of the sample prompt.
     prompt: Vec<u32>,
     checkpoints: Checkpoints,
@@ -127,9 +117,21 @@ struct Run<'j> {
     /// Floating-point operations a second that the device reaches in a matrix product.
     peak_flops: f64,
     started: Instant,
+    /// Steps that were queued and not looked at yet.
+    queued: VecDeque<Queued>,
     /// Seconds in steps, and tokens, since the last record of a step.
     since_record: (f64, u64),
     _lock: RunLock,
+}
+
+/// A step that was queued.
+struct Queued {
+    /// Steps made with it.
+    step: u64,
+    /// Tokens read with it.
+    tokens: u64,
+    /// Learning rate.
+    lr: f64,
 }
 
 impl<'j> Run<'j> {
@@ -142,7 +144,7 @@ impl<'j> Run<'j> {
         if let Some(warning) = tokenizer.unused_ids(config.vocab_size) {
             observer.event(Event::Warning(&warning));
         }
-        let prompt = sample_prompt(settings, &tokenizer)?;
+        let prompt = corpus::sample_prompt(settings, &tokenizer)?;
         let corpus = Corpus::open(settings, &job.folder, &config, &tokenizer, observer)?;
         let sampler = Sampler::new(corpus.train().len(), settings.train.sequence_length, settings.train.seed)?;
         let streams = Streams::new(sampler, settings.sequences_per_step(), settings.segmenting(config.mini_batch().unwrap_or(1)));
@@ -170,6 +172,8 @@ impl<'j> Run<'j> {
             false => Optimizer::new(&model)?,
         };
         let mut carried = settings.carries().then(|| model.states(streams.streams())).transpose()?;
+        let place = Place::of(&job.device, dtype);
+        let keep = settings.keep(&config, place, job.device.memory().room());
         let data = corpus.id(settings, &tokenizer);
         let state = match newest {
             Some(folder) => checkpoint::load(&folder, &mut model, &mut optimizer, carried.as_mut())?,
@@ -221,6 +225,8 @@ impl<'j> Run<'j> {
             streams,
             carried,
             validation,
+            keep,
+            place,
             prompt,
             checkpoints,
             state,
@@ -228,6 +234,7 @@ impl<'j> Run<'j> {
             events,
             peak_flops,
             started: Instant::now(),
+            queued: VecDeque::new(),
             since_record: (0.0, 0),
             _lock: lock,
         })
@@ -241,6 +248,8 @@ impl<'j> Run<'j> {
         let earlier = self.state.elapsed_seconds;
         observer.event(Event::Start {
             config: &self.config,
+            memory: Step { keep: self.keep, ..settings.planned_step(&self.config, self.place) }.memory(),
+            keep: self.keep,
             parameters: self.model.params().table().parameters(),
             learned: self.optimizer.m.table().parameters(),
             train_tokens: self.corpus.train().len() as u64,
@@ -253,9 +262,16 @@ impl<'j> Run<'j> {
         loop {
             let step = self.state.step;
             self.state.elapsed_seconds = earlier + self.started.elapsed().as_secs_f64();
+            let evaluates = due(step, settings.eval.every) || step == 0;
+            let samples = settings.sample.every > 0 && due(step, settings.sample.every);
+            let milestone = settings.checkpoint.milestone_every;
+            let saves = due(step, settings.checkpoint.every) || (milestone > 0 && due(step, milestone));
+            if evaluates || samples || saves {
+                self.settle(0, earlier, observer)?;
+            }
 
             // Evaluate.
-            if due(step, settings.eval.every) || step == 0 {
+            if evaluates {
                 let record = self.evaluate()?;
                 self.log(&record, observer)?;
                 if !record.loss.is_finite() {
@@ -271,14 +287,15 @@ impl<'j> Run<'j> {
                 validation = Some(record);
             }
             // Sample.
-            if settings.sample.every > 0 && due(step, settings.sample.every) {
+            if samples {
                 observer.event(Event::Sample(&self.sample()?));
             }
             // Save.
             let interrupted = observer.interrupted();
-            let milestone = settings.checkpoint.milestone_every;
-            let wanted = due(step, settings.checkpoint.every) || (milestone > 0 && due(step, milestone));
-            if step > from_step && (wanted || interrupted) {
+            if interrupted {
+                self.settle(0, earlier, observer)?;
+            }
+            if step > from_step && (saves || interrupted) {
                 let path = {
                     let carried = self.carried.as_ref();
                     self.checkpoints.save(&self.model, &self.optimizer, &self.tokenizer, &self.state, carried)?
@@ -296,19 +313,14 @@ impl<'j> Run<'j> {
             // Step.
             let lr = settings.learning_rate().at(step);
             let start = Instant::now();
-            let report = self.step(lr)?;
+            self.queue(lr)?;
             self.since_record.0 += start.elapsed().as_secs_f64();
             self.since_record.1 += settings.train.batch_tokens;
-            // Log.
             self.state.step += 1;
             self.state.tokens += settings.train.batch_tokens;
-            let record = self.train_record(&report, lr, earlier);
-            if due(self.state.step, settings.log.every) || self.state.step == 1 {
-                self.since_record = (0.0, 0);
-                self.log(&record, observer)?;
-            } else {
-                observer.event(Event::Step(&record));
-            }
+            self.queued.push_back(Queued { step: self.state.step, tokens: self.state.tokens, lr });
+            // Of a GPU a step is looked at while it makes the next one.
+            self.settle(usize::from(self.job.device.as_cuda().is_some()), earlier, observer)?;
         }
         let model = self.job.folder.join("final");
         checkpoint::save_model(&model, &self.model, &self.tokenizer)?;
@@ -330,7 +342,28 @@ impl<'j> Run<'j> {
         Ok(path)
     }
 
-    fn step(&mut self, lr: f64) -> Result<StepReport> {
+    /// Reads and reports steps until at most `left` are left to be read.
+    fn settle(&mut self, left: usize, earlier: f64, observer: &dyn Observer) -> Result<()> {
+        let every = self.job.settings.log.every;
+        while self.queued.len() > left {
+            let start = Instant::now();
+            let report = self.optimizer.settle(&self.model, self.carried.as_ref())?.expect("a step was queued");
+            self.since_record.0 += start.elapsed().as_secs_f64();
+            let queued = self.queued.pop_front().expect("as many as the optimizer has");
+            let record = self.train_record(&report, &queued, earlier);
+            let last = self.job.settings.steps();
+            if queued.step == last || queued.step == 1 || (every > 0 && queued.step.is_multiple_of(every)) {
+                self.since_record = (0.0, 0);
+                self.log(&record, observer)?;
+            } else {
+                observer.event(Event::Step(&record));
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues a step; on a CPU it is made then.
+    fn queue(&mut self, lr: f64) -> Result<()> {
         let settings = &self.job.settings;
         let o = &settings.optimizer;
         let step = StepSettings {
@@ -338,30 +371,22 @@ impl<'j> Run<'j> {
             inner_lr: settings.inner_learning_rate(&self.config).multiplier(self.state.step),
             clip: if o.clip > 0.0 { o.clip } else { f64::INFINITY },
             adamw: adamw::Settings { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
-            keep: settings.keep(),
+            keep: self.keep,
         };
         // Of each group of streams the segments of the step.
         let (tokens, at_once) = (self.corpus.train(), settings.micro_batch());
         let streams = |first: usize| first..first + at_once;
-        let segment = |first, i| segment_batch(tokens, &self.streams.stretches(tokens, self.state.step, streams(first), i));
+        let segment = |first, i| batches::segments(tokens, &self.streams.stretches(tokens, self.state.step, streams(first), i));
         let segments = |first| (0..self.streams.per_step()).map(|i| segment(first, i)).collect();
         let groups: Vec<Vec<MicroBatch>> = (0..self.streams.streams()).step_by(at_once).map(segments).collect();
         match &mut self.carried {
             Some(states) => {
                 let gradient = settings.train.carry == Over::Gradient;
                 let carry = Carry { states, gradient, recompute: settings.train.recompute == Recompute::Segment };
-                self.optimizer.step_segments(&mut self.model, &groups, carry, &step)
+                self.optimizer.queue_segments(&mut self.model, &groups, carry, &step)
             }
-            None => self.optimizer.step(&mut self.model, &groups.into_iter().flatten().collect::<Vec<_>>(), &step),
+            None => self.optimizer.queue(&mut self.model, &groups.into_iter().flatten().collect::<Vec<_>>(), &step),
         }
-    }
-
-    fn micro_batch(&self, tokens: &Tokens, sampler: &Sampler, windows: &[usize]) -> MicroBatch {
-        let mut examples = Examples::default();
-        sampler.fill(tokens, windows, &mut examples);
-        let sequences: Vec<&[u32]> = examples.inputs.chunks(sampler.seq_len()).collect();
-        let mask = examples.weights.iter().map(|m| f64::from(u8::from(*m))).collect();
-        MicroBatch { batch: Batch::packed(&sequences), targets: examples.targets, mask }
     }
 
     /// Reads evenly spaced windows of the validation text, each from the initial weights.
@@ -377,7 +402,7 @@ impl<'j> Run<'j> {
         // So many that they are at most as many tokens as a micro-batch.
         let at_once = settings.micro_batch() * settings.segment_length() / settings.train.sequence_length;
         for windows in chosen.chunks(at_once.max(1)) {
-            let m = self.micro_batch(tokens, sampler, windows);
+            let m = batches::windows(tokens, sampler, windows);
             let targets = |window: &usize| tokens.bytes_in(sampler.range(*window).start + 1..sampler.range(*window).end);
             let bytes = windows.iter().map(targets).sum();
             sums.add(&evaluate_batch(&self.model, &m.batch, &m.targets, &m.mask, bytes)?);
@@ -410,7 +435,7 @@ impl<'j> Run<'j> {
         Ok(layers.iter().map(loss).collect())
     }
 
-    fn train_record(&self, report: &StepReport, lr: f64, earlier: f64) -> Record {
+    fn train_record(&self, report: &StepReport, queued: &Queued, earlier: f64) -> Record {
         let elapsed = earlier + self.started.elapsed().as_secs_f64();
         let speed = self.since_record.1 as f64 / self.since_record.0.max(1e-9);
         let train = self.corpus.train();
@@ -419,13 +444,13 @@ impl<'j> Run<'j> {
         let bytes = report.counted * train.bytes_of_text() as f64 / train.len() as f64;
         Record {
             bits_per_byte: (bytes > 0.0).then(|| report.nll / std::f64::consts::LN_2 / bytes),
-            lr: Some(lr),
+            lr: Some(queued.lr),
             grad_norm: Some(report.grad_norm),
             tokens_per_second: Some(speed),
             mfu: Some(per_token * speed / self.peak_flops),
             elapsed_seconds: Some(elapsed),
             memory_bytes: Some(self.job.device.memory().usage().peak as u64),
-            ..Record::new(Split::Train, self.state.step, self.state.tokens, report.loss)
+            ..Record::new(Split::Train, queued.step, queued.tokens, report.loss)
         }
     }
 
@@ -463,22 +488,4 @@ impl<'j> Run<'j> {
         let title = format!("{}, {millions:.1} million parameters", self.config.kind());
         plot::write_loss_svg(self.job.folder.join("loss.svg"), &records, &title)
     }
-}
-
-/// Stretches of the token stream as a batch: those of stream i are in slot i.
-fn segment_batch(tokens: &Tokens, stretches: &[Stretch]) -> MicroBatch {
-    let mut micro = MicroBatch::default();
-    let (mut inputs, mut mask) = (Vec::new(), Vec::new());
-    for Stretch { stream, tokens: Range { start, end }, fresh } in stretches.iter().cloned() {
-        inputs.clear();
-        tokens.read(start..end, &mut inputs);
-        match fresh {
-            true => micro.batch.push_fresh(&inputs, stream),
-            false => micro.batch.push(&inputs, stream),
-        }
-        tokens.read(start + 1..end + 1, &mut micro.targets);
-        tokens.mask(start + 1..end + 1, &mut mask);
-    }
-    micro.mask = mask.into_iter().map(|counts| f64::from(u8::from(counts))).collect();
-    micro
 }

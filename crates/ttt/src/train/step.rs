@@ -1,5 +1,9 @@
 //! One optimizer step: gradients of one or more micro-batches, global-norm clip, AdamW.
+//!
+//! A GPU's step is only queued ([`Optimizer::queue`]): its loss and the norm of its gradient are read when they are asked for
+//! ([`Optimizer::settle`]), a step late in a training loop, so that the GPU never waits for the host.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::batch::Batch;
@@ -9,6 +13,7 @@ use crate::layer::state::Extent;
 use crate::lm::{Lm, Saved};
 use crate::ops::adamw::{self, Settings};
 use crate::ops::grad_norm;
+use crate::ops::verdict::{Found, cuda::Verdict};
 use crate::params::{ParamTable, Params};
 use crate::state::States;
 use crate::tensor::{DType, Tensor};
@@ -72,6 +77,12 @@ pub struct StepReport {
     pub grad_norm: f64,
 }
 
+impl StepReport {
+    fn new(Found { loss, nll, norm }: Found, counted: f64) -> StepReport {
+        StepReport { loss, nll, counted, grad_norm: norm }
+    }
+}
+
 /// The optimizer's memory: both moments, the gradient buffer and the number of updates made.
 #[derive(Debug)]
 pub struct Optimizer {
@@ -82,8 +93,24 @@ pub struct Optimizer {
     grads: Params,
     /// Where what is learned is brought together for an update, when that is not everything.
     part: Option<Part>,
-    /// Updates made so far.
+    /// Updates made so far, those that are queued included.
     pub step: u64,
+    /// On a GPU, what its steps find.
+    verdict: Option<Verdict>,
+    /// Steps whose verdict was not read.
+    queued: VecDeque<Queued>,
+    /// Reports that nobody asked for yet.
+    reports: VecDeque<StepReport>,
+}
+
+/// A step that is queued.
+#[derive(Debug)]
+struct Queued {
+    step: u64,
+    counted: f64,
+    settings: StepSettings,
+    /// What it learned from, to look for numbers that are not finite.
+    groups: Vec<Vec<MicroBatch>>,
 }
 
 /// Copies of the learned part of weights and gradients.
@@ -101,7 +128,7 @@ impl Optimizer {
     pub fn new(model: &Lm) -> Result<Optimizer> {
         check_dtype(model)?;
         let zeros = || Params::zeros(model.params().table(), model.device(), DType::F32);
-        Ok(Optimizer { m: zeros()?, v: zeros()?, grads: zeros()?, part: None, step: 0 })
+        Optimizer::with(model, [zeros()?, zeros()?, zeros()?], None)
     }
 
     /// One that learns the initial fast weights, W0, and leaves every other parameter as it is. Nothing is kept for those, and the
@@ -116,7 +143,12 @@ impl Optimizer {
         let zeros = |table: &Arc<ParamTable>| Params::zeros(table, model.device(), DType::F32);
         let part = Some(Part { weights: zeros(&table)?, grads: zeros(&table)? });
         let grads = zeros(&Arc::new(all.gradients_of_initial_state()))?;
-        Ok(Optimizer { m: zeros(&table)?, v: zeros(&table)?, grads, part, step: 0 })
+        Optimizer::with(model, [zeros(&table)?, zeros(&table)?, grads], part)
+    }
+
+    fn with(model: &Lm, [m, v, grads]: [Params; 3], part: Option<Part>) -> Result<Optimizer> {
+        let verdict = model.device().as_cuda().map(Verdict::new).transpose()?;
+        Ok(Optimizer { m, v, grads, part, step: 0, verdict, queued: VecDeque::new(), reports: VecDeque::new() })
     }
 
     /// One step over `micro_batches`, whose sequences all weigh the same.
@@ -124,6 +156,15 @@ impl Optimizer {
     /// # Errors
     /// [`Error::NotFinite`] when the loss or the gradient is not finite: the weights and moments are as before the step. Memory.
     pub fn step(&mut self, model: &mut Lm, micro_batches: &[MicroBatch], settings: &StepSettings) -> Result<StepReport> {
+        self.queue(model, micro_batches, settings)?;
+        Ok(self.settle(model, None)?.expect("a step was queued"))
+    }
+
+    /// [`Optimizer::step`] whose report [`Optimizer::settle`] gives. On a GPU at most two steps may be queued.
+    ///
+    /// # Errors
+    /// As there, on a GPU but for what only the report tells.
+    pub fn queue(&mut self, model: &mut Lm, micro_batches: &[MicroBatch], settings: &StepSettings) -> Result<()> {
         let groups: Vec<&[MicroBatch]> = micro_batches.chunks(1).collect();
         self.update(model, &groups, None, settings)
     }
@@ -143,8 +184,58 @@ impl Optimizer {
         carry: Carry<'_>,
         settings: &StepSettings,
     ) -> Result<StepReport> {
+        let Carry { states, gradient, recompute } = carry;
+        self.queue_segments(model, groups, Carry { states, gradient, recompute }, settings)?;
+        Ok(self.settle(model, Some(states))?.expect("a step was queued"))
+    }
+
+    /// [`Optimizer::step_segments`] whose report [`Optimizer::settle`] gives, as [`Optimizer::queue`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn queue_segments(
+        &mut self,
+        model: &mut Lm,
+        groups: &[Vec<MicroBatch>],
+        carry: Carry<'_>,
+        settings: &StepSettings,
+    ) -> Result<()> {
         let groups: Vec<&[MicroBatch]> = groups.iter().map(Vec::as_slice).collect();
         self.update(model, &groups, Some(carry), settings)
+    }
+
+    /// Steps whose report nobody has asked for.
+    pub fn unsettled(&self) -> usize {
+        self.reports.len() + self.queued.len()
+    }
+
+    /// The report of the oldest step that has none yet; nothing when there is no such step. `carried` are the states that it
+    /// continued.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] when the loss or the gradient of that step was not finite: neither it nor those queued behind it were
+    /// made. Memory.
+    pub fn settle(&mut self, model: &Lm, carried: Option<&States>) -> Result<Option<StepReport>> {
+        if let Some(report) = self.reports.pop_front() {
+            return Ok(Some(report));
+        }
+        let Some(Queued { step, counted, settings, groups }) = self.queued.pop_front() else { return Ok(None) };
+        let (verdict, device) = (self.verdict.as_ref().expect("steps are queued on a GPU"), model.device().clone());
+        if let Some(found) = verdict.read(step) {
+            return Ok(Some(StepReport::new(found, counted)));
+        }
+        let groups: Vec<&[MicroBatch]> = groups.iter().map(Vec::as_slice).collect();
+        self.step = step;
+        let behind = std::mem::take(&mut self.queued).len();
+        if behind > 0 && carried.is_none() {
+            // Its gradient was written over.
+            self.gradients(model, &groups, None, &settings)?;
+        }
+        self.verdict.as_ref().expect("as above").clear(device.as_cuda().expect("a GPU"));
+        Err(self.not_finite(model, &groups, carried, settings.inner_lr)?)
     }
 
     fn update(
@@ -153,9 +244,14 @@ impl Optimizer {
         groups: &[&[MicroBatch]],
         mut carry: Option<Carry<'_>>,
         settings: &StepSettings,
-    ) -> Result<StepReport> {
-        let Sums { loss, nll, counted } = self.gradients(model, groups, carry.as_mut(), settings)?;
+    ) -> Result<()> {
+        assert!(self.queued.len() < Verdict::RING, "{} steps are queued and none was settled", self.queued.len());
+        let sums = self.gradients(model, groups, carry.as_mut(), settings);
         let device = model.device().clone();
+        if let (Err(_), Some(verdict), Some(gpu)) = (&sums, &self.verdict, device.as_cuda()) {
+            verdict.clear(gpu);
+        }
+        let Sums { loss, nll, counted } = sums?;
         let grads = match &mut self.part {
             Some(part) => {
                 part.grads.copy_shared(&self.grads);
@@ -163,12 +259,24 @@ impl Optimizer {
             }
             None => &self.grads,
         };
-        let grad_norm = device.install(|| grad_norm::sum_of_squares(grads.data())).sqrt();
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(self.not_finite(model, groups, carry.map(|carry| &*carry.states), settings.inner_lr)?);
+        let mut scale = 1.0;
+        match (&self.verdict, device.as_cuda()) {
+            (Some(verdict), Some(gpu)) => {
+                verdict.judge(gpu, self.step, grads.data(), settings.clip)?;
+                let groups = groups.iter().map(|group| group.to_vec()).collect();
+                self.queued.push_back(Queued { step: self.step, counted, settings: *settings, groups });
+            }
+            _ => {
+                let norm = device.install(|| grad_norm::sum_of_squares(grads.data())).sqrt();
+                let found = Found { loss, nll, norm };
+                if !found.is_finite() {
+                    return Err(self.not_finite(model, groups, carry.map(|carry| &*carry.states), settings.inner_lr)?);
+                }
+                scale = found.scale(settings.clip);
+                self.reports.push_back(StepReport::new(found, counted));
+            }
         }
-        let scale = if grad_norm > settings.clip { settings.clip / grad_norm } else { 1.0 };
-        let (m, v, made) = (self.m.data_mut(), self.v.data_mut(), self.step);
+        let (m, v, made, verdict) = (self.m.data_mut(), self.v.data_mut(), self.step, self.verdict.as_ref());
         let mut update = |weights: &mut Params, grads: &Params| {
             let pieces = weights.table().decay_pieces();
             let (data, mut copies) = weights.data_and_operands_mut();
@@ -177,7 +285,12 @@ impl Optimizer {
                     let decay = if decays { settings.adamw.weight_decay } else { 0.0 };
                     let adamw = Settings { weight_decay: decay, ..settings.adamw };
                     let copies = copies.as_deref_mut();
-                    adamw::step_part(data, copies, grads.data(), m, v, piece, made, settings.lr, scale, &adamw);
+                    match verdict {
+                        Some(verdict) => {
+                            adamw::step_judged(data, copies, grads.data(), m, v, piece, made, settings.lr, verdict, &adamw);
+                        }
+                        None => adamw::step_part(data, copies, grads.data(), m, v, piece, made, settings.lr, scale, &adamw),
+                    }
                 }
             });
         };
@@ -190,7 +303,7 @@ impl Optimizer {
             None => update(model.params_mut(), &self.grads),
         }
         self.step += 1;
-        Ok(StepReport { loss, nll, counted, grad_norm })
+        Ok(())
     }
 
     /// Gradients of the mean over all sequences, which are in the gradient buffer afterwards.
@@ -204,7 +317,8 @@ impl Optimizer {
         model.device().install(|| self.grads.data_mut().fill_zero());
         let mut sums = Sums::default();
         let sequences = groups.iter().flat_map(|group| *group).map(|m| m.lens().len()).sum();
-        let mut pass = Passes { model, settings, sequences, grads: &mut self.grads, sums: &mut sums };
+        let (grads, verdict) = (&mut self.grads, self.verdict.as_ref());
+        let mut pass = Passes { model, settings, sequences, grads, sums: &mut sums, verdict };
         for group in groups {
             match &mut carry {
                 Some(Carry { states, gradient: true, recompute }) => pass.across_cuts(group, states, *recompute)?,
@@ -265,7 +379,9 @@ struct Passes<'p> {
     /// Sequences of the step, which weigh the same in the loss.
     sequences: usize,
     grads: &'p mut Params,
+    /// Sums of the losses, but for those of a GPU, which are with its verdict.
     sums: &'p mut Sums,
+    verdict: Option<&'p Verdict>,
 }
 
 /// Final hidden rows, and what the backward pass needs.
@@ -281,11 +397,17 @@ impl Passes<'_> {
         let lens = micro.lens();
         let share = lens.len() as f64 / self.sequences as f64;
         let weights: Vec<f64> = sequence_mean_weights(&micro.mask, &lens).iter().map(|w| w * share).collect();
-        let (nll, dhidden) = self.model.loss(&hidden, &micro.targets, &weights, self.grads)?;
+        let dhidden = match self.verdict {
+            Some(verdict) => self.model.loss_judged(&hidden, &micro.targets, &weights, verdict, self.grads)?,
+            None => {
+                let (nll, dhidden) = self.model.loss(&hidden, &micro.targets, &weights, self.grads)?;
+                self.sums.loss += nll.iter().zip(&weights).map(|(n, w)| n * w).sum::<f64>();
+                self.sums.nll += nll.iter().zip(&micro.mask).map(|(n, m)| n * m).sum::<f64>();
+                dhidden
+            }
+        };
         drop(hidden);
         self.model.backward(&micro.batch, saved, dhidden, dstates, self.grads)?;
-        self.sums.loss += nll.iter().zip(&weights).map(|(n, w)| n * w).sum::<f64>();
-        self.sums.nll += nll.iter().zip(&micro.mask).map(|(n, m)| n * m).sum::<f64>();
         self.sums.counted += micro.mask.iter().sum::<f64>();
         Ok(())
     }

@@ -29,6 +29,33 @@ pub fn linear_case(n: usize, i: usize, o: usize) -> Case {
     )
 }
 
+pub fn linear_onto_case(n: usize, i: usize, o: usize) -> Case {
+    Case::new("linear_onto", &[("x", &[n, i]), ("w", &[o, i]), ("c", &[n, o])])
+        .forward(|v| vec![linear::forward_onto(v[0], v[1], v[2]).unwrap()])
+        .backward(|v, dy| {
+            let dx = linear::backward_input(dy[0].view(), v[1]).unwrap();
+            vec![dx, added(v[1], |dw| linear::backward_weight(dy[0].view(), v[0], dw.view_mut())), dy[0].clone()]
+        })
+}
+
+/// `y = x + norm(x)`, whose two gradients are one call.
+pub fn rms_norm_residual_case(n: usize, d: usize) -> Case {
+    Case::new("rms_norm_residual", &[("x", &[n, d]), ("w", &[1, d])])
+        .in_f32(&[1])
+        .forward(|v| {
+            let mut y = rms_norm::forward(v[0], v[1], 1e-6).unwrap();
+            add::add_to(y.view_mut(), v[0]);
+            vec![y]
+        })
+        .backward(|v, dy| {
+            let (mut dx, dy) = (None, dy[0].view());
+            let dw = added(v[1], |dw| {
+                dx = Some(rms_norm::backward_onto(dy, v[0], v[1], 1e-6, dw.view_mut(), Some(dy)).unwrap());
+            });
+            vec![dx.unwrap(), dw]
+        })
+}
+
 pub fn embedding_case(n: usize, v: usize, d: usize) -> Case {
     let ids: Vec<u32> = (0..n).map(|i| (i * i % v) as u32).collect();
     let again = ids.clone();
@@ -247,14 +274,14 @@ pub fn inner_lr_case(n: usize, d: usize, h: usize, scale: f64) -> Case {
         .forward(move |v| vec![inner_lr::forward(v[0], v[1], v[2], scale).unwrap()])
         .backward(move |v, dy| {
             let lr = inner_lr::forward(v[0], v[1], v[2], scale).unwrap();
-            let (mut dx, mut dw) = (None, None);
+            let (mut dx, mut dw) = (Tensor::zeros(v[0].device(), &v[0].shape(), v[0].dtype()).unwrap(), None);
             let dbias = added(v[2], |dbias| {
                 dw = Some(added(v[1], |dw| {
                     let (dw, dbias) = (dw.view_mut(), dbias.view_mut());
-                    dx = Some(inner_lr::backward(dy[0].view(), lr.view(), v[0], v[1], scale, dw, dbias).unwrap());
+                    inner_lr::backward(dy[0].view(), lr.view(), v[0], v[1], scale, dw, dbias, dx.view_mut()).unwrap();
                 }));
             });
-            vec![dx.unwrap(), dw.unwrap(), dbias]
+            vec![dx, dw.unwrap(), dbias]
         })
 }
 
@@ -303,6 +330,8 @@ pub fn odd_cases() -> Vec<Case> {
         embedding_case(300, 37, 131),
         rms_norm_case(61, 771),
         rms_norm_case(1, 3),
+        rms_norm_residual_case(61, 771),
+        linear_onto_case(33, 67, 29),
         layer_norm_case(61, 771),
         layer_norm_case(1, 13),
         conv_case(771, 4),

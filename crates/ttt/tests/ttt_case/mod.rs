@@ -40,6 +40,13 @@ pub fn close(what: &str, got: &[f64], expected: &[f64], bound: f64) {
     }
 }
 
+/// Norm of the difference over the norm of what is expected.
+pub fn distance(got: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut got.iter().zip(expected).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied()).max(1e-30)
+}
+
 #[derive(Clone, Debug)]
 pub struct Case {
     pub inner: Inner,
@@ -152,6 +159,16 @@ impl Case {
             dz: noise(9, wide, 1.0),
             dw: noise(10, state, 0.3),
         }
+    }
+
+    /// The same with numbers that a GPU has in mixed precision: q, k, v and dz in bf16, the others in f32.
+    pub fn in_mixed_precision(mut self) -> Case {
+        for x in [&mut self.q, &mut self.k_rows, &mut self.v, &mut self.dz].into_iter().flatten() {
+            *x = half::bf16::from_f32(*x as f32).to_f64();
+        }
+        let others = [&mut self.lr, &mut self.tok, &mut self.gamma, &mut self.beta, &mut self.w0, &mut self.dw];
+        others.into_iter().flatten().for_each(|x| *x = f64::from(*x as f32));
+        self
     }
 
     pub fn field_mut(&mut self, name: &str) -> &mut Vec<f64> {
@@ -396,6 +413,7 @@ impl Case {
                 &run.state,
             ),
         }
+        .unwrap()
     }
 
     /// The statistics by another way: with q = k and no learning rate the output is f(k), so the error is z - v.

@@ -10,12 +10,14 @@ use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::ops::adamw;
 use ttt::params::Params;
-use ttt::plan::flops;
+use ttt::plan::{Place, Step, flops};
 use ttt::tensor::DType;
+use ttt::train::Settings;
+use ttt::train::settings::recompute::{Recompute, advice, filled};
 use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 
 use super::{Measured, measure};
-use crate::args::{Bench, Recompute};
+use crate::args::Bench;
 
 /// Tokens read before decoding is measured, unless --after says otherwise.
 const DECODE_AFTER: u64 = 64;
@@ -57,8 +59,34 @@ fn batch(args: &Bench, config: &Config) -> Batch {
     Batch::packed(&ids.chunks(length).collect::<Vec<_>>())
 }
 
+/// A training step as it is measured.
+fn planned<'c>(args: &Bench, config: &'c Config, device: &Device, dtype: DType) -> Step<'c> {
+    let mut settings = Settings::default();
+    settings.train.checkpoint_group = config.checkpoint_group();
+    settings.train.recompute = args.recompute.map_or(Recompute::None, Recompute::from);
+    let place = Place::of(device, dtype);
+    let lens = vec![args.length as usize; args.batch as usize];
+    let only_initial_state = args.only_initial_state;
+    let step = Step { lens, only_initial_state, ..settings.planned_step(config, place) };
+    match device.memory().room() {
+        Some(room) if settings.train.recompute == Recompute::Auto => Step { keep: step.keep_within(filled(room)), ..step },
+        _ => step,
+    }
+}
+
 /// Steps of training, whole or without the optimizer.
 pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
+    train_here(args, config, device).map_err(|e| match e.downcast::<ttt::Error>() {
+        Ok(ttt::Error::OutOfGpuMemory { wanted, in_use, free, total, .. }) => {
+            let advice = advice(&planned(args, config, device, DType::Bf16), in_use + free, "--batch ");
+            ttt::Error::OutOfGpuMemory { wanted, in_use, free, total, advice }.into()
+        }
+        Ok(other) => other.into(),
+        Err(e) => e,
+    })
+}
+
+fn train_here(args: &Bench, config: &Config, device: &Device) -> Result<Measured> {
     let mut lm = model(config, device, None)?;
     let batch = batch(args, config);
     let n = batch.tokens.len();
@@ -66,11 +94,8 @@ pub fn train(args: &Bench, config: &Config, device: &Device) -> Result<Measured>
     // Every token's target is the next one; the last of a sequence has none.
     let targets: Vec<u32> = batch.tokens.iter().skip(1).chain(&batch.tokens[..1]).copied().collect();
     let mask: Vec<f64> = (1..=n).map(|i| if i.is_multiple_of(length) { 0.0 } else { 1.0 }).collect();
-    let group = config.checkpoint_group();
-    let keep = match args.recompute {
-        Some(Recompute::Block) => Keep::Input { group },
-        _ => Keep::Saved { group },
-    };
+    let step = planned(args, config, device, lm.dtype());
+    let keep = step.keep;
     let parameters = lm.params().table().parameters() as f64;
     let shape = format!("{} x {length}", args.batch);
     if args.no_optimizer {

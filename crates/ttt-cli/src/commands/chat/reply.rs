@@ -101,8 +101,9 @@ impl Chat<'_> {
             Ok(out.flush()?)
         };
         let ends = [self.tokenizer.eos(), self.lm.config().eos_token_id];
+        let mut next = None;
         for n in 0..self.args.max_new_tokens {
-            let choice = self.generator.choose();
+            let choice = next.take().unwrap_or_else(|| self.generator.choose());
             if ends.contains(&Some(choice.token)) {
                 // The end is not accepted: what comes next says how the text goes on.
                 break;
@@ -113,8 +114,9 @@ impl Chat<'_> {
             if stop || n + 1 == self.args.max_new_tokens || self.stopped.load(Ordering::SeqCst) {
                 break;
             }
-            let pending = std::mem::take(&mut self.now.pending);
-            self.read(&pending)?;
+            self.now.pending.clear();
+            self.now.note(self.lm, &[choice.token])?;
+            next = Some(self.generator.step(&mut self.now.states, 0, choice.token)?);
         }
         show(&mut reply, &decoder.finish())?;
         if !reply.ends_with('\n') {

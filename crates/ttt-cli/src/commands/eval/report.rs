@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use ttt::eval::{Clusters, Evaluation, Report};
+use ttt::eval::{Clusters, Evaluation, InnerRow, Report};
 
 use crate::units;
 
@@ -27,7 +27,11 @@ pub fn print(report: &Report, out: &mut dyn Write) -> Result<()> {
     if rows.iter().any(|row| row.clusters == Clusters::Parts) {
         writeln!(out, "where fewer than 8 documents reach, the interval is over sixteenths of the bucket")?;
     }
-    let layers = report.inner();
+    inner_table(&report.inner(), out)
+}
+
+/// The inner models' losses, layer by layer, where there are any.
+pub fn inner_table(layers: &[InnerRow], out: &mut dyn Write) -> Result<()> {
     if !layers.is_empty() {
         writeln!(out, "\n{:>5}  {:>12}  {:>10}  {:>13}  {:>8}", "layer", "mini-batches", "loss of W0", "before update", "after")?;
         for (layer, row) in layers.iter().enumerate() {
@@ -43,14 +47,19 @@ pub fn object(report: &Report) -> Value {
     let mut object = numbers(report.total());
     object["margin"] = json!(report.overall().margin);
     object["positions"] = json!(report.loss_by_position());
+    object["inner"] = inner(report);
+    object
+}
+
+/// The inner models' losses, layer by layer, in all and by position.
+pub fn inner(report: &Report) -> Value {
     let layers = report.inner().into_iter().zip(report.inner_by_position());
     let layer = |(row, positions)| {
         let mut object = json!(row);
-        object["positions"] = json!(positions as Vec<ttt::eval::InnerRow>);
+        object["positions"] = json!(positions as Vec<InnerRow>);
         object
     };
-    object["inner"] = layers.map(layer).collect();
-    object
+    layers.map(layer).collect()
 }
 
 /// A line about one document.

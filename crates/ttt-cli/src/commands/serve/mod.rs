@@ -19,6 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use tokio::net::TcpListener;
+use ttt::state::States;
 
 use super::chat::template::Template;
 use crate::args::Serve;
@@ -29,6 +30,9 @@ use auth::Keys;
 use engine::{Handle, Limits};
 use snapshots::Snapshots;
 use store::Store;
+
+/// Sequences of fewer tokens are of no use.
+const LEAST_CONTEXT: u64 = 64;
 
 /// Runs the command.
 pub fn run(args: &Serve, out: &mut dyn Write) -> Result<()> {
@@ -56,12 +60,15 @@ pub fn run(args: &Serve, out: &mut dyn Write) -> Result<()> {
         None => home("XDG_CACHE_HOME", ".cache")?.join("snapshots"),
     };
     let snapshots = Snapshots::open(args.snapshot_memory as usize, args.snapshot_disk as usize, &snapshot_folder)?;
-    let mini_batch = lm.config().mini_batch_size as u64;
+    let mini_batch = lm.config().mini_batch().unwrap_or(1) as u64;
+    let states = lm.states(1)?;
+    let context = context(&states, args)?;
     let limits = Limits {
         slots: args.slots as usize,
         queue: args.queue as usize,
         chunk: args.prefill_chunk as usize,
         snapshot_every: args.snapshot_every.next_multiple_of(mini_batch),
+        context,
     };
     let about = api::Model {
         name: args.name.clone().unwrap_or_else(|| name(&args.model)),
@@ -70,8 +77,10 @@ pub fn run(args: &Serve, out: &mut dyn Write) -> Result<()> {
         vocab_size: lm.config().vocab_size,
         layers: lm.config().num_hidden_layers,
         parameters: lm.weights().table().len(),
-        state_bytes: lm.states(1)?.bytes(),
+        state_bytes: states.bytes(),
+        state_bytes_per_token: states.bytes_per_token(),
     };
+    drop(states);
     let tokenizer = Arc::new(tokenizer);
     let (engine, thread) = Handle::start(lm, tokenizer.clone(), limits, snapshots)?;
     let app = Arc::new(App {
@@ -87,6 +96,7 @@ pub fn run(args: &Serve, out: &mut dyn Write) -> Result<()> {
             tokens: args.max_tokens as usize,
             body: args.max_body as usize,
             time: Duration::from_secs(args.timeout),
+            context,
         },
         read_only: args.read_only,
         loopback: args.host.is_loopback(),
@@ -100,16 +110,22 @@ pub fn run(args: &Serve, out: &mut dyn Write) -> Result<()> {
         let address = (args.host, args.port);
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
         let info = &app.model;
-        writeln!(
-            out,
-            "{}: {} parameters, {} slots of {} each\nlistening on http://{}",
-            info.name,
-            units::count(info.parameters as f64),
-            limits.slots,
-            units::bytes(info.state_bytes as u64),
-            listener.local_addr()?
-        )?;
+        let slots = match context {
+            None => format!("{} slots of {} each", limits.slots, units::bytes(info.state_bytes as u64)),
+            Some(tokens) => format!(
+                "{} slots of up to {} tokens each, {} a token",
+                limits.slots,
+                units::grouped(tokens),
+                units::bytes(info.state_bytes_per_token as u64)
+            ),
+        };
+        let parameters = units::count(info.parameters as f64);
+        writeln!(out, "{}: {parameters} parameters, {slots}\nlistening on http://{}", info.name, listener.local_addr()?)?;
         out.flush()?;
+        if !args.read_only {
+            let app = app.clone();
+            tokio::spawn(async move { sweep(&app.store).await });
+        }
         let stop = |deadline: Instant| engine.stop(deadline);
         listen::serve(listener, api::router(app), args.max_connections as usize, grace, stop).await
     })?;
@@ -118,6 +134,36 @@ pub fn run(args: &Serve, out: &mut dyn Write) -> Result<()> {
         bail!("the engine ended with a bug; what it printed above says where");
     }
     Ok(writeln!(out, "stopped")?)
+}
+
+/// Deletes what a server left in the store that was killed while it wrote; the work goes on when that fails.
+async fn sweep(store: &Store) {
+    match store.sweep(store::AGE).await {
+        Ok(swept) if swept.objects == 0 => {}
+        Ok(swept) => warn(&format!(
+            "deleted {} files ({}) that no state names: a server was killed while it wrote them",
+            swept.objects,
+            units::bytes(swept.bytes)
+        )),
+        Err(error) => warn(&format!("the store was not searched for what belongs to no state: {error:?}")),
+    }
+}
+
+/// Tokens that a sequence may have, where its state grows with them.
+fn context(states: &States, args: &Serve) -> Result<Option<u64>> {
+    let a_token = args.slots as u64 * states.bytes_per_token() as u64;
+    if a_token == 0 {
+        return Ok(None);
+    }
+    let tokens = args.cache_memory / a_token;
+    if tokens < LEAST_CONTEXT {
+        bail!(
+            "--cache-memory {} has room for {tokens} tokens in each of {} slots; give more, or fewer --slots",
+            units::bytes(args.cache_memory),
+            args.slots
+        );
+    }
+    Ok(Some(tokens))
 }
 
 /// What a model is called: its folder, or that of the run.

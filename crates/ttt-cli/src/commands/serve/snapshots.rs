@@ -154,8 +154,11 @@ impl Snapshots {
             };
             match state {
                 Some(state) => {
-                    self.remove(&key);
-                    self.insert(key, state.clone());
+                    let entry = self.remove(&key).expect("was found");
+                    match state.len() > self.memory.budget {
+                        true => self.add(key, entry),
+                        false => self.insert(key, state.clone()),
+                    }
                     return Some((key.tokens as usize, state));
                 }
                 // The file is gone.
@@ -176,10 +179,21 @@ impl Snapshots {
         }
     }
 
-    /// Keeps a state, in memory.
+    /// Keeps a state, in memory; one that is larger than all of it, in a file.
     pub fn insert(&mut self, key: Key, state: Arc<[u8]>) {
-        self.add(key, Entry { used: 0, bytes: state.len(), state: Some(state) });
+        let bytes = state.len();
+        if bytes <= self.memory.budget {
+            self.add(key, Entry { used: 0, bytes, state: Some(state) });
+        } else if let Some(files) = self.files.as_ref().filter(|_| key.tokens >= WORTH_A_FILE && bytes <= self.disk.budget) {
+            files.write(key, state);
+            self.add(key, Entry { used: 0, bytes, state: None });
+        }
         self.evict();
+    }
+
+    /// Whether a state of so many bytes could be kept at all.
+    pub fn may_hold(&self, bytes: usize) -> bool {
+        bytes <= self.memory.budget || bytes <= self.disk.budget
     }
 
     /// Writes what memory holds to files, as far as there is room for it, and waits for that.

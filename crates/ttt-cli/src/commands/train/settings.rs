@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use ttt::data::Tokenizer;
 use ttt::train::Settings;
 
-use crate::args::{Recompute, Train};
+use crate::args::Train;
 use crate::{Usage, model};
 
 /// Where runs go that have no `--out`.
@@ -99,11 +99,7 @@ fn apply_flags(args: &Train, data: &[String], settings: &mut Settings) -> Result
         set("train.only_initial_state", true.into(), "--only-initial-state")?;
     }
     if let Some(recompute) = recompute {
-        let name = match recompute {
-            Recompute::None => "none",
-            Recompute::Block => "block",
-        };
-        set("train.recompute", name.into(), "--recompute")?;
+        set("train.recompute", ttt::train::Recompute::from(*recompute).name().into(), "--recompute")?;
     }
     if let Some(seed) = seed {
         let seed = i64::try_from(*seed).map_err(|_| Usage(format!("--seed {seed} is more than {}", i64::MAX)))?;

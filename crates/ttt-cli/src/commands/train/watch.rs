@@ -3,40 +3,36 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use ttt::config::Config;
-use ttt::plan;
+use ttt::layer::Keep;
+use ttt::plan::Memory;
+use ttt::train::Recompute;
 use ttt::train::metrics::{Record, Split};
 use ttt::train::observe::{Event, Observer};
 use ttt::train::run::Job;
 use ttt::train::settings::{Carry, Settings};
 
 use crate::commands::plan::describe;
+use crate::interrupt::Interrupt;
 use crate::progress::{Bar, warn};
 use crate::units;
 
 /// Training losses that the table's mean is over.
 const RECENT: usize = 20;
 
-/// What the signal handler and the run tell each other.
-#[derive(Default)]
-struct Signals(AtomicU8);
-
-/// At first, 0, there is nothing to save, and Ctrl-C ends the program. From here on Ctrl-C asks the run to save and stop.
-const TRAINING: u8 = 1;
-/// It was asked; a second Ctrl-C ends the program.
-const STOPPING: u8 = 2;
+/// What the first Ctrl-C says.
+const STOPPING: &str = "stopping after this step; Ctrl-C again gives up everything since the last checkpoint";
 
 /// The observer of a run.
 pub struct Watch {
     settings: Settings,
     folder: PathBuf,
     quiet: bool,
-    signals: Arc<Signals>,
+    interrupt: Interrupt,
     view: Mutex<View>,
 }
 
@@ -54,12 +50,10 @@ struct View {
 impl Watch {
     /// Watches a job, and Ctrl-C.
     pub fn new(job: &Job, quiet: bool) -> Result<Watch> {
-        let signals = Arc::new(Signals::default());
-        let handler = signals.clone();
-        ctrlc::set_handler(move || handler.interrupt()).context("cannot watch for Ctrl-C")?;
+        let interrupt = Interrupt::watch(STOPPING)?;
         let view = View { bar: None, steps: 0, last: Instant::now(), step_seconds: None, recent: VecDeque::new() };
         let folder = job.folder.clone();
-        Ok(Watch { settings: job.settings.clone(), folder, quiet, signals, view: Mutex::new(view) })
+        Ok(Watch { settings: job.settings.clone(), folder, quiet, interrupt, view: Mutex::new(view) })
     }
 
     /// Takes the bar away.
@@ -71,23 +65,12 @@ impl Watch {
 
     /// Whether the run got as far as training.
     pub fn started(&self) -> bool {
-        self.signals.0.load(Ordering::SeqCst) != 0
+        self.interrupt.begun()
     }
 
     fn view(&self) -> MutexGuard<'_, View> {
         // A poisoned view is still a view.
         self.view.lock().unwrap_or_else(|e| e.into_inner())
-    }
-}
-
-impl Signals {
-    fn interrupt(&self) {
-        if self.0.load(Ordering::SeqCst) != TRAINING {
-            std::process::exit(130);
-        }
-        self.0.store(STOPPING, Ordering::SeqCst);
-        let _ =
-            writeln!(std::io::stderr(), "\nstopping after this step; Ctrl-C again gives up everything since the last checkpoint");
     }
 }
 
@@ -106,15 +89,16 @@ impl Observer for Watch {
                 };
                 bar.set(p.bytes, &message);
             }
-            Event::Start { config, parameters, learned, train_tokens, validation_tokens, from_step, steps } => {
+            Event::Start { config, memory, keep, parameters, learned, train_tokens, validation_tokens, from_step, steps } => {
                 if let Some(tokenizing) = view.bar.take() {
                     tokenizing.finish();
                 }
                 self.header(config, [parameters, learned], [train_tokens, validation_tokens], [from_step, steps]);
+                self.memory(memory, keep);
                 view.steps = steps;
                 view.last = Instant::now();
                 view.bar = (!self.quiet).then(|| Bar::steps(steps));
-                self.signals.0.store(TRAINING, Ordering::SeqCst);
+                self.interrupt.begin();
             }
             Event::Step(record) => self.step(&mut view, record),
             Event::Logged(record) if record.split == Split::Train => self.step(&mut view, record),
@@ -134,7 +118,7 @@ impl Observer for Watch {
     }
 
     fn interrupted(&self) -> bool {
-        self.signals.0.load(Ordering::SeqCst) == STOPPING
+        self.interrupt.asked()
     }
 }
 
@@ -167,17 +151,18 @@ impl Watch {
                 }
             ));
         }
-        let lens = vec![self.settings.segment_length(); self.settings.micro_batch()];
-        let mut memory = match self.settings.planned_segments() {
-            Some(segments) => plan::segmented_memory(config, &lens, self.settings.keep(), segments),
-            None => plan::training_memory(config, &lens, self.settings.keep()),
+    }
+
+    fn memory(&self, memory: Memory, keep: Keep) {
+        let fixed = memory.fixed();
+        let again = match Recompute::of(keep) {
+            recompute if self.settings.train.recompute == Recompute::Auto && recompute != Recompute::None => {
+                format!("; to fit, recompute is {}", recompute.name())
+            }
+            _ => String::new(),
         };
-        if train.only_initial_state {
-            memory = memory.of_initial_state(config);
-        }
-        let fixed = memory.weights + memory.gradients + memory.optimizer;
         say(&format!(
-            "memory  {} planned: {} weights, gradients and moments, {} activations, fast weights and states",
+            "memory  {} planned: {} weights, gradients and moments, {} activations, fast weights and states{again}",
             units::bytes(memory.total() as u64),
             units::bytes(fixed as u64),
             units::bytes((memory.total() - fixed) as u64),

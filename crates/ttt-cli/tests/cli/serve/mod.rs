@@ -3,6 +3,7 @@
 mod answers;
 mod limits;
 mod load;
+mod mixers;
 mod states;
 
 use std::io::{BufRead, BufReader, Read, Write};

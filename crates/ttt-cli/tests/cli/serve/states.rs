@@ -254,3 +254,28 @@ fn a_killed_server_leaves_whole_states() {
         known.extend(answered);
     }
 }
+
+#[test]
+fn bytes_that_nothing_names_are_swept_at_the_start() {
+    let place = Place::with_model();
+    let day = Duration::from_secs(24 * 3600);
+    let left = |name: &str, age: Duration| {
+        let path = format!("states/open/{name}");
+        place.write(&path, "bytes");
+        let file = std::fs::File::options().write(true).open(place.path(&path)).unwrap();
+        file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        place.path(&path)
+    };
+    let [old, young] = ["ab", "cd"].map(|digits| format!("{}.state", digits.repeat(16)));
+    let [old, young] = [left(&old, 2 * day), left(&young, day / 2)];
+    drop(place.serve(&["--read-only"]));
+    assert!(old.exists());
+    let server = place.serve(&[]);
+    let begun = std::time::Instant::now();
+    while old.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "nothing was swept");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(young.exists());
+    assert_eq!(server.get("/v1/states").ok()["data"], json!([]));
+}

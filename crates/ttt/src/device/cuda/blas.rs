@@ -12,7 +12,7 @@ use crate::tensor::DType;
 use crate::{Error, Result};
 
 /// Bytes of scratch for the products.
-const WORKSPACE: usize = 32 << 20;
+pub(crate) const WORKSPACE: usize = 32 << 20;
 
 /// A row-major matrix in the GPU's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,12 +38,15 @@ impl Operand {
 }
 
 /// Everything about a product that the choice of its algorithm depends on.
-type Key = ([(usize, usize, usize, DType, bool, u32); 3], bool);
+type Key = ([Part; 3], Option<Part>);
+
+/// Of an operand: rows, columns, stride, type, whether it is read transposed, alignment.
+type Part = (usize, usize, usize, DType, bool, u32);
 
 /// A product's descriptors and the algorithm that the library's heuristic prefers.
 struct Planned {
     description: sys::cublasLtMatmulDesc_t,
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
@@ -82,30 +85,33 @@ impl Blas {
         let workspace = context.allocate(WORKSPACE);
         let workspace = workspace.ok_or_else(|| {
             let (free, total) = context.memory();
-            Error::OutOfGpuMemory { wanted: WORKSPACE, in_use: 0, free, total }
+            Error::out_of_gpu_memory(WORKSPACE, 0, free, total)
         })?;
         Ok(Blas { context: context.clone(), handle, workspace, planned: Mutex::default() })
     }
 
-    /// `y = a b`, or `y += a b`; sums in f32.
+    /// `y = a b`, or `y = c + a b`, where c may be y; sums in f32.
     ///
     /// # Panics
     /// When the shapes do not fit, or the library cannot multiply such matrices.
-    pub(crate) fn product(&self, a: Operand, b: Operand, y: Operand, add: bool) {
+    pub(crate) fn product(&self, a: Operand, b: Operand, y: Operand, c: Option<Operand>) {
         let ([m, k], [k2, n]) = (a.shape(), b.shape());
         assert!(k == k2 && [m, n] == [y.rows, y.cols] && !y.transposed, "{:?} x {:?} into {:?}", a.shape(), b.shape(), y.shape());
-        assert!(k > 0 || add || m * n == 0, "a product of {:?} and {:?}", a.shape(), b.shape());
+        let fits = |c: Operand| c.shape() == y.shape() && c.dtype == y.dtype && !c.transposed;
+        assert!(c.is_none_or(fits), "{c:?} is added to {y:?}");
+        assert!(k > 0 || c == Some(y) || m * n == 0, "a product of {:?} and {:?}", a.shape(), b.shape());
         if m == 0 || n == 0 || k == 0 {
             return;
         }
         self.context.bind();
         let part = |x: &Operand| (x.rows, x.cols, x.stride, x.dtype, x.transposed, x.alignment());
-        let key = ([part(&a), part(&b), part(&y)], add);
+        let key = ([part(&a), part(&b), part(&y)], c.as_ref().map(part));
         let mut planned = self.planned.lock().expect("cuBLASLt plans");
         let plan = planned.entry(key).or_insert_with(|| {
-            self.plan(a, b, y).unwrap_or_else(|e| panic!("cuBLASLt has no product of {a:?} and {b:?} into {y:?}: {e}"))
+            self.plan(a, b, y, c.unwrap_or(y))
+                .unwrap_or_else(|e| panic!("cuBLASLt has no product of {a:?} and {b:?} into {y:?}: {e}"))
         });
-        let (alpha, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
+        let (alpha, beta) = (1.0f32, if c.is_some() { 1.0f32 } else { 0.0 });
         let pointer = |x: &Operand| x.pointer as *const c_void;
         // The library is column-major: yᵀ = bᵀ aᵀ.
         // SAFETY: descriptors are those of these shapes, which lie inside borrowed matrices; alpha and beta are read at once.
@@ -119,8 +125,8 @@ impl Blas {
                 plan.layouts[1],
                 pointer(&a),
                 plan.layouts[0],
-                pointer(&y),
-                plan.layouts[2],
+                pointer(&c.unwrap_or(y)),
+                plan.layouts[3],
                 y.pointer as *mut c_void,
                 plan.layouts[2],
                 &plan.algorithm,
@@ -132,7 +138,7 @@ impl Blas {
         status.unwrap_or_else(|e| panic!("cuBLASLt cannot multiply {a:?} and {b:?} into {y:?}: {e}"));
     }
 
-    fn plan(&self, a: Operand, b: Operand, y: Operand) -> std::result::Result<Planned, result::CublasError> {
+    fn plan(&self, a: Operand, b: Operand, y: Operand, c: Operand) -> std::result::Result<Planned, result::CublasError> {
         use sys::cublasLtMatmulDescAttributes_t as D;
         use sys::cublasLtMatmulPreferenceAttributes_t as P;
         let kind = |dtype: DType| match dtype {
@@ -143,7 +149,7 @@ impl Blas {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let description = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)?;
         let layout = |x: &Operand| result::create_matrix_layout(kind(x.dtype), x.cols as u64, x.rows as u64, x.stride as i64);
-        let layouts = [layout(&a)?, layout(&b)?, layout(&y)?];
+        let layouts = [layout(&a)?, layout(&b)?, layout(&y)?, layout(&c)?];
         let preference = result::create_matmul_pref()?;
         let size = size_of::<u32>();
         // SAFETY: the descriptors were just made; every attribute is a u32 (an operation, an alignment) or a size.
@@ -158,14 +164,14 @@ impl Blas {
             let alignments = [
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b.alignment()),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a.alignment()),
-                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, y.alignment()),
+                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c.alignment()),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, y.alignment()),
             ];
             for (attribute, alignment) in alignments {
                 result::set_matmul_pref_attribute(preference, attribute, std::ptr::from_ref(&alignment).cast(), size)?;
             }
-            let [a, b, y] = layouts;
-            let chosen = result::get_matmul_algo_heuristic(self.handle, description, b, a, y, y, preference);
+            let [a, b, y, c] = layouts;
+            let chosen = result::get_matmul_algo_heuristic(self.handle, description, b, a, c, y, preference);
             result::destroy_matmul_pref(preference)?;
             Ok(Planned { description, layouts, algorithm: chosen?.algo })
         }

@@ -280,6 +280,8 @@ pub(crate) struct Mark {
 
 // SAFETY: as for the context.
 unsafe impl Send for Mark {}
+// SAFETY: as above.
+unsafe impl Sync for Mark {}
 
 impl Mark {
     /// A point that is reached at once.
@@ -321,7 +323,7 @@ impl Drop for Mark {
     }
 }
 
-/// Main memory that kernels write.
+/// Main memory that kernels write, or that copies to the GPU read.
 pub(crate) struct Pinned {
     pointer: *mut c_void,
     bytes: usize,
@@ -330,6 +332,8 @@ pub(crate) struct Pinned {
 
 // SAFETY: it owns its memory.
 unsafe impl Send for Pinned {}
+// SAFETY: what is shared is only read.
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     /// Zeros.
@@ -363,6 +367,26 @@ impl Pinned {
             // SAFETY: inside (checked), aligned to a page; any bits are a `T`. Volatile: a kernel may write it.
             *to = unsafe { self.pointer.cast::<T>().add(first + i).read_volatile() };
         }
+    }
+}
+
+impl Pinned {
+    /// Puts bytes at `at` and queues their copy to the GPU. The caller has waited for what was read from there before.
+    ///
+    /// # Panics
+    /// When they do not lie inside, or the driver refuses.
+    pub(crate) fn upload(&mut self, at: usize, bytes: &[u8], pointer: u64) {
+        assert!(at + bytes.len() <= self.bytes, "bytes {at} and {} more of {}", bytes.len(), self.bytes);
+        if bytes.is_empty() {
+            return;
+        }
+        self.context.bind();
+        // SAFETY: inside (checked) and nobody else's; the caller owns that much at `pointer`.
+        expect("copying to the GPU", unsafe {
+            let own = std::slice::from_raw_parts_mut(self.pointer.cast::<u8>().add(at), bytes.len());
+            own.copy_from_slice(bytes);
+            result::memcpy_htod_async(pointer, own, self.context.stream)
+        });
     }
 }
 

@@ -9,6 +9,7 @@ pub mod context;
 pub(crate) mod graph;
 pub mod kernels;
 pub mod libraries;
+mod staging;
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -17,8 +18,8 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{result, sys};
 
-pub(crate) use blas::Operand;
 pub use blas::version as cublaslt_version;
+pub(crate) use blas::{Operand, WORKSPACE as LIBRARY_SCRATCH};
 pub(crate) use context::args;
 use context::{Arg, Context, Info, failed};
 use kernels::{Source, Unit};
@@ -69,6 +70,7 @@ pub struct Cuda {
     // Dropped in this order: what lies in its memory, then the products, then the context.
     segments: Mutex<Option<(Vec<Segment>, Arc<Uploaded>)>>,
     memory: Arc<Pool>,
+    staging: Mutex<staging::Staging>,
     blas: blas::Blas,
     functions: HashMap<(&'static str, DType, &'static str), Function>,
     info: Info,
@@ -144,6 +146,7 @@ impl Cuda {
         Ok(Cuda {
             segments: Mutex::default(),
             memory,
+            staging: Mutex::new(staging::Staging::new(&context)?),
             blas,
             functions,
             info,
@@ -185,7 +188,12 @@ impl Cuda {
 
     /// `y = a b`, or `y += a b`.
     pub(crate) fn product(&self, a: Operand, b: Operand, y: Operand, add: bool) {
-        self.blas.product(a, b, y, add);
+        self.blas.product(a, b, y, add.then_some(y));
+    }
+
+    /// `y = c + a b`.
+    pub(crate) fn product_onto(&self, a: Operand, b: Operand, y: Operand, c: Operand) {
+        self.blas.product(a, b, y, Some(c));
     }
 
     /// Queues a kernel of `source`, compiled for activations of `dtype`, unless the grid is empty.
@@ -307,7 +315,7 @@ impl Cuda {
             return Err(Error::Device("a step that uploads numbers cannot be recorded".into()));
         }
         let buffer = self.memory.take(size_of_val(data))?;
-        self.context.upload(buffer.address(), data);
+        self.staging.lock().expect("staging").upload(buffer.address(), data);
         Ok(buffer)
     }
 

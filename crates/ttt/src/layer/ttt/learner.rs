@@ -5,6 +5,7 @@ use crate::Result;
 use crate::config::{Config, Inner, LinearAttention, TokenScale};
 use crate::device::Device;
 use crate::device::view::View;
+use crate::layer::Keep;
 use crate::ops::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads};
 use crate::ops::linear_attention::{self, Kind};
 use crate::ops::{ttt_batch, ttt_linear, ttt_mlp};
@@ -36,6 +37,9 @@ pub(crate) enum Learner {
 pub(crate) enum Kept {
     /// Weights every few mini-batches.
     Weights(inner::Saved),
+    /// Nothing of the inner loop but the weights that the sequences began with, or not even those where all began with the
+    /// learned ones: it runs again.
+    Again(Option<Tensor>),
     /// The states that the sequences began with.
     Start(Tensor),
 }
@@ -44,6 +48,7 @@ impl Kept {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Kept::Weights(saved) => saved.bytes(),
+            Kept::Again(start) => start.as_ref().map_or(0, Tensor::bytes),
             Kept::Start(start) => start.bytes(),
         }
     }
@@ -51,11 +56,11 @@ impl Kept {
     /// Kept weights.
     ///
     /// # Panics
-    /// When the learner has no mini-batches.
+    /// When none were kept.
     pub(super) fn weights(&self) -> &inner::Saved {
         match self {
             Kept::Weights(saved) => saved,
-            Kept::Start(_) => panic!("weights of mini-batches of a learner that has none"),
+            Kept::Again(_) | Kept::Start(_) => panic!("weights of mini-batches where none were kept"),
         }
     }
 }
@@ -122,23 +127,39 @@ impl Learner {
         }
     }
 
-    /// Reads all segments and moves their slots on; returns z and, with `keep`, what [`Learner::backward`] needs.
+    /// Reads all segments and moves their slots on; returns z and, where `keep` asks for it, what [`Learner::backward`] needs.
+    /// `fresh`: all slots hold the learned initial weights.
     pub(super) fn forward(
         self,
         inputs: &Inputs<'_>,
         fast: &mut FastWeights,
-        keep: Option<usize>,
+        keep: Keep,
+        fresh: bool,
     ) -> Result<(Tensor, Option<Kept>)> {
+        let group = match keep {
+            Keep::Saved { group } => Some(group),
+            Keep::Start { .. } | Keep::Input { .. } | Keep::Nothing => None,
+        };
         let weights = |(z, saved): (Tensor, Option<inner::Saved>)| (z, saved.map(Kept::Weights));
         let start = |(z, start): (Tensor, Option<Tensor>)| (z, start.map(Kept::Start));
         match self {
-            Learner::MiniBatch { inner: Inner::Linear, .. } => ttt_linear::forward(inputs, fast, keep).map(weights),
-            Learner::MiniBatch { inner: Inner::Mlp, .. } => ttt_mlp::forward(inputs, fast, keep).map(weights),
+            Learner::MiniBatch { inner, .. } => {
+                let again = match (keep, fresh) {
+                    (Keep::Start { .. }, true) => Some(Kept::Again(None)),
+                    (Keep::Start { .. }, false) => Some(Kept::Again(Some(fast.weights().copy()?))),
+                    _ => None,
+                };
+                let (z, kept) = match inner {
+                    Inner::Linear => ttt_linear::forward(inputs, fast, group).map(weights)?,
+                    Inner::Mlp => ttt_mlp::forward(inputs, fast, group).map(weights)?,
+                };
+                Ok((z, kept.or(again)))
+            }
             Learner::Batch { bias, scale } => {
-                ttt_batch::forward(&batch(inputs, bias, scale), fast.weights_mut(), keep.is_some()).map(start)
+                ttt_batch::forward(&batch(inputs, bias, scale), fast.weights_mut(), keep.activations()).map(start)
             }
             Learner::Attention(kind) => {
-                linear_attention::forward(&attention(inputs, kind), fast.weights_mut(), keep.is_some()).map(start)
+                linear_attention::forward(&attention(inputs, kind), fast.weights_mut(), keep.activations()).map(start)
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod decode;
 mod learner;
+mod rates;
 mod statistics;
 
 use crate::Result;
@@ -13,11 +14,12 @@ use crate::ops::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Variant};
 use crate::ops::rope::Direction;
 use crate::ops::{add, conv, gelu_gate, inner_lr, layer_norm, linear, rope, token_scale};
 use crate::params::{ParamId, Params, TttIds};
-use crate::tensor::{DType, Tensor, with_dtype};
+use crate::tensor::{Tensor, with_dtype};
 use crate::weights::Weights;
 
 use learner::Kept;
 pub(crate) use learner::Learner;
+use rates::Rates;
 pub use statistics::InnerStatistics;
 
 /// LayerNorm's epsilon is fixed in all official code.
@@ -49,29 +51,12 @@ pub struct TttSaved {
     /// q and k after their convolutions and RoPE, when they are shared; otherwise they are rotated in `projected`.
     qk: Option<[Tensor; 2]>,
     rates: Rates,
-    /// Output of the inner loop `[n, D]`.
-    z: Tensor,
+    /// Output of the inner loop `[n, D]`, unless the inner loop runs again.
+    z: Option<Tensor>,
     /// What was kept of the states.
     inner: Kept,
     /// The convolutions' window at the beginning, when the sequences had one.
     window: Option<Tensor>,
-}
-
-/// What the learner reads beside q, k and v. Linear attention reads none of it.
-#[derive(Debug)]
-struct Rates {
-    /// Inner learning rates `[n, h]`; of linear attention without rows.
-    lr: Tensor,
-    /// Token scales `[1, K]`; without mini-batches without columns.
-    tok: Tensor,
-    /// `[h, d]` in the place of a LayerNorm's weight and bias that the inner model does not have.
-    no_norm: Option<Tensor>,
-}
-
-impl Rates {
-    fn bytes(&self) -> usize {
-        self.lr.bytes() + self.tok.bytes() + self.no_norm.as_ref().map_or(0, Tensor::bytes)
-    }
 }
 
 /// What [`TttSaved`] has, whether or not fast weights were kept.
@@ -88,7 +73,7 @@ impl TttSaved {
     /// Bytes held for the backward pass.
     pub fn bytes(&self) -> usize {
         let qk = self.qk.iter().flatten().chain(&self.window).map(Tensor::bytes).sum::<usize>();
-        self.projected.bytes() + qk + self.rates.bytes() + self.z.bytes() + self.inner.bytes()
+        self.projected.bytes() + qk + self.rates.bytes() + self.z.as_ref().map_or(0, Tensor::bytes) + self.inner.bytes()
     }
 
     /// Bytes of kept fast weights among [`TttSaved::bytes`].
@@ -171,7 +156,13 @@ impl TttLayer {
         let Learned { projected, qk, rates, z, inner, window } = self.learn(pass, x, self.last_projection(), state)?;
         let y = self.output(pass, self.gate(&projected), &z)?;
         let out = linear::forward(y.view(), pass.weights.matrix(self.ids.o_proj))?;
-        Ok((out, inner.map(|inner| TttSaved { projected, qk, rates, z, inner, window })))
+        Ok((
+            out,
+            inner.map(|inner| {
+                let z = (!matches!(inner, Kept::Again(_))).then_some(z);
+                TttSaved { projected, qk, rates, z, inner, window }
+            }),
+        ))
     }
 
     /// [`TttLayer::forward`] of which only some rows are wanted: all tokens are learned from, but gate and output are computed
@@ -197,12 +188,8 @@ impl TttLayer {
             Some(state) => (Some(&mut state.fast), state.qk_conv.as_mut()),
             None => (None, None),
         };
-        let group = match pass.keep {
-            Keep::Saved { group } => Some(group),
-            _ => None,
-        };
         let start = match &window {
-            Some(window) if group.is_some() && ids.convs.is_some() => Some(window.copy()?),
+            Some(window) if pass.keep.activations() && ids.convs.is_some() => Some(window.copy()?),
             _ => None,
         };
         let mut projected = linear::forward(x, w.matrices(ids.q_proj, last))?;
@@ -233,15 +220,30 @@ impl TttLayer {
         let (z, inner) = {
             let inputs = self.inputs(pass, &projected, &qk, &rates);
             match fast {
-                Some(fast) => self.learner.forward(&inputs, fast, group)?,
+                Some(fast) => self.learner.forward(&inputs, fast, pass.keep, false)?,
                 None => {
                     let mut fast = self.fast_weights(w, pass.segments.len())?;
                     self.learner.start_all(&mut fast, &self.initial(w));
-                    self.learner.forward(&inputs, &mut fast, group)?
+                    self.learner.forward(&inputs, &mut fast, pass.keep, true)?
                 }
             }
         };
         Ok(Learned { projected, qk, rates, z, inner, window: start })
+    }
+
+    /// The inner loop once more, of a pass that kept only what its sequences began with.
+    fn learn_again(&self, pass: &Pass<'_>, inputs: &Inputs<'_>, kept: Kept) -> Result<(Tensor, Kept)> {
+        let (Kept::Again(start), Keep::Start { group }) = (kept, pass.keep) else {
+            panic!("an inner loop without outputs in a pass that keeps {:?}", pass.keep)
+        };
+        let slots = start.as_ref().map_or(pass.segments.len(), |start| start.shape()[0]);
+        let mut fast = self.fast_weights(pass.weights, slots)?;
+        match start {
+            Some(start) => *fast.weights_mut() = start,
+            None => self.learner.start_all(&mut fast, &self.initial(pass.weights)),
+        }
+        let (z, kept) = self.learner.forward(inputs, &mut fast, Keep::Saved { group }, true)?;
+        Ok((z, kept.expect("a pass that keeps something")))
     }
 
     /// Gradient of `x` from the gradient of the output. `dstate`, of one slot a sequence, holds the gradient of what the sequences
@@ -261,7 +263,11 @@ impl TttLayer {
     ) -> Result<Tensor> {
         let (w, ids, d) = (pass.weights, &self.ids, self.hidden);
         let TttSaved { projected, qk, rates, z, inner, window } = saved;
-        let (device, dtype, n) = (&z.device().clone(), z.dtype(), x.rows());
+        let (device, dtype, n) = (&projected.device().clone(), projected.dtype(), x.rows());
+        let (z, inner) = match (z, inner) {
+            (Some(z), inner) => (z, inner),
+            (None, inner) => self.learn_again(pass, &self.inputs(pass, &projected, &qk, &rates), inner)?,
+        };
         let mut dprojected = Tensor::empty(device, projected.shape(), dtype)?;
 
         // Output projection, gate, post-norm.
@@ -377,45 +383,10 @@ impl TttLayer {
         if let Some(ids) = ids.lr {
             let [dweight, dbias] = grads.views_mut([ids.weight, ids.bias]);
             let (weight, dbias) = (w.operand(ids.weight, ids.weight), dbias.reshape(1, self.heads));
-            let dx_lr = inner_lr::backward(dlr.view(), rates.lr.view(), x, weight, self.lr_scale(pass), dweight, dbias)?;
-            add::add_to(dx.view_mut(), dx_lr.view());
+            let dlr = dlr.view();
+            inner_lr::backward(dlr, rates.lr.view(), x, weight, self.lr_scale(pass), dweight, dbias, dx.view_mut())?;
         }
         Ok(dx)
-    }
-
-    /// The learned rates, those that are fixed, or none.
-    fn rates(&self, pass: &Pass<'_>, x: View<'_>) -> Result<Rates> {
-        let (w, device, n) = (pass.weights, x.device(), x.rows());
-        let dtype = if x.dtype() == DType::Bf16 { DType::F32 } else { x.dtype() };
-        let filled = |shape: &[usize], value: &dyn Fn(usize) -> f64| -> Result<Tensor> {
-            let values: Vec<f64> = (0..shape.iter().product()).map(value).collect();
-            Tensor::from_slice(&device.cpu_beside(), shape, &values)?.cast(dtype)?.to(device)
-        };
-        let mini_batch = match self.learner {
-            Learner::MiniBatch { mini_batch, .. } => mini_batch,
-            Learner::Batch { .. } | Learner::Attention(_) => 0,
-        };
-        let (lr, tok) = match (self.learner, self.ids.lr) {
-            (Learner::Attention(_), _) => (filled(&[0, self.heads], &|_| 0.0)?, filled(&[1, 0], &|_| 0.0)?),
-            (_, Some(ids)) => {
-                let (weight, bias) = (w.operand(ids.weight, ids.weight), w.view(ids.bias).reshape(1, self.heads));
-                let lr = inner_lr::forward(x, weight, bias, self.lr_scale(pass))?;
-                let tok = match ids.token_idx {
-                    Some(token_idx) => token_scale::forward(w.view(token_idx))?,
-                    None => filled(&[1, 0], &|_| 0.0)?,
-                };
-                (lr, tok)
-            }
-            (_, None) => {
-                let lr = filled(&[n, self.heads], &|_| self.base_lr * pass.inner_lr)?;
-                (lr, filled(&[1, mini_batch], &|i| self.token_scale.at(i))?)
-            }
-        };
-        let no_norm = match self.ids.ttt_norm {
-            None => Some(Tensor::zeros(device, &[self.heads, self.head_dim], dtype)?),
-            Some(_) => None,
-        };
-        Ok(Rates { lr, tok, no_norm })
     }
 
     fn inputs<'a>(&self, pass: &Pass<'a>, projected: &'a Tensor, qk: &'a Option<[Tensor; 2]>, rates: &'a Rates) -> Inputs<'a> {

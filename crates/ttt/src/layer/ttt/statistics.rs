@@ -1,13 +1,13 @@
 //! How well the inner models of a layer fit, a mini-batch at a time.
 
-use super::{Kept, Learner, Rates, TttLayer, TttSaved};
+use super::{Learner, TttLayer, TttSaved};
 use crate::Result;
 use crate::config::Inner;
 use crate::device::view::View;
 use crate::layer::Pass;
 use crate::ops::inner::FastWeights;
 use crate::ops::rope::Direction;
-use crate::ops::{add, rope, ttt_linear, ttt_mlp};
+use crate::ops::{add, rope, token_scale, ttt_linear, ttt_mlp};
 use crate::tensor::{Tensor, with_dtype};
 use crate::weights::Weights;
 
@@ -25,26 +25,9 @@ pub struct InnerStatistics {
     pub after: Vec<f64>,
 }
 
-/// A pass of a GPU on the CPU (see [`TttLayer::statistics`]).
-struct OnCpu {
-    weights: Weights,
-    rope: rope::Table,
-    saved: TttSaved,
-    end: FastWeights,
-}
-
-impl OnCpu {
-    fn pass<'b>(&'b self, gpu: &Pass<'b>) -> Pass<'b> {
-        Pass { weights: &self.weights, rope: Some(&self.rope), ..*gpu }
-    }
-}
-
 impl TttLayer {
-    /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`. They are computed on the CPU.
+    /// Inner-loop statistics of a pass that kept every mini-batch's weights and ended with `end`.
     pub fn statistics(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<InnerStatistics> {
-        if let Some(cpu) = self.on_cpu(pass, saved, end)? {
-            return self.statistics(&cpu.pass(pass), &cpu.saved, &cpu.end);
-        }
         let rows = self.inner_errors(pass, saved, end)?;
         let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.rates);
         let column = |i: usize| rows.iter().map(|r| r[i]).collect();
@@ -58,51 +41,37 @@ impl TttLayer {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn inner_errors(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Vec<[f64; 3]>> {
-        if let Some(cpu) = self.on_cpu(pass, saved, end)? {
-            return self.inner_errors(&cpu.pass(pass), &cpu.saved, &cpu.end);
-        }
         let inputs = self.inputs(pass, &saved.projected, &saved.qk, &saved.rates);
         let mut initial = self.fast_weights(pass.weights, end.slots())?;
         pass.segments.iter().for_each(|s| self.start(pass.weights, &mut initial, s.slot));
-        Ok(match self.mini_batches() {
+        match self.mini_batches() {
             (Inner::Linear, _) => ttt_linear::statistics(&inputs, saved.inner.weights(), &initial, end),
             (Inner::Mlp, _) => ttt_mlp::statistics(&inputs, saved.inner.weights(), &initial, end),
-        })
+        }
     }
 
-    /// What statistics read, on the CPU, when it lies in a GPU's memory.
-    fn on_cpu(&self, pass: &Pass<'_>, saved: &TttSaved, end: &FastWeights) -> Result<Option<OnCpu>> {
-        let Some(gpu) = saved.z.device().as_cuda() else { return Ok(None) };
-        let host = gpu.host();
-        let on_cpu = |tensor: &Tensor| tensor.to(host);
-        let qk = match &saved.qk {
-            Some([q, k]) => Some([on_cpu(q)?, on_cpu(k)?]),
-            None => None,
-        };
-        let saved = TttSaved {
-            projected: on_cpu(&saved.projected)?,
-            qk,
-            rates: Rates { lr: on_cpu(&saved.rates.lr)?, tok: on_cpu(&saved.rates.tok)?, no_norm: None },
-            z: on_cpu(&saved.z)?,
-            inner: Kept::Weights(saved.inner.weights().on_cpu(host, pass.segments, self.heads, self.mini_batches().1)?),
-            window: None,
-        };
-        Ok(Some(OnCpu {
-            weights: pass.weights.float().on_cpu()?.into_owned().into(),
-            rope: pass.rope().to(host)?,
-            saved,
-            end: end.to(host)?,
-        }))
+    /// τ of a mini-batch's last position: what a mini-batch's gradients are scaled by in the update that the next ones see. At 0
+    /// (the scale is learned, and clamped, where its gradient is 0 too) the layer keeps nothing beyond a mini-batch.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn last_token_scale(&self, weights: &Weights) -> Result<Option<f64>> {
+        let Some(token_idx) = self.ids.lr.and_then(|lr| lr.token_idx) else { return Ok(None) };
+        Ok(token_scale::forward(weights.view(token_idx))?.to_f64_vec().last().copied())
     }
 
     fn target_variance(&self, pass: &Pass<'_>, k: View<'_>, v: View<'_>, mini_batches: usize) -> Result<Vec<f64>> {
         let mut plain = Tensor::empty(k.device(), &[k.rows(), k.cols()], k.dtype())?;
         add::copy_to(plain.view_mut(), k);
         rope::rotate(plain.view_mut(), pass.rope(), pass.segments, self.heads, Direction::Backward);
+        let mut values = Tensor::empty(k.device(), &[k.rows(), k.cols()], k.dtype())?;
+        add::copy_to(values.view_mut(), v);
+        let host = k.device().cpu_beside();
+        let (plain, values) = (plain.to(&host)?, values.to(&host)?);
         let (mut sums, mut counts, size) = (vec![0.0; mini_batches], vec![0usize; mini_batches], self.mini_batches().1);
-        with_dtype!(k.dtype(), E => {
+        with_dtype!(plain.dtype(), E => {
             use crate::tensor::Element;
-            let (k, v) = (plain.view().as_mat::<E>(), v.as_mat::<E>());
+            let (k, v) = (plain.view().as_mat::<E>(), values.view().as_mat::<E>());
             for s in pass.segments {
                 for c in 0..self.hidden {
                     let target = |t: usize| v.row(s.first_row + t)[c].to_f64() - k.row(s.first_row + t)[c].to_f64();

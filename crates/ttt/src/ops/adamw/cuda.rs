@@ -3,9 +3,12 @@
 use std::ops::Range;
 
 use super::Factors;
+use crate::Result;
 use crate::device::cuda::kernels::{Entry, Source};
 use crate::device::cuda::{Cuda, args, blocks};
+use crate::device::memory::Buffer;
 use crate::device::view::View;
+use crate::ops::verdict::cuda::Verdict;
 use crate::tensor::{DType, Tensor};
 
 /// The kernels.
@@ -31,7 +34,8 @@ fn quarter(x: &Tensor) -> usize {
     x.len() / 4
 }
 
-/// One update of the elements `part`; `operands` gets the new parameters in bf16.
+/// One update of the elements `part`; `operands` gets the new parameters in bf16. With a verdict the gradient is scaled by what that
+/// says, and where that is bad nothing is updated.
 pub(crate) fn step(
     cuda: &Cuda,
     params: &mut Tensor,
@@ -40,6 +44,7 @@ pub(crate) fn step(
     [m, v]: [&mut Tensor; 2],
     part: Range<usize>,
     f: Factors,
+    verdict: Option<&Verdict>,
 ) {
     let inside = part.start <= part.end && part.end <= 4 * quarter(params);
     assert!(inside && part.start.is_multiple_of(4) && part.len().is_multiple_of(4), "{part:?} of {params:?}");
@@ -67,7 +72,8 @@ pub(crate) fn step(
         f.eps as f32,
         f.weight_decay as f32,
         f.lr as f32,
-        f.grad_scale as f32
+        f.grad_scale as f32,
+        verdict.map_or(0, Verdict::address)
     ];
     // SAFETY: all buffers have first + 4 * quarter elements (checked by the caller and above); all but `grads` are mutably borrowed.
     unsafe { cuda.launch(&SOURCE, (DType::F32, "adamw"), blocks(quarter), 256, 0, list) };
@@ -78,15 +84,24 @@ pub(crate) fn step(
 /// # Panics
 /// When there is no memory for 8 KiB.
 pub(crate) fn sum_of_squares(cuda: &Cuda, x: &Tensor) -> f64 {
-    let quarter = quarter(x);
-    let count = quarter.div_ceil(256).clamp(1, SUMS);
-    let sums = cuda.memory().take(8 * count).expect("memory for sums of squares");
-    let list = args![sums.address(), x.address(), quarter];
-    // SAFETY: `x` has 4 * quarter elements, `sums` a number for each block.
-    unsafe { cuda.launch(&SOURCE, (DType::F32, "sum_of_squares"), [count, 1, 1], 256, 0, list) };
+    let (sums, count) = squares(cuda, x).expect("memory for sums of squares");
     let mut host = vec![0f64; count];
     cuda.context().download(&mut host, sums.address());
     host.iter().sum()
+}
+
+/// Sums of squares of parts of a tensor, in f64, and their number.
+///
+/// # Errors
+/// [`crate::Error::OutOfGpuMemory`].
+pub(crate) fn squares(cuda: &Cuda, x: &Tensor) -> Result<(Buffer, usize)> {
+    let quarter = quarter(x);
+    let count = quarter.div_ceil(256).clamp(1, SUMS);
+    let sums = cuda.memory().take(8 * count)?;
+    let list = args![sums.address(), x.address(), quarter];
+    // SAFETY: `x` has 4 * quarter elements, `sums` a number for each block.
+    unsafe { cuda.launch(&SOURCE, (DType::F32, "sum_of_squares"), [count, 1, 1], 256, 0, list) };
+    Ok((sums, count))
 }
 
 /// Index of the first element that is infinite or not a number.

@@ -12,12 +12,25 @@ __device__ __forceinline__ float update(float p, float g, float &m, float &v, co
     return p - f.lr * (m * f.unbias1 / (sqrtf(v * f.unbias2) + f.eps) + f.weight_decay * p);
 }
 
-// Four elements a thread; n is a multiple of 4. operands may be null.
+// The end of `Verdict` of ops/verdict/kernel.cu.
+struct Verdict {
+    double loss, nll;
+    float scale;
+    u32 bad;
+};
+
+// Four elements a thread; n is a multiple of 4. operands may be null; so may verdict, which otherwise has the scale of the gradient
+// and says whether there is an update.
 extern "C" __global__ void __launch_bounds__(256)
     adamw(float4 *params, const float4 *grads, float4 *m, float4 *v, uint2 *operands, int quarter, float beta1, float rest1,
-          float beta2, float rest2, float unbias1, float unbias2, float eps, float weight_decay, float lr, float grad_scale) {
+          float beta2, float rest2, float unbias1, float unbias2, float eps, float weight_decay, float lr, float grad_scale,
+          const Verdict *verdict) {
     i64 i = thread_index();
     if (i >= quarter) return;
+    if (verdict) {
+        if (verdict->bad) return;
+        grad_scale = verdict->scale;
+    }
     Factors f = {beta1, rest1, beta2, rest2, unbias1, unbias2, eps, weight_decay, lr, grad_scale};
     float4 p = params[i], g = grads[i], mm = m[i], vv = v[i];
     p.x = update(p.x, g.x, mm.x, vv.x, f);

@@ -7,6 +7,7 @@ mod reference;
 
 use std::ops::Range;
 
+use crate::ops::verdict::cuda::Verdict;
 use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
 
@@ -105,7 +106,7 @@ pub fn step_part(
     let factors = Factors::new(step, lr, grad_scale, settings);
     let device = params.device().clone();
     if let Some(gpu) = device.as_cuda() {
-        return cuda::step(gpu, params, operands, grads, [m, v], part, factors);
+        return cuda::step(gpu, params, operands, grads, [m, v], part, factors, None);
     }
     assert!(operands.is_none(), "copies for products are a GPU's");
     let fast = fast(params.device(), params.dtype());
@@ -119,4 +120,28 @@ pub fn step_part(
             reference::step(params, grads, m, v, factors);
         }
     });
+}
+
+/// [`step_part`] on a GPU, which has found the scale of the gradient itself and makes no update where something was not finite.
+///
+/// # Panics
+/// As there, and on a CPU.
+pub(crate) fn step_judged(
+    params: &mut Tensor,
+    operands: Option<&mut Tensor>,
+    grads: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    part: Range<usize>,
+    step: u64,
+    lr: f64,
+    verdict: &Verdict,
+    settings: &Settings,
+) {
+    let device = params.device().clone();
+    let gpu = device.as_cuda().expect("a verdict is a GPU's");
+    for (name, tensor) in [("grads", grads), ("m", &*m), ("v", &*v)] {
+        expect_shape(name, [tensor.len(), 1], [params.len(), 1]);
+    }
+    cuda::step(gpu, params, operands, grads, [m, v], part, Factors::new(step, lr, 1.0, settings), Some(verdict));
 }

@@ -49,6 +49,20 @@ fn four_taps(w: View, views: &[View]) -> bool {
     w.cols() == 4 && contiguous && width(views) == 8
 }
 
+/// Partial sums of the gradients of weights and bias, f32 numbers, where all views are aligned.
+pub(crate) fn partials(rows: usize, cols: usize, taps: usize) -> usize {
+    let count = match taps {
+        4 if cols.is_multiple_of(8) => rows.div_ceil(chunks(rows, cols, 64).0),
+        _ => rows.div_ceil(rows_of_block(rows)),
+    };
+    count * cols * (taps + 1)
+}
+
+/// Rows that a block of `backward_weight` adds up.
+fn rows_of_block(rows: usize) -> usize {
+    rows.div_ceil(256).max(16)
+}
+
 /// What all directions read.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
@@ -168,7 +182,7 @@ pub(crate) fn backward(cuda: &Cuda, dy: View, inputs: Inputs, w: View, [dw, dbia
     // SAFETY: shapes and segments were checked by the caller; `dx` is contiguous and mutably borrowed.
     unsafe { cuda.launch(&SOURCE, (x.dtype(), kernel), blocks(rows * cols / wide), 256, 0, list) };
 
-    let per_block = rows.div_ceil(256).max(16);
+    let per_block = rows_of_block(rows);
     let (count, width) = (rows.div_ceil(per_block), cols * (taps + 1));
     let partials = Tensor::empty(x.device(), &[count, width], DType::F32)?;
     let list = args![

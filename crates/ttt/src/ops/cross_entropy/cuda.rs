@@ -4,6 +4,7 @@
 use crate::Result;
 use crate::device::cuda::kernels::{Entry, Source};
 use crate::device::cuda::{Cuda, args, width};
+use crate::device::memory::Buffer;
 use crate::device::view::{View, ViewMut};
 use crate::ops::{add, linear};
 use crate::tensor::{DType, Tensor};
@@ -30,7 +31,7 @@ const THREADS: usize = 512;
 const CHUNK_BYTES: usize = 256 << 20;
 
 /// Rows of a chunk of logits.
-fn chunk_rows(vocabulary: usize, dtype: DType, rows: usize) -> usize {
+pub(crate) fn chunk_rows(vocabulary: usize, dtype: DType, rows: usize) -> usize {
     (CHUNK_BYTES / (vocabulary * dtype.size())).clamp(1, 8192).min(rows.max(1))
 }
 
@@ -55,6 +56,24 @@ pub(crate) fn forward(cuda: &Cuda, hidden: View, w: View, targets: &[u32]) -> Re
     Ok(nll.to_f64_vec())
 }
 
+/// Likelihoods of the rows that count, and their weights, which lie in the GPU's memory.
+pub(crate) struct Counted {
+    rows: Vec<u32>,
+    pub(crate) nll: Tensor,
+    pub(crate) weights: Buffer,
+}
+
+impl Counted {
+    /// Those of all of `n` rows; waits for them.
+    pub(crate) fn read(&self, n: usize) -> Vec<f64> {
+        let mut all = vec![0.0; n];
+        for (i, nll) in self.rows.iter().zip(self.nll.to_f64_vec()) {
+            all[*i as usize] = nll;
+        }
+        all
+    }
+}
+
 /// Writes `dhidden`, adds to `dw`.
 pub(crate) fn forward_backward(
     cuda: &Cuda,
@@ -64,15 +83,14 @@ pub(crate) fn forward_backward(
     weights: &[f64],
     dw: &ViewMut,
     dhidden: &mut Tensor,
-) -> Result<Vec<f64>> {
+) -> Result<Counted> {
     let (device, dtype) = (hidden.device(), hidden.dtype());
     let used: Vec<u32> = (0..targets.len() as u32).filter(|i| weights[*i as usize] != 0.0).collect();
     let all = used.len() == targets.len();
-    let [used_targets, used_weights] = [
-        used.iter().map(|i| targets[*i as usize]).collect::<Vec<_>>(),
-        used.iter().map(|i| (weights[*i as usize] as f32).to_bits()).collect(),
-    ];
-    let (target_list, weight_list) = (cuda.upload(&used_targets)?, cuda.upload(&used_weights)?);
+    let used_targets: Vec<u32> = used.iter().map(|i| targets[*i as usize]).collect();
+    let used_weights: Vec<f32> = used.iter().map(|i| weights[*i as usize] as f32).collect();
+    let target_list = cuda.upload(&used_targets)?;
+    let weight_list = cuda.upload(&used_weights)?;
     let chunk = chunk_rows(w.rows(), dtype, used.len());
     let mut scratch = Tensor::empty(device, &[chunk, w.rows()], dtype)?;
     let nll = Tensor::empty(device, &[used.len()], DType::F32)?;
@@ -111,9 +129,5 @@ pub(crate) fn forward_backward(
             }
         }
     }
-    let mut all_nll = vec![0.0; targets.len()];
-    for (i, nll) in used.iter().zip(nll.to_f64_vec()) {
-        all_nll[*i as usize] = nll;
-    }
-    Ok(all_nll)
+    Ok(Counted { rows: used, nll, weights: weight_list })
 }

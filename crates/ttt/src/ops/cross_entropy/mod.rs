@@ -8,6 +8,7 @@ mod reference;
 
 use crate::Result;
 use crate::device::WeightView;
+use crate::device::cuda::Cuda;
 use crate::device::view::{Mat, View, ViewMut};
 use crate::ops::{expect_shape, fast};
 use crate::tensor::{Tensor, with_dtype};
@@ -46,17 +47,12 @@ pub fn forward<'w>(hidden: View, w: impl Into<WeightView<'w>>, targets: &[u32]) 
 /// When `w` is not `d` wide, `dw` has not its shape, there are not n targets and weights, or a target (of a row that is not
 /// skipped) is not below v.
 pub fn forward_backward(hidden: View, w: View, targets: &[u32], weights: &[f64], dw: ViewMut) -> Result<(Vec<f64>, Tensor)> {
-    expect_inputs(hidden, w.shape(), targets);
-    if dw.rows() > 0 {
-        expect_shape("dw", dw.shape(), w.shape());
-    }
-    assert!(weights.len() == targets.len(), "{} weights for {} targets", weights.len(), targets.len());
-    expect_targets(targets.iter().zip(weights).filter(|(_, weight)| **weight != 0.0).map(|(target, _)| target), w.rows());
-    let mut dhidden = Tensor::empty(hidden.device(), &hidden.shape(), hidden.dtype())?;
     if let Some(gpu) = hidden.device().as_cuda() {
-        let nll = cuda::forward_backward(gpu, hidden, w, targets, weights, &dw, &mut dhidden)?;
-        return Ok((nll, dhidden));
+        let (counted, dhidden) = on_gpu(gpu, hidden, w, targets, weights, dw)?;
+        return Ok((counted.read(targets.len()), dhidden));
     }
+    expect(hidden, w, targets, weights, &dw);
+    let mut dhidden = Tensor::empty(hidden.device(), &hidden.shape(), hidden.dtype())?;
     let nll = if fast(hidden.device(), hidden.dtype()) {
         let (dw, dhidden) = (dw.into_mat(), dhidden.view_mut().into_mat());
         cpu::forward_backward(hidden.device(), hidden.as_mat(), w, targets, weights, dw, dhidden)?
@@ -67,6 +63,30 @@ pub fn forward_backward(hidden: View, w: View, targets: &[u32], weights: &[f64],
         })
     };
     Ok((nll, dhidden))
+}
+
+/// [`forward_backward`] on a GPU, whose likelihoods stay there.
+pub(crate) fn on_gpu(
+    gpu: &Cuda,
+    hidden: View,
+    w: View,
+    targets: &[u32],
+    weights: &[f64],
+    dw: ViewMut,
+) -> Result<(cuda::Counted, Tensor)> {
+    expect(hidden, w, targets, weights, &dw);
+    let mut dhidden = Tensor::empty(hidden.device(), &hidden.shape(), hidden.dtype())?;
+    let counted = cuda::forward_backward(gpu, hidden, w, targets, weights, &dw, &mut dhidden)?;
+    Ok((counted, dhidden))
+}
+
+fn expect(hidden: View, w: View, targets: &[u32], weights: &[f64], dw: &ViewMut) {
+    expect_inputs(hidden, w.shape(), targets);
+    if dw.rows() > 0 {
+        expect_shape("dw", dw.shape(), w.shape());
+    }
+    assert!(weights.len() == targets.len(), "{} weights for {} targets", weights.len(), targets.len());
+    expect_targets(targets.iter().zip(weights).filter(|(_, weight)| **weight != 0.0).map(|(target, _)| target), w.rows());
 }
 
 fn expect_inputs(hidden: View, w: [usize; 2], targets: &[u32]) {

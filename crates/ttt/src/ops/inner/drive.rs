@@ -501,9 +501,15 @@ pub(crate) fn statistics<E: Element>(
     for (m, errors) in errors.iter().flat_map(|errors| errors.iter().enumerate()) {
         sums[m].iter_mut().zip(errors).for_each(|(sum, error)| *sum += error);
     }
+    average(&mut sums, inputs);
+    sums
+}
+
+/// Makes sums over the segments that have a mini-batch, over heads and columns, to means.
+pub(crate) fn average(sums: &mut [[f64; 3]], inputs: &Inputs<'_>) {
+    let (_, heads, d, k) = inputs.sizes();
     for (m, sum) in sums.iter_mut().enumerate() {
         let having = inputs.segments.iter().filter(|s| s.len / k > m).count();
         *sum = sum.map(|s| s / (having * heads * d) as f64);
     }
-    sums
 }

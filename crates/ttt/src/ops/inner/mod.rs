@@ -12,9 +12,11 @@
 //! | γ, β | `[d]` | LayerNorm of the head, inside the inner model (see [`Variant`]) |
 
 pub(crate) mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod drive;
 pub(crate) mod layer;
 pub(crate) mod math;
+pub(crate) mod rounding;
 pub(crate) mod rows;
 #[cfg(test)]
 pub(crate) mod test_lanes;
@@ -139,6 +141,15 @@ impl FastWeights {
     /// [`crate::Error::OutOfMemory`].
     pub fn to(&self, device: &Device) -> Result<FastWeights> {
         Ok(FastWeights { weights: self.weights.to(device)?, rows: self.rows.to(device)?, ..*self })
+    }
+
+    /// Slot `slot` alone, on another device.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn slot_to(&self, slot: usize, device: &Device) -> Result<FastWeights> {
+        let alone = |tensor: &Tensor| tensor.slot(slot, tensor.shape()[1])?.to(device);
+        Ok(FastWeights { slots: 1, weights: alone(&self.weights)?, rows: alone(&self.rows)?, ..*self })
     }
 
     /// Puts the learned initial weights into `slot`: `[W1 [h*d, ·], b1 [h, ·]]`, for the MLP also `[W2 [h*4d, d], b2 [h, d]]`.
@@ -312,27 +323,6 @@ impl Saved {
     /// Bytes kept: for f32 `4 h S` times the sum of ceil(ceil(len/K) / g) over the segments; on a GPU also the inner gradients.
     pub fn bytes(&self) -> usize {
         self.states.bytes() + [&self.ghat, &self.sums, &self.start].into_iter().flatten().map(Tensor::bytes).sum::<usize>()
-    }
-
-    /// What a GPU's pass with g = 1 kept, as a CPU's would have: the weights before each mini-batch instead of those after it.
-    pub(crate) fn on_cpu(&self, host: &Device, segments: &[Segment], heads: usize, k: usize) -> Result<Saved> {
-        assert_eq!(self.group, 1, "weights of every mini-batch are needed");
-        let (after, start) = (self.states.to(host)?, self.start.as_ref().expect("weights before the pass").to(host)?);
-        let mut states = after.copy()?;
-        let len = after.shape()[1];
-        let (from, to, first) = (after.as_slice::<f32>(), states.as_mut_slice::<f32>(), start.as_slice::<f32>());
-        let mut at = 0;
-        for segment in segments {
-            for head in 0..heads {
-                for m in 0..segment.len.div_ceil(k) {
-                    let before =
-                        if m == 0 { &first[(segment.slot * heads + head) * len..][..len] } else { &from[(at - 1) * len..][..len] };
-                    to[at * len..][..len].copy_from_slice(before);
-                    at += 1;
-                }
-            }
-        }
-        Ok(Saved { inner: self.inner, group: 1, states, ghat: None, sums: None, start: None })
     }
 
     /// Mini-batches from one checkpoint to the next, g.

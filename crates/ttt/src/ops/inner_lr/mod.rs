@@ -31,15 +31,15 @@ pub fn forward(x: View, w: View, bias: View, scale: f64) -> Result<Tensor> {
     Ok(lr)
 }
 
-/// Returns `dx [n, d]`, adds to `dw [h, d]` and `dbias [1, h]`: with da = dlr ⊙ lr ⊙ (1 − lr/scale) (0 when `scale` is),
-/// `dx = da w`, `dw += daᵀ x`, `dbias += Σ_rows da`.
+/// Adds to `dx [n, d]`, `dw [h, d]` and `dbias [1, h]`: with da = dlr ⊙ lr ⊙ (1 − lr/scale) (0 when `scale` is),
+/// `dx += da w`, `dw += daᵀ x`, `dbias += Σ_rows da`.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
 ///
 /// # Panics
-/// When `dlr` or `lr` is not `[n, h]`, `dw` has not the shape of `w`, or `dbias` is not `[1, h]`.
-pub fn backward(dlr: View, lr: View, x: View, w: View, scale: f64, dw: ViewMut, dbias: ViewMut) -> Result<Tensor> {
+/// When `dlr` or `lr` is not `[n, h]`, `dw` has not the shape of `w`, `dbias` is not `[1, h]`, or `dx` not `[n, d]`.
+pub fn backward(dlr: View, lr: View, x: View, w: View, scale: f64, dw: ViewMut, dbias: ViewMut, dx: ViewMut) -> Result<()> {
     expect_shape("dlr", dlr.shape(), [x.rows(), w.rows()]);
     expect_shape("lr", lr.shape(), [x.rows(), w.rows()]);
     expect_shape("dbias", dbias.shape(), [1, w.rows()]);
@@ -52,5 +52,5 @@ pub fn backward(dlr: View, lr: View, x: View, w: View, scale: f64, dw: ViewMut, 
         });
     }
     linear::backward_weight(da.view(), x, dw);
-    linear::backward_input(da.view(), w)
+    linear::add_backward_input(da.view(), w, dx)
 }

@@ -11,6 +11,16 @@ pub(crate) fn forward(cuda: &Cuda, x: View, w: View, y: &ViewMut) {
     }
 }
 
+/// `y = c + x wᵀ`.
+pub(crate) fn forward_onto(cuda: &Cuda, x: View, w: View, y: &ViewMut, c: View) {
+    cuda.product_onto(x.into(), Operand::from(w).transposed(), y.into(), c.into());
+}
+
+/// `dx += dy w`.
+pub(crate) fn add_backward_input(cuda: &Cuda, dy: View, w: View, dx: &ViewMut) {
+    cuda.product(dy.into(), w.into(), dx.into(), true);
+}
+
 /// `dx = dy w`.
 pub(crate) fn backward_input(cuda: &Cuda, dy: View, w: View, dx: &ViewMut) {
     cuda.product(dy.into(), w.into(), dx.into(), false);

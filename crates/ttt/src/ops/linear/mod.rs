@@ -10,7 +10,7 @@ pub(crate) mod reference;
 use crate::Result;
 use crate::device::WeightView;
 use crate::device::view::{Mat, View, ViewMut};
-use crate::ops::{expect_shape, fast};
+use crate::ops::{add, expect_shape, fast};
 use crate::tensor::{DType, Tensor, with_dtype};
 
 /// `y [n, o] = x [n, i] wᵀ`, w `[o, i]`; with narrow weights, of the numbers that they stand for.
@@ -46,6 +46,46 @@ pub fn forward_as<'w>(x: View, w: impl Into<WeightView<'w>>, dtype: DType) -> Re
         });
     }
     Ok(y)
+}
+
+/// `y [n, o] = c + x wᵀ`: [`forward`] with a residual, which a GPU adds in the product.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// When `w` has not as many columns as `x`, or `c` is not `[n, o]`.
+pub fn forward_onto<'w>(x: View, w: impl Into<WeightView<'w>>, c: View) -> Result<Tensor> {
+    let w = w.into();
+    expect_shape("c", c.shape(), [x.rows(), w.rows()]);
+    let Some(gpu) = x.device().as_cuda() else {
+        let mut y = forward(x, w)?;
+        add::add_to(y.view_mut(), c);
+        return Ok(y);
+    };
+    expect_shape("w", w.shape(), [w.rows(), x.cols()]);
+    let mut y = Tensor::empty(x.device(), &[x.rows(), w.rows()], x.dtype())?;
+    cuda::forward_onto(gpu, x, w.float(), &y.view_mut(), c);
+    Ok(y)
+}
+
+/// `dx [n, i] += dy [n, o] w`, w `[o, i]`: [`backward_input`] where another gradient of x is already.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
+/// # Panics
+/// As there, and when `dx` is not `[n, i]`.
+pub fn add_backward_input(dy: View, w: View, dx: ViewMut) -> Result<()> {
+    expect_shape("dx", dx.shape(), [dy.rows(), w.cols()]);
+    match dy.device().as_cuda() {
+        Some(gpu) => {
+            expect_shape("w", w.shape(), [dy.cols(), w.cols()]);
+            cuda::add_backward_input(gpu, dy, w, &dx);
+        }
+        None => add::add_to(dx, backward_input(dy, w)?.view()),
+    }
+    Ok(())
 }
 
 /// `dx [n, i] = dy [n, o] w`, w `[o, i]`.

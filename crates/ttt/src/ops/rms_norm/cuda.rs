@@ -33,10 +33,19 @@ pub(crate) fn forward(cuda: &Cuda, x: View, w: View, eps: f64, y: &ViewMut) {
     unsafe { cuda.launch(&SOURCE, (x.dtype(), kernel), [rows.div_ceil(8), 1, 1], 256, 0, args) };
 }
 
-/// Writes `dx`, adds to `dw`.
-pub(crate) fn backward(cuda: &Cuda, dy: View, x: View, w: View, eps: f64, dw: &ViewMut, dx: &ViewMut) -> Result<()> {
+/// Writes `dx`, to which `residual` is added; adds to `dw`.
+pub(crate) fn backward(
+    cuda: &Cuda,
+    dy: View,
+    x: View,
+    w: View,
+    eps: f64,
+    dw: &ViewMut,
+    dx: &ViewMut,
+    residual: Option<View>,
+) -> Result<()> {
     let ([rows, cols], dx) = (x.shape(), dx.as_view());
-    let wide = width(&[dy, x, dx, w]);
+    let wide = width(&[dy, x, dx, w, residual.unwrap_or(dx)]);
     let kernel = if wide == 8 { "backward8" } else { "backward1" };
     let [rows_per_block, count] = gpu_rows(rows);
     let partials = Tensor::empty(x.device(), &[count, cols], DType::F32)?;
@@ -47,6 +56,8 @@ pub(crate) fn backward(cuda: &Cuda, dy: View, x: View, w: View, eps: f64, dw: &V
         x.address(),
         x.stride(),
         w.address(),
+        residual.map_or(0, |r| r.address()),
+        residual.map_or(0, |r| r.stride()),
         partials.address(),
         rows,
         cols,

@@ -24,10 +24,10 @@ __device__ __forceinline__ void forward(T *y, const T *x, int xs, const float *w
     }
 }
 
-// partials[block, c] = sum over the block's rows of dy * xhat. Dynamic shared memory: cols floats.
+// residual, which may be null, is added to dx. partials[block, c] = sum over the block's rows of dy * xhat. Dynamic shared memory: cols floats.
 template <int V>
-__device__ __forceinline__ void backward(T *dx, const T *dy, int dys, const T *x, int xs, const float *w, float *partials,
-                                         int rows, int cols, int rows_per_block, float eps) {
+__device__ __forceinline__ void backward(T *dx, const T *dy, int dys, const T *x, int xs, const float *w, const T *residual, int rs,
+                                         float *partials, int rows, int cols, int rows_per_block, float eps) {
     extern __shared__ float dw[];
     __shared__ float scratch[32];
     int step = blockDim.x * V, at = threadIdx.x * V;
@@ -58,6 +58,11 @@ __device__ __forceinline__ void backward(T *dx, const T *dy, int dys, const T *x
                 dw[c + i] += d[i] * r * a[i];
                 a[i] = r * (d[i] * u[i] - a[i] * m);
             }
+            if (residual) {
+                load<V>(d, residual + (i64)row * rs + c);
+#pragma unroll
+                for (int i = 0; i < V; i++) a[i] += d[i];
+            }
             store<V>(dx + (i64)row * cols + c, a);
         }
     }
@@ -72,6 +77,6 @@ __device__ __forceinline__ void backward(T *dx, const T *dy, int dys, const T *x
 
 WIDTHS(forward, (T * y, const T *x, int xs, const float *w, int rows, int cols, float eps), (y, x, xs, w, rows, cols, eps))
 WIDTHS(backward,
-       (T * dx, const T *dy, int dys, const T *x, int xs, const float *w, float *partials, int rows, int cols,
-        int rows_per_block, float eps),
-       (dx, dy, dys, x, xs, w, partials, rows, cols, rows_per_block, eps))
+       (T * dx, const T *dy, int dys, const T *x, int xs, const float *w, const T *residual, int rs, float *partials, int rows,
+        int cols, int rows_per_block, float eps),
+       (dx, dy, dys, x, xs, w, residual, rs, partials, rows, cols, rows_per_block, eps))

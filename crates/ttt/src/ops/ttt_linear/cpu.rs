@@ -251,11 +251,12 @@ impl Learner<f32> for Fast {
 mod tests {
     use super::*;
     use crate::config::Inner;
+    use crate::ops::inner::rounding::Rounding;
     use crate::ops::inner::test_lanes::agree;
 
     #[test]
     fn without_vectors_it_is_still_the_reference() {
-        agree(Inner::Linear, Fast(Arch::Scalar), super::super::reference::Reference);
-        agree(Inner::Linear, Fast(Arch::new()), super::super::reference::Reference);
+        agree(Inner::Linear, Fast(Arch::Scalar), super::super::reference::Reference(Rounding::Exact));
+        agree(Inner::Linear, Fast(Arch::new()), super::super::reference::Reference(Rounding::Exact));
     }
 }

@@ -125,8 +125,29 @@ const PART: usize = 64;
 /// Few heads and long sequences run decoupled: mini-batches of a part (0: not decoupled), and parts of the longest segment.
 fn parts(segments: &[Segment], heads: usize, k: usize, group: usize) -> (usize, usize) {
     let longest = segments.iter().map(|s| (s.phase + s.len).div_ceil(k)).max().unwrap_or(0);
+    parts_of(segments.len() * heads, longest, group)
+}
+
+/// [`parts`] of so many segments and heads, the longest of so many mini-batches.
+fn parts_of(tasks: usize, longest: usize, group: usize) -> (usize, usize) {
     let split = PART.next_multiple_of(group);
-    if segments.len() * heads < FEW && longest > 2 * split { (split, longest.div_ceil(split)) } else { (0, 1) }
+    if tasks < FEW && longest > 2 * split { (split, longest.div_ceil(split)) } else { (0, 1) }
+}
+
+/// f32 numbers of scratch of forward and backward over sequences of these lengths with `[heads, d, K]`, where views are aligned and
+/// the GPU has the shared memory of a Hopper.
+pub(crate) fn planned_scratch(dtype: DType, lens: &[usize], [heads, d, k]: [usize; 3]) -> [usize; 2] {
+    let tasks = lens.len() * heads;
+    if dtype != DType::Bf16 || k > 16 || FAST.iter().all(|fast| fast.head_dim != d) {
+        return scratch_lens(d, k).map(|len| tasks * len);
+    }
+    let longest = lens.iter().map(|len| len.div_ceil(k)).max().unwrap_or(0);
+    let (split, parts) = parts_of(tasks, longest, 1);
+    if split == 0 {
+        return [0; 2];
+    }
+    let boundaries = tasks * parts * (d * d + d);
+    [boundaries + tasks * (k - 1) * 2 * d, boundaries + tasks * parts * split * (RECORD * d + 512) / 4]
 }
 
 /// Threads of a block of the plain kernels.

@@ -12,7 +12,8 @@ mod cpu;
 pub(crate) mod cuda;
 pub mod reference;
 
-use super::inner::{FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
+use super::inner::rounding::Rounding;
+use super::inner::{self, FastWeights, InputGrads, Inputs, ParamGrads, Saved, Variant, drive};
 use crate::Result;
 use crate::config::Inner;
 use crate::device::view::View;
@@ -40,7 +41,7 @@ pub fn forward(inputs: &Inputs<'_>, state: &mut FastWeights, keep: Option<usize>
     match fast(inputs) {
         Some(fast) => drive::forward(fast, Inner::Linear, inputs, state, keep),
         None => with_dtype!(inputs.q.dtype(), E => {
-            drive::forward::<E, _>(reference::Reference, Inner::Linear, inputs, state, keep)
+            drive::forward::<E, _>(reference::Reference(Rounding::of(inputs.q.device())), Inner::Linear, inputs, state, keep)
         }),
     }
 }
@@ -67,7 +68,7 @@ pub fn backward(
     match fast(inputs) {
         Some(fast) => drive::backward(fast, Inner::Linear, inputs, saved, dz, dstate, d, p),
         None => with_dtype!(inputs.q.dtype(), E => {
-            drive::backward::<E, _>(reference::Reference, Inner::Linear, inputs, saved, dz, dstate, d, p)
+            drive::backward::<E, _>(reference::Reference(Rounding::of(inputs.q.device())), Inner::Linear, inputs, saved, dz, dstate, d, p)
         }),
     }
 }
@@ -76,8 +77,16 @@ pub fn backward(
 /// the squared error of its last token under the initial weights, those of the mini-batch's start and those of its end (the official JAX code's statistics,
 /// entries 1 to 3). `initial` and `end` are the states before the first token and after the pass.
 ///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+///
 /// # Panics
 /// When shapes disagree, or `saved` is not of g = 1.
-pub fn statistics(inputs: &Inputs<'_>, saved: &Saved, initial: &FastWeights, end: &FastWeights) -> Vec<[f64; 3]> {
-    with_dtype!(inputs.q.dtype(), E => drive::statistics::<E>(reference::squared_error, Inner::Linear, inputs, saved, initial, end))
+pub fn statistics(inputs: &Inputs<'_>, saved: &Saved, initial: &FastWeights, end: &FastWeights) -> Result<Vec<[f64; 3]>> {
+    if let Some(gpu) = inputs.q.device().as_cuda() {
+        return inner::cuda::statistics(gpu, Inner::Linear, inputs, saved, initial);
+    }
+    Ok(
+        with_dtype!(inputs.q.dtype(), E => drive::statistics::<E>(reference::squared_error, Inner::Linear, inputs, saved, initial, end)),
+    )
 }

@@ -5,12 +5,13 @@ use crate::device::view::{Mat, MatMut};
 use crate::ops::inner::Variant;
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
 use crate::ops::inner::math::{axpy, dot, fill_rows, mm, mm_nt, mm_tn};
+use crate::ops::inner::rounding::Rounding;
 use crate::ops::inner::wrap::{InnerRow, Wrap};
 use crate::tensor::Element;
 
 /// The dual form.
 #[derive(Clone, Copy)]
-pub(crate) struct Reference;
+pub(crate) struct Reference(pub(crate) Rounding);
 
 impl<E: Element> Learner<E> for Reference {
     fn tape_lens(&self, Dims { d, k }: Dims) -> [usize; 2] {
@@ -20,17 +21,18 @@ impl<E: Element> Learner<E> for Reference {
     fn learn(&self, Dims { d, k }: Dims, x: &Chunk<'_, E>, w: &[E], tape: &mut [E]) {
         let [kk, ghat, z, xhat, e, _] = carve(tape, [k * d; 6]);
         let (weight, bias) = w.split_at(d * d);
+        let weight = self.0.all(weight);
         for i in 0..x.len() {
             let rows = (x.first + i) * d..(x.first + i + 1) * d;
             let (k_row, v_row) = (x.k.row(i), x.v.row(i));
             kk[rows.clone()].copy_from_slice(k_row);
             let z = &mut z[..d];
             z.copy_from_slice(bias);
-            mm(z, k_row, weight, [1, d, d]);
+            mm(z, k_row, &weight, [1, d, d]);
             let g = &mut ghat[rows];
             x.wrap().inner_gradient(z, [k_row, v_row], [&mut xhat[..d], &mut e[..d], &mut *g]);
             for g in g {
-                *g *= x.lr.row(i)[0];
+                *g = self.0.one(*g * x.lr.row(i)[0]);
             }
         }
     }
@@ -38,14 +40,15 @@ impl<E: Element> Learner<E> for Reference {
     fn output(&self, Dims { d, k }: Dims, x: &Chunk<'_, E>, w: &[E], tape: &mut [E], mut z: MatMut<'_, E>) {
         let [kk, ghat, zbar, xhat, sum, _] = carve(tape, [k * d; 6]);
         let (weight, bias) = w.split_at(d * d);
+        let weight = self.0.all(weight);
         let (zbar, xhat, sum) = (&mut zbar[..d], &mut xhat[..d], &mut sum[..d]);
         for i in 0..x.len() {
             let q_row = x.q.row(i);
             zbar.copy_from_slice(bias);
-            mm(zbar, q_row, weight, [1, d, d]);
+            mm(zbar, q_row, &weight, [1, d, d]);
             sum.fill(E::ZERO);
             for j in 0..=x.first + i {
-                let m = dot(q_row, &kk[j * d..][..d]) + E::ONE;
+                let m = self.0.one(dot(q_row, &kk[j * d..][..d]) + E::ONE);
                 axpy(sum, m, &ghat[j * d..][..d]);
             }
             axpy(zbar, -x.tok[x.first + i], sum);
@@ -56,7 +59,7 @@ impl<E: Element> Learner<E> for Reference {
     fn commit(&self, Dims { d, k }: Dims, tok: &[E], w: &mut [E], tape: &mut [E]) {
         let [kk, ghat, sum, _] = carve(tape, [k * d, k * d, d, 0]);
         let (weight, bias) = w.split_at_mut(d * d);
-        let tau = tok[k - 1];
+        let (tau, ghat) = self.0.scaled(tok[k - 1], ghat);
         for i in 0..d {
             sum.fill(E::ZERO);
             for j in 0..k {
@@ -85,6 +88,7 @@ impl<E: Element> Learner<E> for Reference {
         let n = x.len();
         let (nd, nn) = (n * d, n * n);
         let (weight, bias) = w.split_at(d * d);
+        let weight = self.0.all(weight);
         let (dweight, dbias) = dw.split_at_mut(d * d);
         let (tiles, tape) = tape.split_at_mut(13 * k * d);
         let [kk, q, g, ghat, xhat, e, z, xo, dzbar, dghat, dq, dk, p] = carve(tiles, [nd; 13]);
@@ -96,7 +100,7 @@ impl<E: Element> Learner<E> for Reference {
             kk[i * d..][..d].copy_from_slice(x.k.row(i));
             q[i * d..][..d].copy_from_slice(x.q.row(i));
         }
-        mm(z, kk, weight, [n, d, d]);
+        mm(z, kk, &weight, [n, d, d]);
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let (k_row, v_row) = (&kk[r.clone()], x.v.row(i));
@@ -104,13 +108,13 @@ impl<E: Element> Learner<E> for Reference {
             let row = x.wrap().inner_gradient(&z[r.clone()], [k_row, v_row], parts);
             (rs[i], mean[i]) = (row.rs, row.m);
             for c in r {
-                ghat[c] = x.lr.row(i)[0] * g[c];
+                ghat[c] = self.0.one(x.lr.row(i)[0] * g[c]);
             }
         }
         m.fill(E::ZERO);
         for i in 0..n {
             for j in 0..=i {
-                m[i * n + j] = dot(&q[i * d..][..d], &kk[j * d..][..d]) + E::ONE;
+                m[i * n + j] = self.0.one(dot(&q[i * d..][..d], &kk[j * d..][..d]) + E::ONE);
             }
         }
         z.fill(E::ZERO);
@@ -120,7 +124,7 @@ impl<E: Element> Learner<E> for Reference {
                 z[i * d + c] = bias[c] - x.tok[i] * z[i * d + c];
             }
         }
-        mm(z, q, weight, [n, d, d]);
+        mm(z, q, &weight, [n, d, d]);
 
         // (1) output LayerNorm and residual
         for i in 0..n {
@@ -128,6 +132,7 @@ impl<E: Element> Learner<E> for Reference {
             let outputs = [&mut dzbar[r.clone()], &mut dq[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
             x.wrap().output_backward(&z[r.clone()], dz.row(i), &mut xo[r], outputs);
         }
+        self.0.put(dzbar);
 
         // (2) Z̄ = qW + b - τ ⊙ (M Ĝ)
         for i in 0..n {
@@ -137,7 +142,7 @@ impl<E: Element> Learner<E> for Reference {
                 if j <= i {
                     let nij = dot(&dzbar[i * d..][..d], &ghat[j * d..][..d]);
                     dtok[i] += -(m[i * n + j] * nij);
-                    dm[i * n + j] = -x.tok[i] * nij;
+                    dm[i * n + j] = self.0.one(-x.tok[i] * nij);
                 }
             }
         }
@@ -149,19 +154,19 @@ impl<E: Element> Learner<E> for Reference {
         dghat.fill(E::ZERO);
         dk.fill(E::ZERO);
         mm_tn(dghat, m, p, [n, n, d]);
-        mm_nt(dq, dzbar, weight, [n, d, d]);
+        mm_nt(dq, dzbar, &weight, [n, d, d]);
         mm(dq, dm, kk, [n, n, d]);
         mm_tn(dk, dm, q, [n, n, d]);
 
         // (3) W' = W - τ_l kᵀĜ
         if commits {
-            let tau = x.tok[n - 1];
+            let (tau, dweight) = (x.tok[n - 1], self.0.all(dweight));
             fill_rows(p, dbias);
-            mm(p, kk, dweight, [n, d, d]);
+            mm(p, kk, &dweight, [n, d, d]);
             axpy(dghat, -tau, p);
             dtok[n - 1] += -dot(p, ghat);
             p.fill(E::ZERO);
-            mm_nt(p, ghat, dweight, [n, d, d]);
+            mm_nt(p, ghat, &dweight, [n, d, d]);
             axpy(dk, -tau, p);
         }
 
@@ -178,10 +183,11 @@ impl<E: Element> Learner<E> for Reference {
             let outputs = [grads.dv.row_mut(i), &mut dk[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
             x.wrap().inner_gradient_backward(dg, [&g[r.clone()], &xhat[r.clone()], &e[r]], row, outputs);
         }
+        self.0.put(dghat);
         let dz_inner = dghat;
 
         // (6) Z = kW + b
-        mm_nt(dk, dz_inner, weight, [n, d, d]);
+        mm_nt(dk, dz_inner, &weight, [n, d, d]);
         mm_tn(dweight, q, dzbar, [d, n, d]);
         mm_tn(dweight, kk, dz_inner, [d, n, d]);
         for i in 0..n {

@@ -328,11 +328,12 @@ impl Learner<f32> for Fast {
 mod tests {
     use super::*;
     use crate::config::Inner;
+    use crate::ops::inner::rounding::Rounding;
     use crate::ops::inner::test_lanes::agree;
 
     #[test]
     fn without_vectors_it_is_still_the_reference() {
-        agree(Inner::Mlp, Fast(Arch::Scalar), super::super::reference::Reference);
-        agree(Inner::Mlp, Fast(Arch::new()), super::super::reference::Reference);
+        agree(Inner::Mlp, Fast(Arch::Scalar), super::super::reference::Reference(Rounding::Exact));
+        agree(Inner::Mlp, Fast(Arch::new()), super::super::reference::Reference(Rounding::Exact));
     }
 }

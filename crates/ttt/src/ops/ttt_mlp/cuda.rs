@@ -167,6 +167,13 @@ fn scratch_lens(d: usize, k: usize) -> [usize; 2] {
     [3 * k * d + 4 * k * 4 * d + 2 * k * k, 8 * d * d + 5 * d + 8 * k * d + 10 * k * 4 * d + 4 * k * k + 3 * k]
 }
 
+/// f32 numbers of scratch of forward and backward over sequences of these lengths with `[heads, d, K]`, where views are aligned and
+/// the GPU is a Hopper.
+pub(crate) fn planned_scratch(dtype: DType, lens: &[usize], [heads, d, k]: [usize; 3]) -> [usize; 2] {
+    let fast = dtype == DType::Bf16 && k <= 16 && d == HEAD_DIM;
+    scratch_lens(d, k).map(|len| if fast { 0 } else { lens.len() * heads * len })
+}
+
 /// See [`super::forward`].
 pub(crate) fn forward(
     cuda: &Cuda,

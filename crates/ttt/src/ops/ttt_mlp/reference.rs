@@ -5,12 +5,13 @@ use crate::device::view::{Mat, MatMut};
 use crate::ops::inner::Variant;
 use crate::ops::inner::drive::{Chunk, ChunkGrads, Dims, Learner, carve};
 use crate::ops::inner::math::{axpy, dot, fill_rows, gelu, mm, mm_nt, mm_tn};
+use crate::ops::inner::rounding::Rounding;
 use crate::ops::inner::wrap::{InnerRow, Wrap};
 use crate::tensor::Element;
 
 /// The dual form.
 #[derive(Clone, Copy)]
-pub(crate) struct Reference;
+pub(crate) struct Reference(pub(crate) Rounding);
 
 /// The parts of `[W1 | b1 | W2 | b2]`.
 fn parts<E>(w: &[E], d: usize) -> [&[E]; 4] {
@@ -19,7 +20,8 @@ fn parts<E>(w: &[E], d: usize) -> [&[E]; 4] {
 }
 
 /// w -= τ leftᵀ right for the K rows of a mini-batch, and b -= τ Σ right.
-fn commit_layer<E: Element>(tau: E, [left, right]: [&[E]; 2], w: &mut [E], b: &mut [E], sum: &mut [E]) {
+fn commit_layer<E: Element>(r: Rounding, tau: E, [left, right]: [&[E]; 2], w: &mut [E], b: &mut [E], sum: &mut [E]) {
+    let (tau, right) = r.scaled(tau, right);
     let (outputs, inputs) = (b.len(), w.len() / b.len());
     let sum = &mut sum[..outputs];
     for i in 0..inputs {
@@ -37,12 +39,21 @@ fn commit_layer<E: Element>(tau: E, [left, right]: [&[E]; 2], w: &mut [E], b: &m
 }
 
 /// One layer of the outputs, token i: `out = x W + b - τ_i Σ_{j<=i} (x · left_j + 1) right_j`.
-fn layer_output<E: Element>(i: usize, tau: E, x: &[E], [w, b]: [&[E]; 2], [left, right]: [&[E]; 2], out: &mut [E], sum: &mut [E]) {
+fn layer_output<E: Element>(
+    r: Rounding,
+    i: usize,
+    tau: E,
+    x: &[E],
+    [w, b]: [&[E]; 2],
+    [left, right]: [&[E]; 2],
+    out: &mut [E],
+    sum: &mut [E],
+) {
     let (inputs, outputs) = (x.len(), b.len());
     let sum = &mut sum[..outputs];
     sum.fill(E::ZERO);
     for j in 0..=i {
-        let m = dot(x, &left[j * inputs..][..inputs]) + E::ONE;
+        let m = r.one(dot(x, &left[j * inputs..][..inputs]) + E::ONE);
         axpy(sum, m, &right[j * outputs..][..outputs]);
     }
     out.copy_from_slice(b);
@@ -51,11 +62,11 @@ fn layer_output<E: Element>(i: usize, tau: E, x: &[E], [w, b]: [&[E]; 2], [left,
 }
 
 /// M = tril(a bᵀ + 1).
-fn attention<E: Element>(m: &mut [E], a: &[E], b: &[E], [n, width]: [usize; 2]) {
+fn attention<E: Element>(r: Rounding, m: &mut [E], a: &[E], b: &[E], [n, width]: [usize; 2]) {
     m.fill(E::ZERO);
     for i in 0..n {
         for j in 0..=i {
-            m[i * n + j] = dot(&a[i * width..][..width], &b[j * width..][..width]) + E::ONE;
+            m[i * n + j] = r.one(dot(&a[i * width..][..width], &b[j * width..][..width]) + E::ONE);
         }
     }
 }
@@ -92,27 +103,28 @@ impl<E: Element> Learner<E> for Reference {
         let f = 4 * d;
         let [kk, ghat1, x2, ghat2, z1, u, z2, xhat, e, _] = carve(tape, [k * d, k * f, k * f, k * d, f, f, d, d, d, 0]);
         let [w1, b1, w2, b2] = parts(w, d);
+        let [w1, w2] = [w1, w2].map(|w| self.0.all(w));
         for i in 0..x.len() {
             let (j, lr) = (x.first + i, x.lr.row(i)[0]);
             let (k_row, v_row) = (x.k.row(i), x.v.row(i));
             kk[j * d..][..d].copy_from_slice(k_row);
             z1.copy_from_slice(b1);
-            mm(z1, k_row, w1, [1, d, f]);
+            mm(z1, k_row, &w1, [1, d, f]);
             let x2 = &mut x2[j * f..][..f];
             for (x, z) in x2.iter_mut().zip(z1.iter()) {
-                *x = gelu(*z)[0];
+                *x = self.0.one(gelu(*z)[0]);
             }
             z2.copy_from_slice(b2);
-            mm(z2, x2, w2, [1, f, d]);
+            mm(z2, x2, &w2, [1, f, d]);
             let g2 = &mut ghat2[j * d..][..d];
             x.wrap().inner_gradient(z2, [k_row, v_row], [&mut *xhat, &mut *e, &mut *g2]);
             u.fill(E::ZERO);
-            mm_nt(u, g2, w2, [1, d, f]);
+            mm_nt(u, &self.0.all(g2), &w2, [1, d, f]);
             for (c, g1) in ghat1[j * f..][..f].iter_mut().enumerate() {
-                *g1 = lr * (u[c] * gelu(z1[c])[1]);
+                *g1 = self.0.one(lr * (u[c] * gelu(z1[c])[1]));
             }
             for g in g2 {
-                *g *= lr;
+                *g = self.0.one(*g * lr);
             }
         }
     }
@@ -121,13 +133,14 @@ impl<E: Element> Learner<E> for Reference {
         let f = 4 * d;
         let [kk, ghat1, x2, ghat2, xbar2, sum, zbar2, xhat] = carve(tape, [k * d, k * f, k * f, k * d, f, f, d, d]);
         let [w1, b1, w2, b2] = parts(w, d);
+        let [w1, w2] = [w1, w2].map(|w| self.0.all(w));
         for i in 0..x.len() {
             let (j, q_row) = (x.first + i, x.q.row(i));
-            layer_output(j, x.tok[j], q_row, [w1, b1], [kk, ghat1], xbar2, sum);
+            layer_output(self.0, j, x.tok[j], q_row, [&w1, b1], [kk, ghat1], xbar2, sum);
             for x in xbar2.iter_mut() {
-                *x = gelu(*x)[0];
+                *x = self.0.one(gelu(*x)[0]);
             }
-            layer_output(j, x.tok[j], xbar2, [w2, b2], [x2, ghat2], zbar2, sum);
+            layer_output(self.0, j, x.tok[j], xbar2, [&w2, b2], [x2, ghat2], zbar2, sum);
             x.wrap().output(zbar2, q_row, xhat, z.row_mut(i));
         }
     }
@@ -136,8 +149,8 @@ impl<E: Element> Learner<E> for Reference {
         let f = 4 * d;
         let [kk, ghat1, x2, ghat2, sum, _] = carve(tape, [k * d, k * f, k * f, k * d, f, 0]);
         let [w1, b1, w2, b2] = carve(w, [d * f, f, f * d, d]);
-        commit_layer(tok[k - 1], [kk, ghat1], w1, b1, sum);
-        commit_layer(tok[k - 1], [x2, ghat2], w2, b2, sum);
+        commit_layer(self.0, tok[k - 1], [kk, ghat1], w1, b1, sum);
+        commit_layer(self.0, tok[k - 1], [x2, ghat2], w2, b2, sum);
     }
 
     fn backward(
@@ -154,6 +167,7 @@ impl<E: Element> Learner<E> for Reference {
         let (n, f) = (x.len(), 4 * d);
         let (nd, nf, nn) = (n * d, n * f, n * n);
         let [w1, b1, w2, b2] = parts(w, d);
+        let [w1, w2] = [w1, w2].map(|w| self.0.all(w));
         let [dw1, db1, dw2, db2] = carve(dw, [d * f, f, f * d, d]);
         let (narrow, tape) = tape.split_at_mut(13 * nd);
         let (wide, tape) = tape.split_at_mut(16 * nf);
@@ -167,12 +181,13 @@ impl<E: Element> Learner<E> for Reference {
             q[i * d..][..d].copy_from_slice(x.q.row(i));
         }
         fill_rows(z1, b1);
-        mm(z1, kk, w1, [n, d, f]);
+        mm(z1, kk, &w1, [n, d, f]);
         for c in 0..nf {
             [x2[c], d1[c], d2[c]] = gelu(z1[c]);
         }
+        self.0.put(x2);
         fill_rows(z2, b2);
-        mm(z2, x2, w2, [n, f, d]);
+        mm(z2, x2, &w2, [n, f, d]);
         for i in 0..n {
             let r = i * d..(i + 1) * d;
             let (k_row, v_row) = (&kk[r.clone()], x.v.row(i));
@@ -180,39 +195,43 @@ impl<E: Element> Learner<E> for Reference {
             let row = x.wrap().inner_gradient(&z2[r.clone()], [k_row, v_row], outputs);
             (rs[i], mean[i]) = (row.rs, row.m);
             for c in r {
-                ghat2[c] = x.lr.row(i)[0] * g2[c];
+                ghat2[c] = self.0.one(x.lr.row(i)[0] * g2[c]);
             }
         }
         u.fill(E::ZERO);
-        mm_nt(u, g2, w2, [n, d, f]);
+        let g2_operand = self.0.all(g2).into_owned();
+        mm_nt(u, &g2_operand, &w2, [n, d, f]);
         for c in 0..nf {
             g1[c] = u[c] * d1[c];
-            ghat1[c] = x.lr.row(c / f)[0] * g1[c];
+            ghat1[c] = self.0.one(x.lr.row(c / f)[0] * g1[c]);
         }
-        attention(m1, q, kk, [n, d]);
+        attention(self.0, m1, q, kk, [n, d]);
         for i in 0..n {
             let r = i * f..(i + 1) * f;
-            layer_output(i, x.tok[i], &q[i * d..][..d], [w1, b1], [kk, ghat1], &mut dzbar1[r], p1);
+            layer_output(self.0, i, x.tok[i], &q[i * d..][..d], [&w1, b1], [kk, ghat1], &mut dzbar1[r], p1);
         }
         for c in 0..nf {
             [xbar2[c], dbar1[c], _] = gelu(dzbar1[c]);
         }
-        attention(m2, xbar2, x2, [n, f]);
+        self.0.put(xbar2);
+        attention(self.0, m2, xbar2, x2, [n, f]);
 
         // (a) output LayerNorm and residual
         for i in 0..n {
             let r = i * d..(i + 1) * d;
-            layer_output(i, x.tok[i], &xbar2[i * f..][..f], [w2, b2], [x2, ghat2], &mut z2[r.clone()], p2);
+            layer_output(self.0, i, x.tok[i], &xbar2[i * f..][..f], [&w2, b2], [x2, ghat2], &mut z2[r.clone()], p2);
             let outputs = [&mut dzbar2[r.clone()], &mut dq[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
             x.wrap().output_backward(&z2[r.clone()], dz.row(i), &mut xo[r], outputs);
         }
+        self.0.put(dzbar2);
 
         // (b) Z̄2 = X̄2 W2 + b2 - τ ⊙ (M2 Ĝ2)
         dtok.fill(E::ZERO);
         attention_backward(dm2, m2, dzbar2, ghat2, x.tok, dtok, [n, d]);
+        self.0.put(dm2);
         through_attention(dghat2, m2, dzbar2, x.tok, p2, [n, d]);
         dxbar2.fill(E::ZERO);
-        mm_nt(dxbar2, dzbar2, w2, [n, d, f]);
+        mm_nt(dxbar2, dzbar2, &w2, [n, d, f]);
         mm(dxbar2, dm2, x2, [n, n, f]);
         dx2.fill(E::ZERO);
         mm_tn(dx2, dm2, xbar2, [n, n, f]);
@@ -221,11 +240,13 @@ impl<E: Element> Learner<E> for Reference {
         for c in 0..nf {
             dzbar1[c] = dxbar2[c] * dbar1[c];
         }
+        self.0.put(dzbar1);
 
         // (d) Z̄1 = q W1 + b1 - τ ⊙ (M1 Ĝ1)
         attention_backward(dm1, m1, dzbar1, ghat1, x.tok, dtok, [n, f]);
+        self.0.put(dm1);
         through_attention(dghat1, m1, dzbar1, x.tok, p1, [n, f]);
-        mm_nt(dq, dzbar1, w1, [n, f, d]);
+        mm_nt(dq, dzbar1, &w1, [n, f, d]);
         mm(dq, dm1, kk, [n, n, d]);
         dk.fill(E::ZERO);
         mm_tn(dk, dm1, q, [n, n, d]);
@@ -233,18 +254,19 @@ impl<E: Element> Learner<E> for Reference {
         // (e) state updates
         if commits {
             let tau = x.tok[n - 1];
+            let [dw1, dw2] = [&*dw1, &*dw2].map(|dw| self.0.all(dw));
             fill_rows(p1, db1);
-            mm(p1, kk, dw1, [n, d, f]);
+            mm(p1, kk, &dw1, [n, d, f]);
             fill_rows(p2, db2);
-            mm(p2, x2, dw2, [n, f, d]);
+            mm(p2, x2, &dw2, [n, f, d]);
             axpy(dghat1, -tau, p1);
             axpy(dghat2, -tau, p2);
             dtok[n - 1] += -(dot(p1, ghat1) + dot(p2, ghat2));
             p2.fill(E::ZERO);
-            mm_nt(p2, ghat1, dw1, [n, f, d]);
+            mm_nt(p2, ghat1, &dw1, [n, f, d]);
             axpy(dk, -tau, p2);
             p1.fill(E::ZERO);
-            mm_nt(p1, ghat2, dw2, [n, d, f]);
+            mm_nt(p1, ghat2, &dw2, [n, d, f]);
             axpy(dx2, -tau, p1);
         }
 
@@ -262,7 +284,8 @@ impl<E: Element> Learner<E> for Reference {
         for c in 0..nf {
             du[c] = dg1[c] * d1[c];
         }
-        mm(dg2, du, w2, [n, f, d]);
+        self.0.put(du);
+        mm(dg2, du, &w2, [n, f, d]);
 
         // (h) G2
         for i in 0..n {
@@ -271,21 +294,23 @@ impl<E: Element> Learner<E> for Reference {
             let outputs = [grads.dv.row_mut(i), &mut dk[r.clone()], &mut *grads.dgamma, &mut *grads.dbeta];
             x.wrap().inner_gradient_backward(&mut dg2[r.clone()], [&g2[r.clone()], &xhat[r.clone()], &e[r]], row, outputs);
         }
+        self.0.put(dg2);
         let dz2 = dg2;
 
         // (i) Z2 = X2 W2 + b2, (j) X2 = gelu(Z1)
-        mm_nt(dx2, dz2, w2, [n, d, f]);
+        mm_nt(dx2, dz2, &w2, [n, d, f]);
         for c in 0..nf {
             dz1[c] = dx2[c] * d1[c] + dg1[c] * u[c] * d2[c];
         }
+        self.0.put(dz1);
 
         // (k) Z1 = k W1 + b1
-        mm_nt(dk, dz1, w1, [n, f, d]);
+        mm_nt(dk, dz1, &w1, [n, f, d]);
         mm_tn(dw1, q, dzbar1, [d, n, f]);
         mm_tn(dw1, kk, dz1, [d, n, f]);
         mm_tn(dw2, xbar2, dzbar2, [f, n, d]);
         mm_tn(dw2, x2, dz2, [f, n, d]);
-        mm_tn(dw2, du, g2, [f, n, d]);
+        mm_tn(dw2, du, &g2_operand, [f, n, d]);
         for i in 0..n {
             axpy(db1, E::ONE, &dzbar1[i * f..][..f]);
             axpy(db1, E::ONE, &dz1[i * f..][..f]);

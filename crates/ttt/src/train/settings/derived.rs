@@ -1,10 +1,8 @@
 //! What follows from settings: segments, batches, steps, schedules.
 
-use super::{Carry, Optimizer, Recompute, Settings};
+use super::{Optimizer, Settings};
 use crate::config::{Config, Inner};
 use crate::data::Segmenting;
-use crate::layer::Keep;
-use crate::plan;
 use crate::train::schedule::{InnerLearningRate, LearningRate};
 
 impl Settings {
@@ -28,27 +26,7 @@ impl Settings {
         self.segment_length() < self.train.sequence_length
     }
 
-    /// What the segments of a step need of memory beside their own; nothing when sequences are not cut.
-    pub fn planned_segments(&self) -> Option<plan::Segments> {
-        self.carries().then(|| plan::Segments {
-            slots: self.sequences_per_step(),
-            per_step: self.train.segments_per_step,
-            sequence: self.train.sequence_length,
-            gradient: self.train.carry == Carry::Gradient,
-            recompute: self.train.recompute == Recompute::Segment,
-        })
-    }
-
-    /// What a forward pass keeps.
-    pub fn keep(&self) -> Keep {
-        let group = self.train.checkpoint_group;
-        match self.train.recompute {
-            Recompute::None | Recompute::Segment => Keep::Saved { group },
-            Recompute::Block => Keep::Input { group },
-        }
-    }
-
-    /// Sequences of a step, of each of which it reads [`Train::segments_per_step`] segments.
+    /// Sequences of a step, of each of which it reads [`super::Train::segments_per_step`] segments.
     pub fn sequences_per_step(&self) -> usize {
         self.train.batch_tokens as usize / (self.segment_length() * self.train.segments_per_step).max(1)
     }

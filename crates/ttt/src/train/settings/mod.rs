@@ -3,6 +3,7 @@
 //! `configs/tiny.toml` holds the default and the meaning of every setting; files and overrides are layered on it.
 
 mod derived;
+pub mod recompute;
 mod run;
 mod sections;
 mod validate;
@@ -12,8 +13,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+pub use recompute::Recompute;
 pub use run::MAY_CHANGE;
-pub use sections::{Carry, Checkpoint, Data, Eval, Log, Model, Optimizer, Precision, Recompute, Sample, Train};
+pub use sections::{Carry, Checkpoint, Data, Eval, Log, Model, Optimizer, Precision, Sample, Train};
 
 use super::keys;
 use crate::config::{Config, Mixer};

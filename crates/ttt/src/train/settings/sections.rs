@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use super::Recompute;
 use crate::config::{Backbone, Inner, Mixer};
 use crate::device::Device;
 use crate::tensor::DType;
@@ -24,7 +25,7 @@ pub struct Model {
     /// A model to start from; its `config.json` replaces the four fields above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folder: Option<PathBuf>,
-    /// Fields of [`Config`] that win over the preset or the folder.
+    /// Fields of [`crate::config::Config`] that win over the preset or the folder.
     #[serde(flatten)]
     pub overrides: Table,
 }
@@ -94,18 +95,6 @@ impl Precision {
             (Precision::Bf16, _) | (Precision::Auto, Device::Cuda(_)) => DType::Bf16,
         }
     }
-}
-
-/// What the backward pass computes again instead of keeping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    /// Nothing but the fast weights inside a checkpoint group.
-    None,
-    /// Every block, from its input.
-    Block,
-    /// With gradient across cuts: every segment, from the states at its beginning.
-    Segment,
 }
 
 /// What crosses the cuts between the segments of a step.

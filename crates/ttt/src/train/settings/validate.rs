@@ -93,7 +93,7 @@ impl Settings {
         } else if train.carry == Carry::Gradient && at_once == 1 {
             "train.carry is gradient, but a step has no cuts; set train.segments_per_step to 2 or more".into()
         } else if train.recompute == Recompute::Segment && train.carry != Carry::Gradient {
-            "train.recompute is segment, which is of use only with train.carry=gradient; use block or none".into()
+            "train.recompute is segment, which is of use only with train.carry=gradient; use auto, none, inner or block".into()
         } else {
             return Ok(());
         };

@@ -100,7 +100,7 @@ pub async fn create(
         None => text,
     };
     let tokens = encode(&app, text, false).await?;
-    let most = max_tokens(&app, body.max_completion_tokens.or(body.max_tokens), MAX_TOKENS)?;
+    let most = max_tokens(&app, &start, tokens.len(), body.max_completion_tokens.or(body.max_tokens), MAX_TOKENS)?;
     let top = logprobs.then(|| body.top_logprobs.unwrap_or(0));
     let prompts = vec![Prompt { tokens, echo: None }];
     Reply::begin(&app, owner, Messages { logprobs }, common, &start, prompts, most, top)?.answer().await

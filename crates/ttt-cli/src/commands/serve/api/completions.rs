@@ -73,7 +73,8 @@ pub async fn create(
         let ids = check_ids(&app, ids)?;
         prompts.push(Prompt { echo: echo.then(|| app.tokenizer.decode(&ids)), tokens: ids });
     }
-    let tokens = max_tokens(&app, body.max_tokens, MAX_TOKENS)?;
+    let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
+    let tokens = max_tokens(&app, &start, longest, body.max_tokens, MAX_TOKENS)?;
     Reply::begin(&app, owner, Text { logprobs: body.logprobs }, common, &start, prompts, tokens, body.logprobs)?.answer().await
 }
 

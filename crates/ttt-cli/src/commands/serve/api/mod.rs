@@ -43,6 +43,8 @@ pub struct Model {
     pub layers: usize,
     pub parameters: usize,
     pub state_bytes: usize,
+    /// Bytes that a state grows by with every token.
+    pub state_bytes_per_token: usize,
 }
 
 /// What a request may ask for.
@@ -58,6 +60,8 @@ pub struct Limits {
     pub body: usize,
     /// From arrival to answer.
     pub time: Duration,
+    /// Tokens of a sequence in all, where its state grows with them.
+    pub context: Option<u64>,
 }
 
 /// What all requests share.
@@ -196,7 +200,8 @@ fn describe(app: &App) -> serde_json::Value {
     let m = &app.model;
     json!({
         "id": m.name, "object": "model", "created": m.created, "owned_by": "ttt", "hash": m.hash, "parameters": m.parameters,
-        "layers": m.layers, "vocab_size": m.vocab_size, "state_bytes": m.state_bytes, "chat": app.template.is_some(),
+        "layers": m.layers, "vocab_size": m.vocab_size, "state_bytes": m.state_bytes,
+        "state_bytes_per_token": m.state_bytes_per_token, "context": app.limits.context, "chat": app.template.is_some(),
         "read_only": app.read_only,
     })
 }

@@ -200,11 +200,24 @@ pub fn checked_name(name: String) -> Result<String, ApiError> {
     Ok(name)
 }
 
-/// How many tokens to choose.
-pub fn max_tokens(app: &App, asked: Option<usize>, otherwise: usize) -> Result<usize, ApiError> {
-    let tokens = asked.unwrap_or(otherwise.min(app.limits.tokens));
+/// How many tokens to choose behind a start and a prompt of so many tokens, where the request does not say `otherwise`.
+pub fn max_tokens(app: &App, start: &Start, prompt: usize, asked: Option<usize>, otherwise: usize) -> Result<usize, ApiError> {
+    let room = app.limits.context.map(|context| context.checked_sub(start.tokens + prompt as u64));
+    let most = match room {
+        None => app.limits.tokens,
+        Some(room) => app.limits.tokens.min(room.unwrap_or(0) as usize),
+    };
+    let tokens = asked.unwrap_or(otherwise.min(most));
     if tokens > app.limits.tokens {
         return Err(ApiError::bad(format!("max_tokens is {tokens}; this server allows {}", app.limits.tokens)));
+    }
+    if room == Some(None) || tokens > most || (asked.is_none() && most == 0) {
+        return Err(ApiError::bad(format!(
+            "this model's state grows with every token, and this server has room for {} of a sequence (--cache-memory, --slots): \
+             the state has read {}, the prompt has {prompt}, and max_tokens is {tokens}",
+            app.limits.context.unwrap_or(0),
+            start.tokens
+        )));
     }
     Ok(tokens)
 }
@@ -216,6 +229,8 @@ pub struct Start {
     pub state: Option<Arc<[u8]>>,
     /// Its id, where it has one.
     pub id: Option<String>,
+    /// Tokens that it has accepted.
+    pub tokens: u64,
     /// Key of the snapshots behind it.
     pub root: [u8; 32],
 }
@@ -234,14 +249,16 @@ impl Start {
                 Some(BASE64_STANDARD.decode(text).map_err(|e| ApiError::bad(format!("state is not base64: {e}")))?)
             }
         };
+        let mut tokens = 0;
         if let Some(state) = &state {
             // The engine would find the same, after the request had waited for a slot.
             let header = app.engine.verify(state.clone()).await?;
             check_tokenizer(app, &header)?;
+            tokens = header.tokens + header.pending.len() as u64;
         }
         let begin = state.as_ref().map_or(Vec::new(), |state| Sha256::digest(state).to_vec());
         let root = root(&app.model.hash, app.tokenizer.fingerprint(), &owner.0, &begin);
-        Ok(Start { state: state.map(Into::into), id: id.map(str::to_owned), root })
+        Ok(Start { state: state.map(Into::into), id: id.map(str::to_owned), tokens, root })
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use ttt::generate::Sampling;
 use ttt::state::StateFile;
 
-use super::request::{Common, Start, check_tokenizer, checked_name, encode, job, writable};
+use super::request::{Common, Start, check_tokenizer, checked_name, encode, job, max_tokens, writable};
 use super::{ApiError, App};
 use crate::commands::serve::auth::Owner;
 use crate::commands::serve::engine::{Event, Failure};
@@ -79,6 +79,7 @@ pub async fn learn(
     let name = how.name.map(checked_name).transpose()?;
     let start = Start::new(&app, &owner, how.state_id.as_deref(), None).await?;
     let tokens = encode(&app, text, start.state.is_none()).await?;
+    max_tokens(&app, &start, tokens.len(), Some(0), 0)?;
     let (sender, events) = unbounded_channel();
     let common = Common {
         sampling: Sampling::default(),

@@ -36,6 +36,8 @@ pub struct Limits {
     pub chunk: usize,
     /// Tokens between two snapshots of a prompt that is read.
     pub snapshot_every: u64,
+    /// Tokens that a sequence may have, where its state grows with them.
+    pub context: Option<u64>,
 }
 
 /// A prompt, and what is wanted of it.

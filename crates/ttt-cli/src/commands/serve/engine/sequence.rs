@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ttt::data::{TextStream, Tokenizer};
-use ttt::generate::Choice;
+use ttt::generate::{Choice, Sequence as Continued};
 
 use super::decoded::{Decoded, TokenInfo};
 use super::sampler::Sampler;
@@ -97,9 +97,31 @@ impl<'t> Sequence<'t> {
         self.send(Event::Prompt { choice, tokens });
     }
 
-    /// Chooses the next token; says why the choice is complete, if it is.
-    pub fn choose(&mut self, logits: &[f32], ends: [Option<u32>; 2], shared: &Shared) -> Option<Finish> {
+    /// What its next token is chosen from: the token that it reads for it.
+    pub fn next(&self) -> (Continued, u32) {
+        let sequence = Continued { slot: self.slot, draw: self.sampler.draw(), ends: [None; 2] };
+        (sequence, *self.tokens.last().expect("a prompt of at least one token"))
+    }
+
+    /// Takes the next token from where it was chosen.
+    pub fn take(&mut self, Choice { token, logprob }: Choice) -> TokenInfo {
+        self.sampler.next();
+        TokenInfo { id: token, text: String::new(), logprob: Some(logprob), top: Vec::new() }
+    }
+
+    /// Chooses the next token, with what else was likely where that is wanted.
+    pub fn choose(&mut self, logits: &[f32]) -> TokenInfo {
         let Choice { token, logprob } = self.sampler.choose(logits);
+        match self.job.top {
+            // By the same arithmetic for all of them, so that who compares finds the likeliest to be that.
+            Some(k) => info(token, String::new(), logits, k),
+            None => TokenInfo { id: token, text: String::new(), logprob: Some(logprob), top: Vec::new() },
+        }
+    }
+
+    /// Accepts the next token; says why the choice is complete, if it is.
+    pub fn accept(&mut self, info: TokenInfo, ends: [Option<u32>; 2], shared: &Shared) -> Option<Finish> {
+        let token = info.id;
         let now = Instant::now();
         let times = if self.tokens.len() == self.prompt { &shared.first_token } else { &shared.next_token };
         times.add(now - self.last);
@@ -109,11 +131,6 @@ impl<'t> Sequence<'t> {
             self.flush();
             return Some(Finish::Stop);
         }
-        let info = match self.job.top {
-            // By the same arithmetic for all of them, so that who compares finds the likeliest to be that.
-            Some(k) => info(token, String::new(), logits, k),
-            None => TokenInfo { id: token, text: String::new(), logprob: Some(logprob), top: Vec::new() },
-        };
         let (text, tokens, stopped) = self.decoded.push(info);
         if !text.is_empty() || !tokens.is_empty() {
             self.send(Event::Text { choice: self.choice(), text, tokens });

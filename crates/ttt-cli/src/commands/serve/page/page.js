@@ -408,7 +408,8 @@ function use(id, select, tab) {
 async function refresh() {
   model = (await (await call("v1/models")).json()).data[0];
   const millions = model.parameters / 1e6;
-  $("about").textContent = `${model.id}: ${millions < 10 ? millions.toFixed(1) : millions.toFixed(0)}M parameters, a state is ${size(model.state_bytes)}`;
+  $("about").textContent = `${model.id}: ${millions < 10 ? millions.toFixed(1) : millions.toFixed(0)}M parameters, a state ${model.context ? `grows by ${size(model.state_bytes_per_token)} a token, up to ${grouped(model.context)} tokens` : `is ${size(model.state_bytes)}`}`;
+  if (model.context) $("learn-note").textContent = "The model reads a text once. Its state grows with every token; ask it as often as you like.";
   $("chat-how").textContent = model.chat ? "" : "This model has no chat template: it continues the text, line by line.";
   states = (await (await call("v1/states")).json()).data;
   for (const select of document.querySelectorAll(".starts")) {

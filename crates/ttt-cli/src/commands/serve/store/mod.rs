@@ -2,9 +2,12 @@
 //!
 //! A state is two objects: its bytes under a random name, which never change, and a description that names them. The description
 //! is written last and deleted first, each in one atomic step, so a server that is killed leaves the old or the new, at worst
-//! bytes that nothing names. Below an owner's own prefix a description's place is the hash of the state's id: no id ever becomes a
+//! bytes that nothing names, which the next server finds ([`sweep`]). Below an owner's own prefix a description's place is the hash of the state's id: no id ever becomes a
 //! path, and nobody finds what another key made.
 
+mod sweep;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -21,6 +24,7 @@ use ttt::state::StateHeader;
 use super::auth::Owner;
 use super::snapshots::{hex, private_folder};
 use super::{random, seconds};
+pub use sweep::AGE;
 
 /// A state as clients see it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -96,6 +100,8 @@ impl From<object_store::Error> for Error {
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
     prefix: Path,
+    /// Where they are, when that is a folder.
+    folder: Option<PathBuf>,
     most: u64,
 }
 
@@ -114,13 +120,13 @@ impl Store {
             let plain = plain.is_some_and(|endpoint| endpoint.starts_with("http://"));
             let s3 = AmazonS3Builder::from_env().with_bucket_name(bucket).with_allow_http(plain).build();
             let s3 = s3.with_context(|| format!("--store {place}"))?;
-            return Ok(Store { objects: Arc::new(s3), prefix: Path::parse(prefix)?, most });
+            return Ok(Store { objects: Arc::new(s3), prefix: Path::parse(prefix)?, folder: None, most });
         }
         let folder = std::path::Path::new(place);
         let local =
             private_folder(folder).map_err(anyhow::Error::from).and_then(|()| Ok(LocalFileSystem::new_with_prefix(folder)?));
         let local = local.with_context(|| format!("cannot keep states in {place}"))?.with_fsync(true);
-        Ok(Store { objects: Arc::new(local), prefix: Path::default(), most })
+        Ok(Store { objects: Arc::new(local), prefix: Path::default(), folder: Some(folder.to_owned()), most })
     }
 
     /// Keeps a state file under a new id.

@@ -1,5 +1,8 @@
 //! The rounds of the engine's thread.
 
+mod decode;
+mod read;
+
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -8,9 +11,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use ttt::batch::Batch;
 use ttt::data::Tokenizer;
-use ttt::layer::Keep;
+use ttt::generate::Decoder;
 use ttt::lm::Lm;
 use ttt::state::{StateFile, States};
 use ttt::tensor::{DType, Tensor};
@@ -20,8 +22,6 @@ use super::shared::Shared;
 use super::{Command, Event, Failure, Finish, Job, Limits, means};
 use crate::commands::serve::snapshots::Snapshots;
 
-/// Pieces are so many times longer while nobody decodes.
-const ALONE: usize = 4;
 /// A state is worth keeping when so many tokens were read for it.
 const WORTH: usize = 32;
 
@@ -31,6 +31,9 @@ struct Engine<'t> {
     tokenizer: &'t Tokenizer,
     states: &'t mut States,
     spare: States,
+    decoder: Decoder<'t>,
+    /// Tokens that there is room for in every slot, where states grow.
+    room: u64,
     limits: Limits,
     snapshots: Snapshots,
     shared: &'t Shared,
@@ -54,9 +57,23 @@ pub fn run(
     shared: &Shared,
 ) {
     let free = (0..states.slots()).rev().collect();
-    let (queue, running) = (VecDeque::new(), Vec::new());
-    let mut engine =
-        Engine { lm, tokenizer, states, spare, limits, snapshots, shared, free, queue, running, turn: 0, stopping: None };
+    let (queue, running, decoder) = (VecDeque::new(), Vec::new(), Decoder::new(lm));
+    let mut engine = Engine {
+        lm,
+        tokenizer,
+        states,
+        spare,
+        decoder,
+        room: 0,
+        limits,
+        snapshots,
+        shared,
+        free,
+        queue,
+        running,
+        turn: 0,
+        stopping: None,
+    };
     while engine.receive(inbox) {
         // A bug that one request found should not end all others that will come; slots are filled anew before they are used.
         if std::panic::catch_unwind(AssertUnwindSafe(|| engine.round())).is_err() {
@@ -183,6 +200,9 @@ impl<'t> Engine<'t> {
         let Some(last) = tokens.len().checked_sub(1) else {
             return Err(ttt::Error::Invalid("there is nothing to continue from: give a prompt of at least one token".into()));
         };
+        // A state may bring more than there is room for.
+        let begun = start.as_ref().map_or(0, |start| start.header().tokens);
+        self.reserve(begun + last as u64)?;
         if job.snapshots && !job.prompt_logprobs && !job.progress {
             let found = self.snapshots.find(job.root, &tokens[..last]);
             let restored = found.and_then(|(read, state)| {
@@ -202,167 +222,19 @@ impl<'t> Engine<'t> {
         Ok((tokens, 0))
     }
 
-    /// Reads one piece of the prompts that are not read.
-    fn read(&mut self) {
-        let reading: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].unread() > 0).collect();
-        if reading.is_empty() {
-            return;
+    /// Makes room for sequences of so many tokens where states grow: half as much again, and never more than the limit, which
+    /// requests were checked against.
+    fn reserve(&mut self, tokens: u64) -> ttt::Result<()> {
+        let Some(context) = self.limits.context.filter(|_| tokens > self.room) else { return Ok(()) };
+        if tokens > context {
+            return Err(ttt::Error::Invalid(format!(
+                "a sequence of {tokens} tokens; there is room for {context} (--cache-memory)"
+            )));
         }
-        let decoding = reading.len() < self.running.len();
-        self.turn %= reading.len();
-        let alone = |s: &Sequence<'_>| s.job.prompt_logprobs || s.job.progress;
-        // Who watches wants to see something often.
-        let watched = self.running[reading[self.turn]].job.progress;
-        let mut room = if decoding || watched { self.limits.chunk } else { ALONE * self.limits.chunk };
-        let mut pieces = Vec::new();
-        for i in reading[self.turn..].iter().chain(&reading[..self.turn]) {
-            let sequence = &self.running[*i];
-            if room == 0 || (alone(sequence) && !pieces.is_empty()) {
-                break;
-            }
-            let piece = self.piece(sequence, room);
-            room = room.saturating_sub(piece);
-            pieces.push((*i, piece));
-            if alone(sequence) {
-                break;
-            }
-        }
-        self.turn += pieces.len();
-        let read = match &pieces[..] {
-            [(i, piece)] if self.running[*i].job.prompt_logprobs => self.read_with_logprobs(*i, *piece),
-            [(i, piece)] if self.running[*i].job.progress => self.read_with_progress(*i, *piece),
-            _ => self.read_pieces(&pieces),
-        };
-        match read {
-            Ok(()) => {
-                for &(i, piece) in &pieces {
-                    self.running[i].read += piece;
-                    self.shared.prompt_tokens.fetch_add(piece as u64, Relaxed);
-                    let position = self.states.position(self.running[i].slot);
-                    if self.running[i].unread() > 0 && position.is_multiple_of(self.limits.snapshot_every) {
-                        self.keep(i);
-                    }
-                }
-                for &(i, _) in pieces
-                    .iter()
-                    .filter(|(i, _)| self.running[*i].unread() == 0)
-                    .collect::<std::collections::BTreeSet<_>>()
-                    .into_iter()
-                    .rev()
-                {
-                    self.read_to_the_end(i);
-                }
-            }
-            Err(e) => self.fail_all(pieces.iter().map(|(i, _)| *i).collect(), &e),
-        }
-    }
-
-    /// Tokens that a sequence may read now: to the end of a mini-batch, so that pieces cost the arithmetic of the whole, and not
-    /// past a place for a snapshot.
-    fn piece(&self, sequence: &Sequence<'_>, room: usize) -> usize {
-        let (position, mini_batch) = (self.states.position(sequence.slot), self.lm.config().mini_batch_size as u64);
-        let end = ((position + room as u64) / mini_batch * mini_batch).max((position / mini_batch + 1) * mini_batch);
-        let snapshot = (position / self.limits.snapshot_every + 1) * self.limits.snapshot_every;
-        let piece = ((end.min(snapshot) - position) as usize).min(sequence.unread());
-        // Errors are measured on whole mini-batches; what is left over comes by itself.
-        match piece as u64 / mini_batch * mini_batch {
-            whole if sequence.job.progress && position.is_multiple_of(mini_batch) && whole > 0 => whole as usize,
-            _ => piece,
-        }
-    }
-
-    fn read_pieces(&mut self, pieces: &[(usize, usize)]) -> ttt::Result<()> {
-        let mut batch = Batch::default();
-        for (i, piece) in pieces {
-            let sequence = &self.running[*i];
-            batch.push(&sequence.tokens[sequence.read..][..*piece], sequence.slot);
-        }
-        // No prediction is wanted; one row is the least that can be asked for.
-        self.lm.forward_rows(&batch, self.states, &[batch.tokens.len() - 1]).map(drop)
-    }
-
-    fn read_with_logprobs(&mut self, i: usize, piece: usize) -> ttt::Result<()> {
-        let sequence = &mut self.running[i];
-        let mut batch = Batch::default();
-        batch.push(&sequence.tokens[sequence.read..][..piece], sequence.slot);
-        let (hidden, _) = self.lm.forward(&batch, Some(self.states), Keep::Nothing, 1.0)?;
-        let logits = self.lm.logits(&hidden, &(0..piece).collect::<Vec<_>>())?;
-        let rows = rows(&logits);
-        sequence.report_prompt(sequence.read + 1, rows.chunks(rows.len() / piece).map(Some));
+        let room = tokens.max(self.room + self.room / 2).next_multiple_of(64).min(context);
+        self.states.reserve(room as usize)?;
+        self.room = room;
         Ok(())
-    }
-
-    fn read_with_progress(&mut self, i: usize, piece: usize) -> ttt::Result<()> {
-        let sequence = &self.running[i];
-        let mut batch = Batch::default();
-        batch.push(&sequence.tokens[sequence.read..][..piece], sequence.slot);
-        let mini_batch = self.lm.config().mini_batch_size;
-        let whole = self.states.position(sequence.slot).is_multiple_of(mini_batch as u64) && piece.is_multiple_of(mini_batch);
-        let inner = match whole {
-            true => means(&self.lm.forward_measured(&batch, self.states)?.1),
-            false => {
-                self.lm.forward_rows(&batch, self.states, &[piece - 1])?;
-                Vec::new()
-            }
-        };
-        sequence.send(Event::Read { tokens: sequence.read + piece, of: sequence.prompt - 1, inner });
-        Ok(())
-    }
-
-    /// The prompt but for its last token is read: its choices part here.
-    fn read_to_the_end(&mut self, i: usize) {
-        if self.running[i].job.snapshots {
-            self.keep(i);
-        }
-        for (k, slot) in std::mem::take(&mut self.running[i].reserved).into_iter().enumerate() {
-            self.states.copy_slot(self.running[i].slot, slot);
-            self.running.push(self.running[i].fork(k + 1, slot, self.tokenizer));
-        }
-        if self.running[i].job.max_tokens == 0 {
-            let job = self.running[i].job.clone();
-            for i in (0..self.running.len()).rev().filter(|i| Arc::ptr_eq(&self.running[*i].job, &job)).collect::<Vec<_>>() {
-                self.finish(i, Finish::Length);
-            }
-        }
-    }
-
-    /// Decodes a token for everyone whose prompt is read.
-    fn decode(&mut self) {
-        let ready: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].unread() == 0).collect();
-        if ready.is_empty() {
-            return;
-        }
-        let mut batch = Batch::default();
-        for &i in &ready {
-            let sequence = &self.running[i];
-            batch.push(&sequence.tokens[sequence.read..], sequence.slot);
-        }
-        let forward = |states: &mut States| -> ttt::Result<Tensor> {
-            let (hidden, _) = self.lm.forward(&batch, Some(states), Keep::Nothing, 1.0)?;
-            self.lm.logits(&hidden, &(0..ready.len()).collect::<Vec<_>>())
-        };
-        let logits = match forward(self.states) {
-            Ok(logits) => logits,
-            Err(e) => return self.fail_all(ready, &e),
-        };
-        let rows = rows(&logits);
-        let ends = [self.tokenizer.eos(), self.lm.config().eos_token_id];
-        let mut finished = Vec::new();
-        for (&i, row) in ready.iter().zip(rows.chunks(rows.len() / ready.len())) {
-            let sequence = &mut self.running[i];
-            let first = sequence.read < sequence.prompt;
-            sequence.read += 1;
-            if first {
-                self.shared.prompt_tokens.fetch_add(1, Relaxed);
-            }
-            if let Some(reason) = sequence.choose(row, ends, self.shared) {
-                finished.push((i, reason));
-            }
-        }
-        self.shared.generated_tokens.fetch_add(ready.len() as u64, Relaxed);
-        for (i, reason) in finished.into_iter().rev() {
-            self.finish(i, reason);
-        }
     }
 
     /// Keeps a snapshot of a sequence, unless it is too near to the last one.
@@ -373,6 +245,10 @@ impl<'t> Engine<'t> {
         }
         let key = sequence.hash.extend(&sequence.tokens[..sequence.read]);
         if self.snapshots.touch(&key) {
+            return;
+        }
+        let grown = self.states.bytes_per_token() * self.states.position(sequence.slot) as usize;
+        if !self.snapshots.may_hold(grown) {
             return;
         }
         // A state that cannot be saved is no snapshot; whoever wants the state itself is told why.
