@@ -86,11 +86,20 @@ pub fn for_each<S: Split>(units: usize, parts: S, work: &(impl Fn(usize, S) + Sy
             _ => {
                 let half = units.div_ceil(2);
                 let (a, b) = parts.split(half);
-                rayon::join(|| go(first, half, a, work), || go(first + half, units - half, b, work));
+                let (mut a, mut b) = (Some(a), Some(b));
+                join(
+                    &mut || a.take().into_iter().for_each(|a| go(first, half, a, work)),
+                    &mut || b.take().into_iter().for_each(|b| go(first + half, units - half, b, work)),
+                );
             }
         }
     }
     go(0, units, parts, work);
+}
+
+/// [`rayon::join`] of calls whose types are not known, so that its machinery is compiled once and not for every operation.
+fn join(a: &mut (dyn FnMut() + Send), b: &mut (dyn FnMut() + Send)) {
+    rayon::join(a, b);
 }
 
 /// Rows of a block when `rows` rows of `cols` elements are split: enough elements (about 64 KiB of f32) that forking pays.
