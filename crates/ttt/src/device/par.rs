@@ -87,10 +87,9 @@ pub fn for_each<S: Split>(units: usize, parts: S, work: &(impl Fn(usize, S) + Sy
                 let half = units.div_ceil(2);
                 let (a, b) = parts.split(half);
                 let (mut a, mut b) = (Some(a), Some(b));
-                join(
-                    &mut || a.take().into_iter().for_each(|a| go(first, half, a, work)),
-                    &mut || b.take().into_iter().for_each(|b| go(first + half, units - half, b, work)),
-                );
+                let mut left = || a.take().into_iter().for_each(|a| go(first, half, a, work));
+                let mut right = || b.take().into_iter().for_each(|b| go(first + half, units - half, b, work));
+                join(&mut left, &mut right);
             }
         }
     }
