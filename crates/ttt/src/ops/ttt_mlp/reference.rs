@@ -199,7 +199,7 @@ impl<E: Element> Learner<E> for Reference {
             }
         }
         u.fill(E::ZERO);
-        let g2_operand = self.0.all(g2).into_owned();
+        let g2_operand = self.0.all(g2);
         mm_nt(u, &g2_operand, &w2, [n, d, f]);
         for c in 0..nf {
             g1[c] = u[c] * d1[c];
