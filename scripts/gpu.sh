@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests and the tables on a machine with a GPU, where nothing can be built: scripts/gpu.sh FOLDER, FOLDER holding the
-# program `ttt` and the test binaries `cuda`, `cuda_decode`, `cuda_attention`, `cuda_mixers` and `ttt_batch`. Logs go to $OUT (otherwise
-# ./gpu-results). Under nine minutes.
+# program `ttt` and the test binaries `cuda` and `ttt_batch`. Logs go to $OUT (otherwise ./gpu-results). Under nine minutes.
 set -uo pipefail
 bin=$(cd "$1" && pwd)
 out=${OUT:-$PWD/gpu-results}
@@ -20,11 +19,10 @@ part() {
 }
 part doctor "$ttt" doctor --device cuda
 part doctor-again "$ttt" doctor --device cuda --json
-part tests "$bin/cuda" --test-threads=1 --nocapture
-part decode-tests "$bin/cuda_decode" --test-threads=1 --nocapture
-part mixer-tests "$bin/cuda_mixers" --test-threads=1 --nocapture
+for kind in learners training decode attention mixers; do
+    part "$kind-tests" "$bin/cuda" "$kind::" --test-threads=1 --nocapture
+done
 part ladder-tests "$bin/ttt_batch" a_gpu --nocapture
-part attention-tests "$bin/cuda_attention" --test-threads=1 --nocapture
 for shape in "32 2048" "64 2048" "4 32768"; do
     set -- $shape
     part "train-$1x$2" "$ttt" bench train --device cuda --preset 125m --batch "$1" --length "$2" --repeat 5

@@ -5,7 +5,7 @@
 Outputs, final states and every gradient, at t = 1, 15, 16, 17, 63, 1040 and packed, from states and without, in f32 and bf16, a
 block with one group of channels and with several; a few tokens of many sequences by the other kernel; two launches bit for bit.
 Outputs and scratch memory are NaN before. Prints a JSON line an item; exit status 1 when one fails. The same on a GPU is
-`cargo test --test cuda_scan`, times are `ttt bench ops --device cuda --preset 130m --mixer mamba`.
+`cargo test --test cuda mixers::`, times are `ttt bench ops --device cuda --preset 130m --mixer mamba`.
 """
 import argparse
 import ctypes

@@ -5,7 +5,7 @@
 
 Products with what stands before and behind them, the convolution before a layer, a token of TTT-Linear made from projections against
 `ttt_linear_decode` on what they make, and the sampler against plain loops. Prints a JSON line an item; exit status 1 when one fails.
-The same on a GPU, and the sampler against its definition, is `cargo test --test cuda_decode`.
+The same on a GPU, and the sampler against its definition, is `cargo test --test cuda decode::`.
 """
 import argparse
 import ctypes

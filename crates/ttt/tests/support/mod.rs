@@ -128,11 +128,16 @@ impl Random {
 
 /// A small model whose every parameter is away from its initial value, so that no term of any gradient vanishes.
 pub fn shaken_model(config: &Config, device: &Device, dtype: DType, seed: u64) -> Lm {
+    shaken_by(0.25, config, device, dtype, seed)
+}
+
+/// The same, no parameter by more than `size`.
+pub fn shaken_by(size: f64, config: &Config, device: &Device, dtype: DType, seed: u64) -> Lm {
     let mut model = Lm::new(config, device, dtype, seed).unwrap();
     let mut random = Random::new(seed ^ 0x5eed);
     let params = model.params_mut();
     let n = params.data().len();
-    let noise: Vec<f64> = (0..n).map(|_| 0.25 * random.unit()).collect();
+    let noise: Vec<f64> = (0..n).map(|_| size * random.unit()).collect();
     match dtype {
         DType::F32 => params.data_mut().as_mut_slice::<f32>().iter_mut().zip(noise).for_each(|(x, e)| *x += e as f32),
         DType::F64 => params.data_mut().as_mut_slice::<f64>().iter_mut().zip(noise).for_each(|(x, e)| *x += e as f32 as f64),

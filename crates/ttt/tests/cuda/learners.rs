@@ -1,41 +1,16 @@
-//! Everything on a GPU against the CPU. Looks for a GPU at run time and says so when there is none, which is a failure if
-//! `TTT_TEST_DEVICE=cuda` is set. New tensors are NaN here, so that an element nobody writes is noticed.
+//! TTT-Linear and TTT-MLP on a GPU: operations, whole models, statistics.
 
-#[path = "ops/case.rs"]
-#[allow(dead_code)]
-mod case;
-#[path = "ops/cases.rs"]
-mod cases;
-mod cuda_training;
-mod support;
-mod ttt_case;
-
-use std::sync::{Arc, OnceLock};
-
-use support::{Random, relative, shaken_model};
 use ttt::batch::{Batch, Segment};
 use ttt::config::{Config, Inner};
-use ttt::device::cuda::{Cuda, Options};
 use ttt::device::{Device, Kernels};
 use ttt::layer::Keep;
 use ttt::lm::Lm;
 use ttt::ops::{adamw, grad_norm};
-use ttt::params::Params;
 use ttt::tensor::{DType, Tensor};
 
-/// The GPU, opened once.
-fn gpu() -> Option<&'static Device> {
-    static GPU: OnceLock<Option<Device>> = OnceLock::new();
-    GPU.get_or_init(|| match Cuda::open(Options { ordinal: 0, poison: true }) {
-        Ok(cuda) => Some(Device::Cuda(Arc::new(cuda))),
-        Err(e) => {
-            assert!(std::env::var("TTT_TEST_DEVICE").as_deref() != Ok("cuda"), "TTT_TEST_DEVICE=cuda, but {e}");
-            eprintln!("no GPU: nothing was tested ({e})");
-            None
-        }
-    })
-    .as_ref()
-}
+use crate::models::{VOCAB, carries_and_saves, is_the_definition, moved, reads_in_chunks};
+use crate::support::{Random, relative, shaken_model};
+use crate::{case, cases, gpu, ttt_case};
 
 fn reference() -> Device {
     Device::cpu_with(0, Kernels::Reference).unwrap()
@@ -269,14 +244,14 @@ fn in_chunks(inner: Inner) {
     }
 }
 
-fn small(backbone_bits: usize) -> Config {
+pub fn small(backbone_bits: usize) -> Config {
     small_of(Inner::Linear, backbone_bits)
 }
 
-fn small_of(inner: Inner, backbone_bits: usize) -> Config {
+pub fn small_of(inner: Inner, backbone_bits: usize) -> Config {
     let flag = |i: usize| backbone_bits >> i & 1 == 1;
     Config {
-        vocab_size: 300,
+        vocab_size: VOCAB,
         hidden_size: 128,
         intermediate_size: 344,
         num_hidden_layers: 2,
@@ -289,138 +264,35 @@ fn small_of(inner: Inner, backbone_bits: usize) -> Config {
     }
 }
 
-/// The same weights on another device.
-fn moved(model: &Lm, device: &Device, dtype: DType) -> Lm {
-    Lm::from_params(model.config(), model.params().to(device, dtype).unwrap()).unwrap()
-}
-
-fn logits_and_gradient(model: &Lm, keep: Keep) -> [Vec<f64>; 2] {
-    let mut random = Random::new(9);
-    let vocab = model.config().vocab_size;
-    let batch = Batch::packed(&[70, 33, 5].map(|n| random.tokens(n, vocab)));
-    let targets = random.tokens(108, vocab);
-    let weights: Vec<f64> = (0..108).map(|t| if t % 7 == 3 { 0.0 } else { 1.0 / 108.0 }).collect();
-    let mut grads = Params::zeros(model.params().table(), model.device(), model.params().data().dtype()).unwrap();
-    let (hidden, saved) = model.forward(&batch, None, keep, 0.7).unwrap();
-    let logits = model.logits(&hidden, &(0..108).collect::<Vec<_>>()).unwrap().to_f64_vec();
-    let (_, dhidden) = model.loss(&hidden, &targets, &weights, &mut grads).unwrap();
-    model.backward(&batch, saved.unwrap(), dhidden, None, &mut grads).unwrap();
-    [logits, grads.data().to_f64_vec()]
-}
-
 #[test]
 fn whole_models() {
     let Some(gpu) = gpu() else { return };
     let linear = (0..16).map(|bits| (bits, small(bits)));
     for (bits, config) in linear.chain([0, 15].map(|bits| (bits, small_of(Inner::Mlp, bits)))) {
         let host = shaken_model(&config, &gpu.cpu_beside(), DType::F32, bits as u64);
-        let check = moved(&host, &reference(), DType::F64);
-        let want = logits_and_gradient(&check, Keep::Saved { group: 2 });
-        for (dtype, ratio, gradient_ratio) in [(DType::F32, 1e-4, 5e-4), (DType::Bf16, 4e-2, 1e-1)] {
-            let model = moved(&host, gpu, dtype);
-            let saved = logits_and_gradient(&model, Keep::Saved { group: 4 });
-            for keep in [Keep::Saved { group: 4 }, Keep::Start { group: 4 }, Keep::Input { group: 4 }] {
-                let ours = logits_and_gradient(&model, keep);
-                assert_eq!(ours, saved, "{keep:?}: what is kept decides memory and time, never the result");
-                let errors = [0, 1].map(|i| relative(&ours[i], &want[i]));
-                eprintln!("configuration {bits} {dtype:?} {keep:?}: logits {:.1e}, gradient {:.1e}", errors[0], errors[1]);
-                assert!(errors[0] < ratio && errors[1] < gradient_ratio, "configuration {bits} {dtype:?} {keep:?}: {errors:?}");
-                assert_eq!(ours, logits_and_gradient(&model, keep), "another result when run again");
-            }
-        }
+        let ways = [Keep::Saved { group: 4 }, Keep::Start { group: 4 }, Keep::Input { group: 4 }];
+        is_the_definition(&format!("configuration {bits}"), &host, &[70, 33, 5], &ways);
     }
+}
+
+/// A model of either learner with all there is.
+fn whole(device: &Device, inner: Inner, seed: u64) -> Lm {
+    shaken_model(&small_of(inner, 0b1111), &device.cpu_beside(), DType::F32, seed)
 }
 
 #[test]
 fn reading_in_chunks_forking_and_resetting() {
-    for inner in [Inner::Linear, Inner::Mlp] {
-        read_in_chunks_fork_and_reset(inner);
-    }
-}
-
-fn read_in_chunks_fork_and_reset(inner: Inner) {
     let Some(gpu) = gpu() else { return };
-    let host = shaken_model(&small_of(inner, 0b1111), &gpu.cpu_beside(), DType::F32, 4);
-    for (dtype, ratio) in [(DType::F32, 2e-5), (DType::Bf16, 3e-2)] {
-        let model = moved(&host, gpu, dtype);
-        let tokens = Random::new(3).tokens(90, 300);
-        let all = |states: &mut ttt::state::States, tokens: &[u32], slot| {
-            let mut batch = Batch::default();
-            batch.push(tokens, slot);
-            let hidden = model.forward_rows(&batch, states, &[tokens.len() - 1]).unwrap();
-            model.logits(&hidden, &[0]).unwrap().to_f64_vec()
-        };
-        let mut states = model.states(3).unwrap();
-        let want = all(&mut states, &tokens, 2);
-        let mut at = 0;
-        let mut last = Vec::new();
-        for len in [7, 1, 1, 30, 20, 1, 30] {
-            last = all(&mut states, &tokens[at..at + len], 0);
-            at += len;
-            if at == 39 {
-                states.copy_slot(0, 1);
-            }
-        }
-        assert!(relative(&last, &want) < ratio, "{dtype:?}: {}", relative(&last, &want));
-        let mut fork = states.fork().unwrap();
-        assert!(relative(&all(&mut fork, &tokens[39..], 1), &want) < ratio, "{dtype:?}: a copied slot");
-        states.reset(&model, 0);
-        assert!(relative(&all(&mut states, &tokens, 0), &want) < ratio, "{dtype:?}: a slot that was reset");
+    for inner in [Inner::Linear, Inner::Mlp] {
+        reads_in_chunks(&format!("{inner:?}"), &whole(gpu, inner, 4), &[7, 1, 1, 30, 20, 1, 30], 2e-5);
     }
-}
-
-/// Gradient of two segments of the same sequences, carried across the cut.
-fn gradient_in_segments(model: &Lm) -> Vec<f64> {
-    let mut random = Random::new(21);
-    let mut states = model.states(2).unwrap();
-    let mut grads = Params::zeros(model.params().table(), model.device(), model.params().data().dtype()).unwrap();
-    let mut passes = Vec::new();
-    for len in [32, 20] {
-        let batch = Batch::packed(&[random.tokens(len, 300), random.tokens(len, 300)]);
-        let targets = random.tokens(2 * len, 300);
-        let (hidden, saved) = model.forward(&batch, Some(&mut states), Keep::Saved { group: 2 }, 1.0).unwrap();
-        let weights = vec![0.01; 2 * len];
-        let (_, dhidden) = model.loss(&hidden, &targets, &weights, &mut grads).unwrap();
-        passes.push((batch, saved.unwrap(), dhidden));
-    }
-    let mut dstates = ttt::dstates::DStates::zeros(&states).unwrap();
-    for (batch, saved, dhidden) in passes.into_iter().rev() {
-        model.backward(&batch, saved, dhidden, Some(&mut dstates), &mut grads).unwrap();
-    }
-    grads.data().to_f64_vec()
 }
 
 #[test]
 fn gradients_cross_cuts_and_states_go_to_files() {
-    for inner in [Inner::Linear, Inner::Mlp] {
-        cross_cuts_and_go_to_files(inner);
-    }
-}
-
-fn cross_cuts_and_go_to_files(inner: Inner) {
     let Some(gpu) = gpu() else { return };
-    let host = shaken_model(&small_of(inner, 0b1111), &gpu.cpu_beside(), DType::F32, 6);
-    let want = gradient_in_segments(&host);
-    for (dtype, ratio) in [(DType::F32, 5e-4), (DType::Bf16, 1e-1)] {
-        let model = moved(&host, gpu, dtype);
-        let error = relative(&gradient_in_segments(&model), &want);
-        assert!(error < ratio, "{dtype:?}: {error}");
-
-        // Saved on the GPU, restored there and on the CPU.
-        let next = |model: &Lm, states: &mut ttt::state::States| {
-            let (hidden, _) = model.forward(&Batch::one(&[5, 6, 7]), Some(states), Keep::Nothing, 1.0).unwrap();
-            model.logits(&hidden, &[2]).unwrap().to_f64_vec()
-        };
-        let mut states = model.states(1).unwrap();
-        model.forward(&Batch::one(&Random::new(3).tokens(37, 300)), Some(&mut states), Keep::Nothing, 1.0).unwrap();
-        let bytes = states.to_bytes(0, &model, &[], None).unwrap();
-        let logits = next(&model, &mut states);
-        for (model, ratio) in [(&model, 0.0), (&host, if dtype == DType::F32 { 1e-4 } else { 4e-2 })] {
-            let mut restored = model.states(1).unwrap();
-            restored.restore_bytes(0, model, bytes.clone()).unwrap();
-            let error = relative(&next(model, &mut restored), &logits);
-            assert!(error <= ratio, "{dtype:?} restored on {:?}: {error}", model.device());
-        }
+    for inner in [Inner::Linear, Inner::Mlp] {
+        carries_and_saves(&format!("{inner:?}"), &whole(gpu, inner, 6), [32, 20]);
     }
 }
 

@@ -1,65 +1,27 @@
-//! Training on a GPU.
+//! Training of the learners on a GPU: the loop's steps, memory.
 
-use super::*;
+use ttt::batch::Batch;
+use ttt::config::{Config, Inner};
+use ttt::layer::Keep;
+use ttt::lm::Lm;
 use ttt::ops::adamw;
 use ttt::plan::{Place, Step};
+use ttt::tensor::DType;
 use ttt::train::step::{MicroBatch, Optimizer, StepSettings};
 
-/// Losses of a small model on text that can be learned.
-fn losses(model: &mut Lm, steps: usize) -> Vec<f64> {
-    let mut optimizer = Optimizer::new(model).unwrap();
-    let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut random = Random::new(1);
-    let mut step = || {
-        let sequences: Vec<Vec<u32>> = (0..4)
-            .map(|_| {
-                let (start, stride) = (random.below(200), 1 + random.below(5));
-                (0..129).map(|i| ((start + i * stride + i * i / 7) % 300) as u32).collect()
-            })
-            .collect();
-        let inputs: Vec<&[u32]> = sequences.iter().map(|s| &s[..128]).collect();
-        let targets = sequences.iter().flat_map(|s| s[1..].to_vec()).collect();
-        let micro = MicroBatch { batch: Batch::packed(&inputs), targets, mask: vec![1.0; 512] };
-        let settings = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep: Keep::Saved { group: 4 } };
-        optimizer.step(model, &[micro], &settings).unwrap().loss
-    };
-    (0..steps).map(|_| step()).collect()
-}
+use crate::gpu;
+use crate::learners::small_of;
+use crate::models::{moved, precision_does_not_matter, trains_and_goes_back};
+use crate::support::Random;
 
 #[test]
 fn training_follows_the_cpu_and_the_model_goes_back() {
     for inner in [Inner::Linear, Inner::Mlp] {
-        follow_the_cpu_and_go_back(inner);
+        let name = format!("{inner:?}");
+        if let Some(losses) = trains_and_goes_back(&name, &small_of(inner, 0b1111), 20, 300) {
+            precision_does_not_matter(&name, losses);
+        }
     }
-}
-
-fn follow_the_cpu_and_go_back(inner: Inner) {
-    let Some(gpu) = gpu() else { return };
-    let (config, cpu) = (small_of(inner, 0b1111), gpu.cpu_beside());
-    let want = losses(&mut Lm::new(&config, &cpu, DType::F32, 5).unwrap(), 20);
-    let mut long = Vec::new();
-    for (dtype, ratio) in [(DType::F32, 1e-3), (DType::Bf16, 2e-2)] {
-        let mut model = Lm::new(&config, gpu, dtype, 5).unwrap();
-        let ours = losses(&mut model, 300);
-        let error = relative(&ours[..20], &want);
-        eprintln!("{dtype:?}: 20 losses within {error:.1e} of the CPU's, from {:.3} to {:.3}", ours[0], ours[299]);
-        assert!(error < ratio, "{dtype:?}: {ours:?} and not {want:?}");
-        long.push(ours[250..].iter().sum::<f64>() / 50.0);
-
-        // Saved from the GPU, read on the CPU.
-        let folder = std::env::temp_dir().join(format!("ttt-cuda-{}-{dtype:?}", std::process::id()));
-        ttt::hub::save(&folder, &config, model.params(), ttt::hub::SaveOptions::default()).unwrap();
-        let back = Lm::load(&folder, &cpu, DType::F32).unwrap();
-        let again = Lm::load(&folder, gpu, dtype).unwrap();
-        std::fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(ttt::hub::model_hash(back.params()), ttt::hub::model_hash(model.params()));
-        let [ours, theirs, back] = [&model, &again, &back].map(|m| logits_and_gradient(m, Keep::Saved { group: 4 })[0].clone());
-        assert_eq!(ours, theirs, "{dtype:?}: saved and loaded");
-        let limit = if dtype == DType::F32 { 1e-4 } else { 4e-2 };
-        assert!(relative(&ours, &back) < limit, "{dtype:?}: logits on the CPU differ by {}", relative(&ours, &back));
-    }
-    let difference = (long[0] / long[1] - 1.0).abs();
-    assert!(difference < 0.01, "the last 50 of 300 losses in f32 and in mixed precision: {long:?}");
 }
 
 /// A step of a training loop is queued and looked at while the next one runs: same losses, same weights. What is not finite is named

@@ -1,14 +1,10 @@
 //! Decoding on a GPU: recorded steps against ordinary ones bit for bit, kernels for few rows against the CPU, the sampler against its
-//! definition. Looks for a GPU at run time and says so when there is none, which is a failure if `TTT_TEST_DEVICE=cuda` is set.
+//! definition.
 
-mod support;
+use std::sync::OnceLock;
 
-use std::sync::{Arc, OnceLock};
-
-use support::{Random, relative, shaken_model};
 use ttt::batch::{Batch, Segment};
 use ttt::config::{Config, Inner};
-use ttt::device::cuda::{Cuda, Options};
 use ttt::device::{Device, Kernels};
 use ttt::generate::{Choice, Decoder, Draw, Generator, Sampling, Sequence};
 use ttt::layer::Keep;
@@ -17,20 +13,14 @@ use ttt::ops::{sample, step};
 use ttt::state::States;
 use ttt::tensor::{DType, Tensor};
 
+use crate::models::moved;
+use crate::open;
+use crate::support::{Random, relative, shaken_model};
+
 /// GPUs whose new tensors are NaN (an element that nobody writes is noticed) and are as they come.
 fn gpus() -> &'static [Device] {
     static GPUS: OnceLock<Vec<Device>> = OnceLock::new();
-    GPUS.get_or_init(|| {
-        let open = |poison| match Cuda::open(Options { ordinal: 0, poison }) {
-            Ok(cuda) => Some(Device::Cuda(Arc::new(cuda))),
-            Err(e) => {
-                assert!(std::env::var("TTT_TEST_DEVICE").as_deref() != Ok("cuda"), "TTT_TEST_DEVICE=cuda, but {e}");
-                eprintln!("no GPU: nothing was tested ({e})");
-                None
-            }
-        };
-        [true, false].into_iter().map_while(open).collect()
-    })
+    GPUS.get_or_init(|| [true, false].into_iter().map_while(open).collect())
 }
 
 /// Numbers around 0 that bf16 holds.
@@ -203,11 +193,6 @@ fn config(inner: Inner, backbone: usize, (hidden, heads): (usize, usize)) -> Con
         pre_conv: flag(2),
         ..Config::preset("tiny", inner).unwrap()
     }
-}
-
-/// The same weights on another device.
-fn moved(model: &Lm, device: &Device, dtype: DType) -> Lm {
-    Lm::from_params(model.config(), model.params().to(device, dtype).unwrap()).unwrap()
 }
 
 /// The numbers of each slot that count: of an open mini-batch the rows that were seen.

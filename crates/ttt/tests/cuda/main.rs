@@ -1,0 +1,45 @@
+//! Everything on a GPU against the CPU. Looks for a GPU at run time and says so when there is none, which is a failure if
+//! `TTT_TEST_DEVICE=cuda` is set. On a GPU run it with `--test-threads=1`: steps are recorded, and peaks of memory measured, on the
+//! one device.
+
+#[path = "../ops/attention_cases.rs"]
+mod attention_cases;
+#[path = "../ops/case.rs"]
+#[allow(dead_code)]
+mod case;
+#[path = "../ops/cases.rs"]
+mod cases;
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../ttt_case/mod.rs"]
+mod ttt_case;
+
+mod attention;
+mod decode;
+mod learners;
+mod mixers;
+mod models;
+mod training;
+
+use std::sync::{Arc, OnceLock};
+
+use ttt::device::Device;
+use ttt::device::cuda::{Cuda, Options};
+
+/// The GPU, opened once. New tensors are NaN, so that an element nobody writes is noticed.
+fn gpu() -> Option<&'static Device> {
+    static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    GPU.get_or_init(|| open(true)).as_ref()
+}
+
+/// A GPU whose new tensors are NaN, or as they come.
+fn open(poison: bool) -> Option<Device> {
+    match Cuda::open(Options { ordinal: 0, poison }) {
+        Ok(cuda) => Some(Device::Cuda(Arc::new(cuda))),
+        Err(e) => {
+            assert!(std::env::var("TTT_TEST_DEVICE").as_deref() != Ok("cuda"), "TTT_TEST_DEVICE=cuda, but {e}");
+            eprintln!("no GPU: nothing was tested ({e})");
+            None
+        }
+    }
+}
