@@ -96,15 +96,6 @@ impl Config {
         self.linear_attention.is_none() && self.ttt_layer_norm
     }
 
-    /// Whether any field of the ladder is another than in published models.
-    pub fn is_variant(&self) -> bool {
-        let published = Config::default();
-        self.sums()
-            || (self.ttt_layer_norm, self.ttt_residual, self.ttt_bias) != (true, true, true)
-            || (self.ttt_learnable_init, self.ttt_learnable_lr) != (true, true)
-            || self.ttt_token_scale != published.ttt_token_scale
-    }
-
     /// Checks what can be combined.
     pub(super) fn validate_ladder(&self) -> Result<()> {
         let wrong = |message: &str| Err(Error::Config(message.into()));
