@@ -223,7 +223,7 @@ fn a_step_costs_what_the_plan_says() {
     for config in rungs(&small()) {
         let flops = plan::flops(&config, 512);
         assert!(flops.mixing > 0.0 && flops.training > 3.0 * flops.matmul);
-        assert!(plan::training_memory(&config, &[64, 64], Keep::Saved { group: 4 }).total() > 0);
+        assert!(plan::Step::new(&config, &[64, 64], Keep::Saved { group: 4 }, plan::Place::Cpu).memory().total() > 0);
     }
     // A mini-batch of 16 does less than chunks of 64, a learner more than attention that only remembers.
     let [_, attention, ttt, _, _, mini_batch, ..] = rungs(&small()).map(|config| plan::flops(&config, 512).mixing);

@@ -362,7 +362,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
         let data: Vec<Vec<u32>> = (0..4).map(|i| Random::new(i).tokens(257, 512)).collect();
         device.memory().reset_peak();
         optimizer.step(&mut model, &[micro_batch(&data)], &step_settings(keep)).unwrap();
-        let planned = plan::training_memory(&config, &[256; 4], keep);
+        let planned = plan::Step::new(&config, &[256; 4], keep, plan::Place::Cpu).memory();
         near(&format!("{keep:?}"), planned.total(), device.memory().usage().peak);
         assert_eq!(planned.fast_weights, 0);
     }
@@ -383,7 +383,8 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
         let carry = Carry { states: &mut states, gradient, recompute };
         optimizer.step_segments(&mut model, &groups, carry, &step_settings(keep)).unwrap();
         let segments = plan::Segments { slots: 4, per_step: 3, sequence: 192, gradient, recompute };
-        let planned = plan::segmented_memory(&config, &[64; 4], keep, segments);
+        let planned =
+            plan::Step { segments: Some(segments), ..plan::Step::new(&config, &[64; 4], keep, plan::Place::Cpu) }.memory();
         near(&format!("{keep:?} {gradient} {recompute}"), planned.total(), device.memory().usage().peak);
     }
     let device = Device::cpu().unwrap();

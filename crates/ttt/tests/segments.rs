@@ -302,7 +302,8 @@ fn planned_memory_of_segments_is_within_a_tenth_of_the_measured_peak() {
             optimizer.step_segments(&mut model, &groups, carry, &step_settings(keep)).unwrap();
             let measured = device.memory().usage().peak as f64;
             let segments = plan::Segments { slots: 4, per_step: 3, sequence: 192, gradient, recompute };
-            let planned = plan::segmented_memory(&config, &[64; 4], keep, segments);
+            let planned =
+                plan::Step { segments: Some(segments), ..plan::Step::new(&config, &[64; 4], keep, plan::Place::Cpu) }.memory();
             let total = planned.total() as f64;
             assert!(
                 (total / measured - 1.0).abs() < 0.1,

@@ -262,7 +262,7 @@ fn the_plan_knows_what_learning_w0_saves() {
         device.memory().reset_peak();
         optimizer.step(&mut model, &[micro_batch(1, 1, 128, 4096)], &STEP).unwrap();
         let measured = device.memory().usage().peak as f64;
-        let whole = plan::training_memory(&config, &[128], STEP.keep);
+        let whole = plan::Step::new(&config, &[128], STEP.keep, plan::Place::Cpu).memory();
         let planned = whole.of_initial_state(&config).total() as f64;
         assert!((planned / measured - 1.0).abs() < 0.1, "{inner:?}: planned {planned}, measured {measured}");
         assert!(planned < 0.7 * whole.total() as f64);

@@ -215,7 +215,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak() {
             device.memory().reset_peak();
             optimizer.step(&mut model, &[micro_batch(&data)], &StepSettings { keep, ..step_settings(1e-3) }).unwrap();
             let measured = device.memory().usage().peak as f64;
-            let planned = plan::training_memory(&config, &[256; 4], keep).total() as f64;
+            let planned = plan::Step::new(&config, &[256; 4], keep, plan::Place::Cpu).memory().total() as f64;
             assert!((planned / measured - 1.0).abs() < 0.1, "{inner:?} {keep:?}: planned {planned}, measured {measured}");
         }
         let config = preset;
@@ -244,7 +244,7 @@ fn planned_memory_is_within_a_tenth_of_the_measured_peak_at_125m_width() {
         device.memory().reset_peak();
         optimizer.step(&mut model, std::slice::from_ref(&batch), &StepSettings { keep, ..step_settings(1e-3) }).unwrap();
         let measured = device.memory().usage().peak as f64;
-        let planned = plan::training_memory(&config, &[512], keep).total() as f64;
+        let planned = plan::Step::new(&config, &[512], keep, plan::Place::Cpu).memory().total() as f64;
         assert!((planned / measured - 1.0).abs() < 0.1, "{keep:?}: planned {planned}, measured {measured}");
         // Weights, gradients and moments alone are most of it: what comes on top must fit on its own.
         let fixed = 4.0 * model.params().data().bytes() as f64;

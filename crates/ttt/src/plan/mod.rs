@@ -8,7 +8,7 @@ mod mixer;
 mod replay;
 mod step;
 
-pub use step::{Fit, Segments, Step, segmented_memory, training_memory};
+pub use step::{Fit, Segments, Step};
 
 use crate::config::{Config, Mixer};
 use crate::device::Device;

@@ -50,22 +50,6 @@ pub struct Fit {
     pub bytes: usize,
 }
 
-/// Memory of one training step on a CPU with sequences of the given lengths in a micro-batch, which all start afresh.
-///
-/// # Panics
-/// When `keep` keeps nothing.
-pub fn training_memory(config: &Config, lens: &[usize], keep: Keep) -> Memory {
-    Step::new(config, lens, keep, Place::Cpu).memory()
-}
-
-/// [`training_memory`] of a step of segments of the given lengths, which continue states.
-///
-/// # Panics
-/// When `keep` keeps nothing.
-pub fn segmented_memory(config: &Config, lens: &[usize], keep: Keep, segments: Segments) -> Memory {
-    Step { segments: Some(segments), ..Step::new(config, lens, keep, Place::Cpu) }.memory()
-}
-
 impl<'c> Step<'c> {
     /// One whose sequences all start afresh and which learns everything.
     pub fn new(config: &'c Config, lens: &[usize], keep: Keep, place: Place) -> Step<'c> {
