@@ -20,7 +20,7 @@ part() {
 part doctor "$ttt" doctor --device cuda
 part doctor-again "$ttt" doctor --device cuda --json
 for kind in learners training decode attention mixers; do
-    part "$kind-tests" "$bin/cuda" "$kind::" --test-threads=1 --nocapture
+    part "$kind-tests" "$bin/cuda" "$kind::" --nocapture
 done
 part ladder-tests "$bin/ttt_batch" a_gpu --nocapture
 for shape in "32 2048" "64 2048" "4 32768"; do

@@ -14,12 +14,13 @@ use ttt::state::States;
 use ttt::tensor::{DType, Tensor};
 
 use crate::models::moved;
-use crate::open;
 use crate::support::{Random, relative, shaken_model};
+use crate::{TURN, open};
 
 /// GPUs whose new tensors are NaN (an element that nobody writes is noticed) and are as they come.
 fn gpus() -> &'static [Device] {
     static GPUS: OnceLock<Vec<Device>> = OnceLock::new();
+    TURN.with(|_| ());
     GPUS.get_or_init(|| [true, false].into_iter().map_while(open).collect())
 }
 

@@ -1,6 +1,5 @@
 //! Everything on a GPU against the CPU. Looks for a GPU at run time and says so when there is none, which is a failure if
-//! `TTT_TEST_DEVICE=cuda` is set. On a GPU run it with `--test-threads=1`: steps are recorded, and peaks of memory measured, on the
-//! one device.
+//! `TTT_TEST_DEVICE=cuda` is set. Tests take turns: on the one device steps are recorded and peaks of memory measured.
 
 #[path = "../ops/attention_cases.rs"]
 mod attention_cases;
@@ -21,14 +20,23 @@ mod mixers;
 mod models;
 mod training;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ttt::device::Device;
 use ttt::device::cuda::{Cuda, Options};
 
+thread_local! {
+    /// Held by the thread of a test from when it asks for a GPU until it ends.
+    static TURN: MutexGuard<'static, ()> = {
+        static GPU: Mutex<()> = Mutex::new(());
+        GPU.lock().unwrap_or_else(PoisonError::into_inner)
+    };
+}
+
 /// The GPU, opened once. New tensors are NaN, so that an element nobody writes is noticed.
 fn gpu() -> Option<&'static Device> {
     static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    TURN.with(|_| ());
     GPU.get_or_init(|| open(true)).as_ref()
 }
 
