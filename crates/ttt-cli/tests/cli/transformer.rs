@@ -28,7 +28,6 @@ fn it_is_trained_described_and_gone_on_with() {
     place
         .run(&["train", "--resume", "t", "model.num_key_value_heads=2"])
         .fails(1, &["model.num_key_value_heads", "cannot become 2"]);
-    place.run(&["generate", "t", "-p", "7", "--device", "cuda"]).fails(1, &["attention needs --device cpu for now"]);
 }
 
 #[test]
