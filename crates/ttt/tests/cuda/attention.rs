@@ -96,7 +96,8 @@ fn gradients_cross_cuts_and_states_go_to_files() {
 
 #[test]
 fn training_follows_the_cpu_and_the_model_goes_back() {
-    if let Some(losses) = trains_and_goes_back("Transformer", &small((256, 4, 2)), 20, 300) {
+    // At 1e-3 where it ends depends on any rounding of the weights, much finer ones than bf16's too.
+    if let Some(losses) = trains_and_goes_back("Transformer", &small((256, 4, 2)), 5e-4, [20, 300]) {
         precision_does_not_matter("Transformer", losses);
     }
 }

@@ -201,6 +201,6 @@ fn recorded_steps_are_ordinary_steps() {
 #[test]
 fn training_follows_the_cpu_and_the_model_goes_back() {
     for (name, config) in configs() {
-        trains_and_goes_back(name, &config, 10, 10);
+        trains_and_goes_back(name, &config, 1e-3, [10, 10]);
     }
 }

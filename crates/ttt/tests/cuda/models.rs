@@ -130,7 +130,7 @@ pub fn carries_and_saves(name: &str, host: &Lm, lens: [usize; 2]) {
 }
 
 /// Losses of a small model on text that can be learned.
-pub fn losses(model: &mut Lm, steps: usize) -> Vec<f64> {
+pub fn losses(model: &mut Lm, lr: f64, steps: usize) -> Vec<f64> {
     let mut optimizer = Optimizer::new(model).unwrap();
     let adamw = adamw::Settings { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let mut random = Random::new(1);
@@ -144,7 +144,7 @@ pub fn losses(model: &mut Lm, steps: usize) -> Vec<f64> {
         let inputs: Vec<&[u32]> = sequences.iter().map(|s| &s[..128]).collect();
         let targets = sequences.iter().flat_map(|s| s[1..].to_vec()).collect();
         let micro = MicroBatch { batch: Batch::packed(&inputs), targets, mask: vec![1.0; 512] };
-        let settings = StepSettings { lr: 1e-3, inner_lr: 1.0, clip: 1.0, adamw, keep: Keep::Saved { group: 4 } };
+        let settings = StepSettings { lr, inner_lr: 1.0, clip: 1.0, adamw, keep: Keep::Saved { group: 4 } };
         optimizer.step(model, &[micro], &settings).unwrap().loss
     };
     (0..steps).map(|_| step()).collect()
@@ -152,13 +152,13 @@ pub fn losses(model: &mut Lm, steps: usize) -> Vec<f64> {
 
 /// The first losses are the CPU's, and what was trained is saved and read there and here. Returns the losses in f32 and in mixed
 /// precision.
-pub fn trains_and_goes_back(name: &str, config: &Config, first: usize, steps: usize) -> Option<[Vec<f64>; 2]> {
+pub fn trains_and_goes_back(name: &str, config: &Config, lr: f64, [first, steps]: [usize; 2]) -> Option<[Vec<f64>; 2]> {
     let gpu = gpu()?;
     let cpu = gpu.cpu_beside();
-    let want = losses(&mut Lm::new(config, &cpu, DType::F32, 5).unwrap(), first);
+    let want = losses(&mut Lm::new(config, &cpu, DType::F32, 5).unwrap(), lr, first);
     Some([(DType::F32, 1e-3), (DType::Bf16, 2e-2)].map(|(dtype, ratio)| {
         let mut model = Lm::new(config, gpu, dtype, 5).unwrap();
-        let ours = losses(&mut model, steps);
+        let ours = losses(&mut model, lr, steps);
         let (error, last) = (relative(&ours[..first], &want), ours[steps - 1]);
         eprintln!("{name} {dtype:?}: {first} losses within {error:.1e} of the CPU's, from {:.3} to {last:.3}", ours[0]);
         assert!(error < ratio && last < ours[0], "{name} {dtype:?}: {ours:?} and not {want:?}");

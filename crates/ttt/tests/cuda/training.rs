@@ -18,7 +18,7 @@ use crate::support::Random;
 fn training_follows_the_cpu_and_the_model_goes_back() {
     for inner in [Inner::Linear, Inner::Mlp] {
         let name = format!("{inner:?}");
-        if let Some(losses) = trains_and_goes_back(&name, &small_of(inner, 0b1111), 20, 300) {
+        if let Some(losses) = trains_and_goes_back(&name, &small_of(inner, 0b1111), 1e-3, [20, 300]) {
             precision_does_not_matter(&name, losses);
         }
     }
