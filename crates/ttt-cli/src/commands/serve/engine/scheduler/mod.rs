@@ -268,14 +268,18 @@ impl<'t> Engine<'t> {
             .keep_state
             .then(|| self.states.to_bytes(sequence.slot, self.lm, pending, Some(self.tokenizer.id())))
             .transpose();
+        // Counted before it is said: who has the answer finds it in the metrics.
         match state {
             Ok(state) => {
+                self.shared.job_done(sequence.job.arrived.elapsed());
                 let tokens = sequence.tokens.len() - sequence.prompt;
                 sequence.send(Event::Finished { choice: sequence.choice(), reason, tokens, state });
             }
-            Err(e) => sequence.send(Event::Failed(Failure::Model(e))),
+            Err(e) => {
+                self.shared.failed.fetch_add(1, Relaxed);
+                sequence.send(Event::Failed(Failure::Model(e)));
+            }
         }
-        self.shared.job_done(sequence.job.arrived.elapsed());
         self.free(i);
     }
 
